@@ -1,0 +1,1 @@
+"""The ways out of a surgery: dense safetensors, a LoRA adapter."""

@@ -1,0 +1,246 @@
+"""The merged checkpoint: the base's files with trained columns in place, streamed tensor by tensor.
+
+Memory does not grow with the checkpoint: one buffer of some megabytes and one layer's columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoint import (
+    CHUNK_BYTES,
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    CheckpointWriter,
+    TensorFile,
+    TensorInfo,
+    build_header,
+    read_range,
+    require_disk,
+    split_shards,
+    tensor_bytes,
+    tensor_from_bytes,
+    tensor_to_bytes,
+    torch_dtype,
+    write_file,
+    write_tensors,
+)
+from surgery.delta import ADAPTER_FILE, ColumnDelta, patched_chunks, require_base
+from surgery.errors import CheckError, RequestError
+from surgery.manifest import MERGED, Base, Record, relative_path, versions
+from surgery.operate import Adapter, copy_small_files, find_base
+from surgery.plan import SurgeryPlan, Target, WholeTarget
+
+UNDO_FILE = "surgery.undo"
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor of the output: its name there, its name in the base (empty where it is new), dtype and shape there."""
+
+    name: str
+    source: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """A file of the output: its header and what follows it, in order."""
+
+    name: str
+    header: bytes
+    tensors: tuple[OutTensor, ...]
+
+
+def merged_name(plan: SurgeryPlan, base_name: str) -> str:
+    """What a tensor of the base is called in the merged checkpoint: a task's class may put a prefix before it."""
+    return base_name if base_name.startswith(plan.prefix) else plan.prefix + base_name
+
+
+def plan_files(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str, max_shard_bytes: int | None) -> list[OutFile]:
+    """The output's files. Pure.
+
+    The base's own files, headers and all, unless the plan adds tensors, the dtype changes or shards are asked for.
+    """
+    whole = {target.weight: target for target in plan.whole}
+    new = [_whole_tensor(target, dtype) for target in plan.whole if target.weight not in checkpoint]
+    files = []
+    for file, header in checkpoint.headers.items():
+        tensors = [_out_tensor(info, plan, whole, dtype) for info in header.tensors]
+        files.append((file, header, tensors))
+    files[-1][2].extend(new)
+    if max_shard_bytes:
+        return _sharded([tensor for _, _, tensors in files for tensor in tensors], max_shard_bytes)
+    result = []
+    for file, header, tensors in files:
+        as_it_was = [(info.name, info.dtype, info.shape) for info in header.tensors]
+        entries = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+        raw = header.raw if entries == as_it_was else build_header(entries, header.metadata)
+        result.append(OutFile(file, raw, tuple(tensors)))
+    return result
+
+
+def _out_tensor(info: TensorInfo, plan: SurgeryPlan, whole: dict[str, WholeTarget], dtype: str) -> OutTensor:
+    shape = whole[info.name].shape if info.name in whole else info.shape
+    kind = DTYPES[dtype] if dtype != KEEP and info.dtype in FLOAT_DTYPES else info.dtype
+    return OutTensor(merged_name(plan, info.name), info.name, kind, shape)
+
+
+def _whole_tensor(target: WholeTarget, dtype: str) -> OutTensor:
+    return OutTensor(target.weight, "", target.dtype if dtype == KEEP else DTYPES[dtype], target.shape)
+
+
+def _sharded(tensors: list[OutTensor], max_shard_bytes: int) -> list[OutFile]:
+    by_name = {tensor.name: tensor for tensor in tensors}
+    sizes = {tensor.name: tensor_bytes(tensor.dtype, tensor.shape) for tensor in tensors}
+    shards = split_shards(sizes, max_shard_bytes)
+    files = []
+    for number, names in enumerate(shards, 1):
+        stem = WEIGHTS_FILE.removesuffix(".safetensors")
+        file = WEIGHTS_FILE if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        chosen = tuple(by_name[name] for name in names)
+        header = build_header([(t.name, t.dtype, t.shape) for t in chosen], {"format": "pt"})
+        files.append(OutFile(file, header, chosen))
+    return files
+
+
+def export(
+    adapter: Adapter,
+    out: Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str = KEEP,
+    max_shard_bytes: int | None = None,
+    overwrite: bool = False,
+    check: Callable[[Path], Any] | None = None,
+) -> Path:
+    """Write the merged checkpoint. `check` sees the finished folder before it appears under its name.
+
+    Raises: BaseMismatchError, DamagedError, ResourceError, OutputExistsError, CheckError.
+    """
+    if dtype not in (KEEP, *DTYPES):
+        raise RequestError("--dtype", repr(dtype), expected=f"{KEEP}, {', '.join(DTYPES)}")
+    root = find_base(adapter.record, adapter.folder, base)
+    checkpoint = Checkpoint.open(root)
+    files = plan_files(checkpoint, adapter.plan, dtype, max_shard_bytes)
+    require_targets(checkpoint, adapter.plan)
+    sizes = [len(file.header) + sum(tensor_bytes(t.dtype, t.shape) for t in file.tensors) for file in files]
+    with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
+        require_disk(writer.path, sum(sizes) + (adapter.folder / ADAPTER_FILE).stat().st_size)
+        copy_small_files(checkpoint, writer.path, adapter.plan)
+        for file in files:
+            write_tensors(writer.path / file.name, file.header, _file_chunks(checkpoint, adapter.delta, file))
+        write_index(writer.path, files)
+        write_undo(writer.path / UNDO_FILE, checkpoint, adapter)
+        record = _record(adapter, root, out, dtype, files, hub=base is None)
+        write_file(writer.path / RECORD_FILE, record.to_json())
+    return out
+
+
+def require_targets(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
+    """The base has every target, as planned. Raises BaseMismatchError."""
+    for target in plan.targets:
+        info = checkpoint.get(target.weight)
+        if info is None or info.shape != target.shape or info.dtype != target.dtype:
+            require_base(replace(target, sha256="the plan's shape"), "another shape, dtype or none", str(checkpoint.root))
+
+
+def _file_chunks(checkpoint: Checkpoint, delta: ColumnDelta, file: OutFile) -> Iterator[bytes | memoryview]:
+    targets = {target.weight: target for target in delta.plan.targets}
+    whole = {target.weight: target for target in delta.plan.whole}
+    for tensor in file.tensors:
+        key = tensor.source or tensor.name
+        if key in whole:
+            yield tensor_to_bytes(delta.whole[whole[key].parameter].stored(tensor.dtype))
+        elif key in targets:
+            yield from _cast(_patched(checkpoint, delta, targets[key]), checkpoint[key], tensor.dtype)
+        else:
+            yield from _cast(checkpoint.chunks(key), checkpoint[key], tensor.dtype)
+
+
+def _patched(checkpoint: Checkpoint, delta: ColumnDelta, target: Target) -> Iterator[memoryview]:
+    """The merged bytes of one target; the base's digest is checked on the way."""
+    patch = delta.patches[target.module]
+    digest = hashlib.sha256()
+    wanted, new = patch.columns, patch.stored()
+    yield from patched_chunks(checkpoint, target.weight, target, wanted, new, digest.update)
+    require_base(target, digest.hexdigest(), str(checkpoint.root))
+
+
+def _cast(chunks: Iterator[memoryview], info: TensorInfo, dtype: str) -> Iterator[bytes | memoryview]:
+    if dtype == info.dtype:
+        yield from chunks
+        return
+    for chunk in chunks:
+        values = tensor_from_bytes(bytearray(chunk), info.dtype, (-1,))
+        cast = values.to(torch_dtype(dtype))
+        if torch.isinf(cast).sum() > torch.isinf(values).sum():
+            raise CheckError(info.name, f"values too large for {dtype}", expected="all values to fit",
+                             fix="Keep the base's dtype, or choose bf16 or fp32")  # fmt: skip
+        yield tensor_to_bytes(cast)
+
+
+def write_index(folder: Path, files: list[OutFile]) -> None:
+    """The index, anew, where there is more than one file."""
+    if [file.name for file in files] == [WEIGHTS_FILE]:
+        return
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    total = sum(tensor_bytes(tensor.dtype, tensor.shape) for file in files for tensor in file.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_file(folder / INDEX_FILE, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_undo(path: Path, checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """All that a merge replaces: columns, heads, headers and small files of the base.
+
+    A safetensors file under another ending, so that loaders that take every *.safetensors pass it by.
+    """
+    source = TensorFile(adapter.folder / ADAPTER_FILE)
+    columns = [i for n, i in source.infos.items() if n.endswith((".columns", ".original"))]
+    texts = {f"header:{name}": header.raw for name, header in checkpoint.headers.items()}
+    names = [*checkpoint.small_files(), *([INDEX_FILE] if checkpoint.is_sharded else [])]
+    texts |= {f"file:{name}": (checkpoint.root / name).read_bytes() for name in names}
+    entries = [(i.name, i.dtype, i.shape) for i in columns] + [(n, "U8", (len(t),)) for n, t in texts.items()]
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for info in columns:
+            yield from read_range(source.path, info.begin, info.end, CHUNK_BYTES)
+        yield from texts.values()
+
+    write_tensors(path, build_header(entries, {}), chunks())
+
+
+def _record(
+    adapter: Adapter, root: Path, out: Path, dtype: str, files: list[OutFile], *, hub: bool
+) -> Record:
+    recorded = adapter.record.manifest
+    base = recorded.base if hub and recorded.base.hub_id else Base(path=relative_path(root, out))
+    source = {"path": relative_path(adapter.folder, out), "sha256": recorded.files[ADAPTER_FILE]}
+    export_settings = {"dtype": dtype, "files": [file.name for file in files]}
+    manifest = replace(recorded, base=base, versions=versions(), files={}, adapter=source, export=export_settings)
+    return Record(MERGED, adapter.plan, manifest)
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A way out: its name, what it accepts, and the function that writes a folder."""
+
+    name: str
+    accepts: tuple[type, ...]
+    export: Callable[..., Path]
+
+
+EXPORTER = Exporter("safetensors", (ColumnDelta,), export)

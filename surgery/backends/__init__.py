@@ -1,0 +1,1 @@
+"""Where training runs: one module for each kind of device."""

@@ -1,0 +1,122 @@
+"""The one place that knows how transformers 4.55 and 5.x differ, and what their models call things.
+
+transformers 5 renames some tensors between disk and memory and fuses or splits others (`core_model_loading`); in 4.55
+both sides agree but for the base model's prefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers import logging as transformers_logging
+
+TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5.0")
+_LEGACY_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+
+
+@dataclass(frozen=True)
+class MemoryName:
+    """Where a tensor on disk goes in memory, whether its values arrive as they are, whether the prefix was added."""
+
+    name: str
+    is_verbatim: bool
+    is_prefixed: bool
+
+
+def memory_names(model: nn.Module, disk_names: Iterable[str]) -> dict[str, MemoryName]:
+    """What each tensor of a checkpoint is called in `model` (which may be on the meta device).
+
+    A tensor that transformers fuses, splits or permutes on the way has `is_verbatim` False.
+    """
+    known = dict.fromkeys(name for name, _ in _named_tensors(model))
+    prefix = base_prefix(model)
+    rename = _renamer_5(model) if TRANSFORMERS_5 else _rename_4
+    result = {}
+    for disk in disk_names:
+        name, is_verbatim = rename(disk)
+        fitted = _fit_prefix(name, prefix, known)
+        result[disk] = MemoryName(fitted, is_verbatim, is_prefixed=len(fitted) > len(name))
+    return result
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _fit_prefix(name: str, prefix: str, known: dict[str, None]) -> str:
+    """Add or drop the base model's prefix where only that makes the name known, as from_pretrained does."""
+    if name not in known and prefix:
+        if name.removeprefix(f"{prefix}.") in known:
+            return name.removeprefix(f"{prefix}.")
+        if f"{prefix}.{name}" in known:
+            return f"{prefix}.{name}"
+    return name
+
+
+def _rename_4(disk: str) -> tuple[str, bool]:
+    for old, new in _LEGACY_NAMES:
+        disk = disk.replace(old, new)
+    return disk, True
+
+
+def _renamer_5(model: nn.Module) -> Any:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def rename(disk: str) -> tuple[str, bool]:
+        name, converted_by = rename_source_key(disk, renamings, converters)
+        return name, converted_by is None
+
+    return rename
+
+
+def base_prefix(model: nn.Module) -> str:
+    """The name of the base model inside a task model (`model`, `bert`, ..), or the empty string."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and hasattr(model, prefix) else ""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is Conv1D
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """transformers' warnings and progress bars off: what they would say, our own checks say as errors."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def accepts(function: Any, argument: str) -> bool:
+    """Whether a callable has a parameter of that name: for arguments that came or went between versions."""
+    return argument in inspect.signature(function).parameters
+
+
+def upstream_architecture(name: str) -> str:
+    """The architecture's own name, without the prefix optimum-habana gives its subclasses."""
+    return re.sub(r"^Gaudi(?=[A-Z])", "", name)

@@ -1,0 +1,228 @@
+"""What training changed: columns that replace columns, and heads that are new. The adapter file.
+
+Keys of `adapter.safetensors`: for each target `<module>.columns` (r,) int64, `<module>.values` (out, r) and
+`<module>.original` (out, r) in the base's dtype; for each whole tensor `<parameter>.whole` and, where the base has
+one, `<parameter>.original`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from surgery.checkpoint import Checkpoint, TensorFile, dtype_name, torch_dtype
+from surgery.errors import BaseMismatchError, DamagedError
+from surgery.plan import SurgeryPlan, Target
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class ColumnPatch:
+    """The trained columns of one target.
+
+    Shapes: columns (r,) int64, strictly increasing; values (out, r) float32 (float64 for a float64 base), finite: they
+    replace, they are not added; original (out, r) in the base's dtype. Raises: DamagedError.
+    """
+
+    target: Target
+    columns: Tensor
+    values: Tensor
+    original: Tensor
+
+    def __post_init__(self) -> None:
+        where, wanted = f"adapter, {self.target.module}", (self.target.out_features, self.target.rank)
+        if self.columns.dtype != torch.int64 or tuple(self.columns.shape) != (self.target.rank,):
+            found = f"columns {self.columns.dtype} {tuple(self.columns.shape)}"
+            raise DamagedError(where, found, expected=f"int64 ({self.target.rank},)")
+        rising = bool((self.columns[1:] > self.columns[:-1]).all())
+        if not rising or int(self.columns[0]) < 0 or int(self.columns[-1]) >= self.target.in_features:
+            expected = f"strictly increasing ones below {self.target.in_features}"
+            raise DamagedError(where, "columns out of order or out of range", expected=expected)
+        for name, tensor in (("values", self.values), ("original", self.original)):
+            if tuple(tensor.shape) != wanted:
+                raise DamagedError(where, f"{name} {tuple(tensor.shape)}", expected=str(wanted))
+        if dtype_name(self.original.dtype) != self.target.dtype:
+            raise DamagedError(where, f"original {self.original.dtype}", expected=self.target.dtype)
+        require_finite(where, self.values)
+
+    def stored(self) -> Tensor:
+        """The values in the base's dtype: the one cast there is. (out, r)."""
+        return self.values.to(torch_dtype(self.target.dtype))
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether anything changed once the values are in the base's dtype."""
+        return not torch.equal(self.stored().view(torch.uint8), self.original.contiguous().view(torch.uint8))
+
+
+def require_finite(where: str, values: Tensor) -> None:
+    """Raises DamagedError for NaN and infinity."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise DamagedError(where, f"{bad} of {values.numel()} trained values are not finite", expected="finite values",
+                           fix="Training diverged: lower the learning rate, or go back to an earlier checkpoint")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WholePatch:
+    """A tensor trained whole, and what the base had in its place (None where it is new)."""
+
+    values: Tensor
+    original: Tensor | None
+
+    def stored(self, dtype: str) -> Tensor:
+        return self.values.to(torch_dtype(dtype))
+
+
+@dataclass(frozen=True)
+class ColumnDelta:
+    """Everything a PaCA adapter changes. The keys equal the plan's targets. Raises: DamagedError."""
+
+    plan: SurgeryPlan
+    patches: Mapping[str, ColumnPatch]
+    whole: Mapping[str, WholePatch]
+
+    def __post_init__(self) -> None:
+        planned = {target.module for target in self.plan.targets}
+        if set(self.patches) != planned or set(self.whole) != {target.parameter for target in self.plan.whole}:
+            raise DamagedError("adapter", "its tensors are not the plan's", expected=f"{len(planned)} targets")
+        for target in self.plan.whole:
+            patch = self.whole[target.parameter]
+            if tuple(patch.values.shape) != target.shape:
+                found = f"shape {tuple(patch.values.shape)}"
+                raise DamagedError(f"adapter, {target.parameter}", found, expected=str(target.shape))
+            require_finite(f"adapter, {target.parameter}", patch.values)
+
+    @property
+    def moved(self) -> int:
+        """How many targets differ from the base once in its dtype."""
+        return sum(patch.is_moved for patch in self.patches.values())
+
+    def to_bytes(self) -> bytes:
+        """The adapter file's content. The same delta gives the same bytes."""
+        tensors: dict[str, Tensor] = {}
+        for module, patch in self.patches.items():
+            tensors[f"{module}.columns"] = patch.columns.contiguous()
+            tensors[f"{module}.values"] = patch.values.contiguous()
+            tensors[f"{module}.original"] = patch.original.contiguous()
+        for parameter, whole in self.whole.items():
+            tensors[f"{parameter}.whole"] = whole.values.contiguous()
+            if whole.original is not None:
+                tensors[f"{parameter}.original"] = whole.original.contiguous()
+        return safetensors.torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+
+
+class _StoredPatches(Mapping[str, ColumnPatch]):
+    """The patches of an adapter file, read one at a time: a merge needs the memory of one."""
+
+    def __init__(self, tensors: TensorFile, plan: SurgeryPlan) -> None:
+        self._tensors = tensors
+        self._targets = {target.module: target for target in plan.targets}
+
+    def __getitem__(self, module: str) -> ColumnPatch:
+        read = self._tensors.read
+        return ColumnPatch(self._targets[module], read(f"{module}.columns"), read(f"{module}.values"),
+                           read(f"{module}.original"))  # fmt: skip
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+
+def adapter_names(plan: SurgeryPlan) -> set[str]:
+    """The tensors of a plan's adapter file."""
+    names = {f"{t.module}.{part}" for t in plan.targets for part in ("columns", "values", "original")}
+    names |= {f"{w.parameter}.whole" for w in plan.whole}
+    return names | {f"{w.parameter}.original" for w in plan.whole if w.sha256}
+
+
+def read_delta(path: Path, plan: SurgeryPlan) -> ColumnDelta:
+    """An adapter file, its columns read as they are asked for. Raises: DamagedError."""
+    tensors = TensorFile(path)
+    difference = sorted(adapter_names(plan) ^ set(tensors.infos))
+    if difference:
+        found = f"{len(difference)} tensors missing or surplus, first {difference[0]!r}"
+        raise DamagedError(str(path), found, expected="exactly those of its plan")
+    whole = {
+        w.parameter: WholePatch(
+            tensors.read(f"{w.parameter}.whole"), tensors.read(f"{w.parameter}.original") if w.sha256 else None
+        )
+        for w in plan.whole
+    }
+    return ColumnDelta(plan, _StoredPatches(tensors, plan), whole)
+
+
+def require_base(target: Target, digest: str, where: str) -> None:
+    """Raises BaseMismatchError where a weight's bytes are not those the adapter was made for."""
+    if target.sha256 and digest != target.sha256:
+        found = f"{target.weight} has sha256 {digest[:12]}.."
+        raise BaseMismatchError(where, found, expected=f"{target.sha256[:12]}.., of the base this adapter was made for",
+                                fix="Name the right base with --base, or apply again to this one")  # fmt: skip
+
+
+def bytes_sha256(data: bytes) -> str:
+    """The digest of bytes in memory."""
+    return hashlib.sha256(data).hexdigest()
+
+
+# ------------------------------------------------------------------------- a weight's bytes with columns read or replaced
+
+
+def bits(tensor: Tensor) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """A tensor's values as unsigned integers of the same width: numpy knows no bfloat16."""
+    width = tensor.element_size()
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    return tensor.detach().contiguous().cpu().view(signed).numpy().view(f"u{width}")
+
+
+def read_target(checkpoint: Checkpoint, target: Target, columns: Tensor) -> tuple[str, Tensor]:
+    """The sha256 of a target's bytes and its columns (out, r), in one pass and constant memory."""
+    digest = hashlib.sha256()
+    original = torch.empty((target.out_features, target.rank), dtype=torch_dtype(target.dtype))
+    picked, wanted = bits(original), columns.numpy()
+    for first, chunk in checkpoint.row_chunks(target.weight):
+        digest.update(chunk)
+        rows = np.frombuffer(chunk, picked.dtype).reshape(-1, target.shape[1])
+        if target.input_axis == 1:
+            picked[first : first + len(rows)] = rows[:, wanted]
+        else:
+            here = np.flatnonzero((wanted >= first) & (wanted < first + len(rows)))
+            picked[:, here] = rows[wanted[here] - first].T
+    return digest.hexdigest(), original
+
+
+def patched_chunks(
+    checkpoint: Checkpoint,
+    weight: str,
+    target: Target,
+    columns: Tensor,
+    values: Tensor,
+    before: Callable[[memoryview], object] | None = None,
+) -> Iterator[memoryview]:
+    """The bytes of tensor `weight` with the target's columns replaced by `values` (out, r), of the file's dtype.
+
+    `before` sees each chunk as it is in the file.
+    """
+    wanted, new = columns.numpy(), bits(values)
+    for first, chunk in checkpoint.row_chunks(weight):
+        if before:
+            before(chunk)
+        rows = np.frombuffer(chunk, new.dtype).reshape(-1, target.shape[1])
+        if target.input_axis == 1:
+            rows[:, wanted] = new[first : first + len(rows)]
+        else:
+            here = np.flatnonzero((wanted >= first) & (wanted < first + len(rows)))
+            rows[wanted[here] - first] = new[:, here].T
+        yield chunk

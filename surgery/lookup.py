@@ -1,0 +1,25 @@
+"""The tables of what can be chosen by name, as `module:attribute` strings loaded on demand."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.errors import RequestError, closest
+
+METHODS = {"paca": "surgery.methods.paca:METHOD"}
+BACKENDS = {"local": "surgery.backends.local:BACKEND"}
+EXPORTERS = {"safetensors": "exporters.dense:EXPORTER", "lora": "exporters.lora:EXPORTER"}
+
+
+def load(table: Mapping[str, str], name: str, kind: str) -> Any:
+    """The record called `name`. Raises RequestError, with the nearest name, where the table has none."""
+    if name not in table:
+        raise RequestError(kind, f"unknown name {name!r}", expected=f"one of {', '.join(table)}",
+                           fix=closest(name, table))  # fmt: skip
+    module, attribute = table[name].split(":")
+    record = getattr(importlib.import_module(module), attribute)
+    if record.name != name:
+        raise RuntimeError(f"{table[name]} calls itself {record.name!r}, the table {name!r}")
+    return record

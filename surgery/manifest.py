@@ -1,0 +1,114 @@
+"""How a folder came to be: `surgery.json`, written last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import RECORD_FILE, path_inside, read_json
+from surgery.errors import DamagedError, NotAModelError, RequestError
+from surgery.plan import SurgeryPlan
+
+SCHEMA = 1
+ADAPTER, MERGED = "adapter", "merged"
+_PACKAGES = ("checkpoint-surgery", "torch", "transformers", "safetensors", "accelerate")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model an adapter was made for: a folder, relative to the record's, or a hub id with its revision."""
+
+    path: str = ""
+    hub_id: str = ""
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check that ran (or did not, and why): `result` is `passed`, `failed` or `not run`."""
+
+    name: str
+    result: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What actually ran. `files`: sha256 by file name; `adapter`: the adapter folder a merge came from, and its digest."""
+
+    base: Base
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    adapter: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, Any] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """The whole of `surgery.json`."""
+
+    kind: str
+    plan: SurgeryPlan
+    manifest: Manifest
+
+    def to_json(self, previous: Mapping[str, Any] | None = None) -> str:
+        """Readable JSON. `previous`: the record that holds while the new files are not all in place."""
+        document = {"schema": SCHEMA, "kind": self.kind, "plan": self.plan.to_dict(), "manifest": asdict(self.manifest)}
+        if previous:
+            document["previous"] = {key: value for key, value in previous.items() if key != "previous"}
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """The versions of what matters for reproducing a run."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def parse_record(document: Mapping[str, Any], where: str) -> Record:
+    """Raises: RequestError for an unknown schema, DamagedError for a malformed record."""
+    if document.get("schema") != SCHEMA:
+        raise RequestError(where, f"schema {document.get('schema')!r}", expected=str(SCHEMA),
+                           fix="Use the version of checkpoint-surgery that wrote it")  # fmt: skip
+    try:
+        fields = dict(document["manifest"])
+        fields["base"] = Base(**fields["base"])
+        fields["checks"] = tuple(Check(**check) for check in fields["checks"])
+        plan = SurgeryPlan.from_dict(document["plan"], where)
+        return Record(document["kind"], plan, Manifest(**fields))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(where, f"the record is malformed ({error})", expected="a whole record") from error
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """`surgery.json` as it stands. Raises NotAModelError where there is none."""
+    if not (folder / RECORD_FILE).is_file():
+        expected = "a folder made by `surgery apply` or `surgery export`"
+        raise NotAModelError(str(folder), f"no {RECORD_FILE}", expected=expected)
+    return read_json(path_inside(folder, RECORD_FILE))
+
+
+def read_record(folder: Path, kind: str) -> Record:
+    """The record of a folder of that kind. Raises: NotAModelError, RequestError, DamagedError."""
+    record = parse_record(read_document(folder), str(folder / RECORD_FILE))
+    if record.kind != kind:
+        raise NotAModelError(str(folder), f"a folder of kind {record.kind!r}", expected=f"one of kind {kind!r}")
+    return record
+
+
+def relative_path(path: Path, folder: Path) -> str:
+    """`path` as seen from `folder`, so that both can move together."""
+    return os.path.relpath(path.resolve(), folder.resolve())

@@ -1,0 +1,1 @@
+"""The methods of surgery, one module each."""

@@ -1,0 +1,376 @@
+"""PaCA: train a few input columns of each frozen weight, in place.
+
+Source: PaCA, arXiv 2503.01905 (ICLR 2025). For a weight W (out, in) and r columns P of it, with the trained columns
+already inside W: y = x W^T + b, dx = dy W, dP = dy^T x[.., columns]. Backward keeps r channels of the input.
+
+The master copy of the columns is a zero-initialised difference in float32, so that weight decay pulls towards the
+pretrained values. The columns in the weight are refreshed from it before the first forward after it may have changed.
+
+Shape suffixes: o out_features, i in_features, r trained columns, n all leading axes flattened.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.pytorch_utils import Conv1D
+
+from surgery.checkpoint import dtype_name, torch_dtype
+from surgery.columns import choose_columns
+from surgery.delta import ColumnDelta, ColumnPatch, WholePatch
+from surgery.errors import RequestError
+from surgery.plan import SurgeryPlan, Target
+from surgery.select import ALL_LINEAR
+
+
+@dataclass(frozen=True)
+class PacaSpec:
+    """What PaCA is asked to do.
+
+    rank: trained columns of each layer; rank_pattern: {pattern: rank}, the last match decides; targets, exclude: names,
+    globs, `re:` patterns or `all-linear`; alpha: the update is multiplied by alpha / rank while training (None: by 1);
+    select: how columns are chosen; seed: with the layer's name it decides them.
+    """
+
+    rank: int = 16
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    exclude: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha: float | None = None
+    select: str = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise RequestError("--rank", str(self.rank), expected="at least 1")
+        if self.alpha is not None and not self.alpha > 0:
+            raise RequestError("--alpha", str(self.alpha), expected="a positive number")
+        for name in ("targets", "exclude"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def scale(self, rank: int) -> float:
+        """What the stored difference is multiplied by while training."""
+        return 1.0 if self.alpha is None else self.alpha / rank
+
+
+class SharedGather:
+    """The gathered input of a group of layers fed by one tensor: gathered once, kept by backward once.
+
+    Recognises the tensor itself, not its address; a layer called alone or with another input gathers for itself.
+    """
+
+    def __init__(self, members: int) -> None:
+        self.members = members
+        self._forget()
+
+    def _forget(self) -> None:
+        self._source: weakref.ref[Tensor] | None = None
+        self._kept: Tensor | None = None
+        self._version = self._left = 0
+
+    def __call__(self, x: Tensor, columns_r: Tensor) -> Tensor:
+        """The channels of x (.., i) whose weights train: (.., r), bit for bit."""
+        if self.members == 1:
+            return gather(x, columns_r)
+        hit = self._source is not None and self._source() is x and self._version == x._version
+        kept = cast("Tensor", self._kept) if hit else gather(x, columns_r)
+        if not hit:
+            self._source, self._version, self._kept, self._left = weakref.ref(x), x._version, kept, self.members
+        self._left -= 1
+        if self._left == 0:
+            self._forget()
+        return kept
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"members": self.members}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.members = state["members"]
+        self._forget()
+
+
+def gather(x: Tensor, columns_r: Tensor) -> Tensor:
+    """x (.., i) -> (.., r): the named channels, outside autograd."""
+    return x.detach().index_select(-1, columns_r)
+
+
+class _PacaFunction(torch.autograd.Function):
+    """y = base(x); backward keeps `kept` (.., r) of the input and nothing else.
+
+    The weight rides on ctx, not through save_for_backward: its version check would trip over a refresh between a
+    forward and its backward, which changes no value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta_or: Tensor, kept: Tensor, layer: PacaLayer) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.layer, ctx.weight, ctx.dtypes = layer, layer.weight.detach(), (x.dtype, delta_or.dtype)
+        return layer.frozen_forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        layer: PacaLayer = ctx.layer
+        x_dtype, delta_dtype = ctx.dtypes
+        dx = ddelta_or = None
+        if ctx.needs_input_grad[0]:
+            dx = layer.input_gradient(dy, ctx.weight.to(dy.dtype)).to(x_dtype)
+        if ctx.needs_input_grad[1]:
+            (kept,) = ctx.saved_tensors
+            kept_nr = kept.reshape(-1, kept.shape[-1]).to(dy.dtype)
+            ddelta_or = dy.reshape(-1, dy.shape[-1]).t().mm(kept_nr).to(delta_dtype)
+            if layer.paca_scale != 1.0:
+                ddelta_or = ddelta_or.mul_(layer.paca_scale)
+            layer.paca_pending = True  # whatever uses this gradient, the next forward refreshes
+        return dx, ddelta_or, None, None
+
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: object) -> None:
+    global _optimizer_steps  # noqa: PLW0603  one process-wide clock, so that layers need no link to their optimizer
+    _optimizer_steps += 1
+
+
+_step_hook: Any = None
+
+
+def _watch_optimizers() -> None:
+    global _step_hook  # noqa: PLW0603  registered once, on the first attach, so that importing has no effect
+    if _step_hook is None:
+        _step_hook = register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+class PacaLayer(nn.Module):
+    """What `PacaLinear` and `PacaConv1D` share: a linear layer some of whose input columns train.
+
+    The layer stays the same object under the same names (`weight`, `bias`), so hooks and references survive. Added:
+    `paca_delta` (o, r), the only parameter that trains; `paca_original` (o, r), the base's columns; `paca_columns` (r,).
+
+    Freshness: the columns in `weight` are rewritten before a forward when since the last time a backward went through
+    this layer, any optimizer stepped, the mode or the device changed, state was loaded or the parameter was written
+    through autograd's eyes. A bare `.data` write in eval mode shows none of these signs: call `refresh` after one.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    paca_delta: nn.Parameter
+    paca_original: nn.Parameter
+    paca_columns: Tensor
+    paca_gather: SharedGather
+    paca_scale: float
+    paca_storage: torch.dtype
+    paca_pending: bool
+    paca_seen: tuple[int, ...]
+    input_axis: int
+
+    def frozen_forward(self, x: Tensor) -> Tensor:
+        """The base layer's own forward."""
+        raise RuntimeError("a PacaLayer is always a PacaLinear or a PacaConv1D")
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy (.., o) -> dx (.., i)."""
+        return dy.matmul(weight if self.input_axis == 1 else weight.t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.refresh_if_stale()
+        if not (torch.is_grad_enabled() and self.paca_delta.requires_grad):
+            return self.frozen_forward(x)
+        kept = self.paca_gather(x, self.paca_columns)
+        return cast("Tensor", _PacaFunction.apply(x, self.paca_delta, kept, self))
+
+    def _signs(self) -> tuple[int, ...]:
+        delta = self.paca_delta
+        return (_optimizer_steps, delta._version, delta.data_ptr(), self.weight.data_ptr())
+
+    def refresh_if_stale(self) -> None:
+        """Rewrite the columns in the weight if the master copy may have changed."""
+        if self.paca_pending or self.paca_seen != self._signs():
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the trained columns into the weight."""
+        values = self.trained_columns().to(self.paca_storage).to(self.weight.dtype)
+        values = torch.where(self.paca_delta == 0, self.paca_original, values)
+        write_columns(self.weight.data, self.paca_columns, values, self.input_axis)
+        self.paca_pending, self.paca_seen = False, self._signs()
+
+    @torch.no_grad()
+    def trained_columns(self) -> Tensor:
+        """The columns as training has them: (o, r) in the master copy's dtype.
+
+        Where the difference is zero the base's value stands untouched: -0.0 + 0.0 would be +0.0.
+        """
+        original = self.paca_original.to(self.paca_delta.dtype)
+        return torch.where(self.paca_delta == 0, original, original.add(self.paca_delta, alpha=self.paca_scale))
+
+    @torch.no_grad()
+    def start_from(self, values: Tensor) -> None:
+        """Set the columns to `values` (o, r).
+
+        values - original is exact where they are within a factor of two of each other (Sterbenz), so the sum gives
+        `values` back bit for bit; elsewhere it can differ by one rounding of the master copy.
+        """
+        difference = values.to(self.paca_delta) - self.paca_original.to(self.paca_delta.dtype)
+        self.paca_delta.copy_(difference / self.paca_scale)
+        self.paca_pending = True
+
+    def train(self, mode: bool = True) -> PacaLayer:  # noqa: FBT001, FBT002  torch's signature
+        self.paca_pending = self.paca_pending or mode != self.training
+        super().train(mode)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.paca_pending = True
+
+
+class PacaLinear(PacaLayer, nn.Linear):
+    """`nn.Linear` (weight (o, i)) with trained columns."""
+
+    input_axis = 1
+
+    def frozen_forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class PacaConv1D(PacaLayer, Conv1D):
+    """GPT-2's `Conv1D` (weight (i, o)) with trained columns, which here are rows."""
+
+    input_axis = 0
+
+    def frozen_forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", Conv1D.forward(self, x))
+
+
+SWAPS: dict[type[nn.Module], type[PacaLayer]] = {nn.Linear: PacaLinear, Conv1D: PacaConv1D}
+
+
+def read_columns(weight: Tensor, columns_r: Tensor, input_axis: int) -> Tensor:
+    """The columns of a stored weight as (o, r), copied."""
+    columns = weight.detach().index_select(input_axis, columns_r)
+    return columns if input_axis == 1 else columns.t().contiguous()
+
+
+def write_columns(weight: Tensor, columns_r: Tensor, values_or: Tensor, input_axis: int) -> None:
+    """Replace the columns of a stored weight by (o, r) values of its dtype."""
+    weight.index_copy_(input_axis, columns_r, values_or if input_axis == 1 else values_or.t())
+
+
+def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
+    """The columns the plan's seed gives a target: (r,) int64, strictly increasing."""
+    spec = plan.spec
+    return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
+
+
+def _open_layer(module: nn.Module, target: Target, columns_r: Tensor, shared: SharedGather, scale: float) -> PacaLayer:
+    weight = cast("nn.Parameter", module.weight)
+    columns_r = columns_r.to(weight.device)
+    original = read_columns(weight, columns_r, target.input_axis)
+    master = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    module.__class__ = SWAPS[type(module)]
+    layer = cast("PacaLayer", module)
+    layer.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=weight.device))
+    layer.paca_original = nn.Parameter(original, requires_grad=False)
+    layer.register_buffer("paca_columns", columns_r, persistent=False)
+    layer.paca_gather, layer.paca_scale, layer.paca_storage = shared, scale, torch_dtype(target.dtype)
+    layer.paca_pending, layer.paca_seen = False, layer._signs()  # noqa: SLF001  this module's own class
+    return layer
+
+
+def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
+    """Open the plan's targets in `model`, in place, and freeze everything else. `delta` gives the columns' values."""
+    _watch_optimizers()
+    model.requires_grad_(requires_grad=False)
+    shared: dict[tuple[str, int], SharedGather] = {}
+    for target in plan.targets:
+        shared.setdefault((target.group, target.rank), SharedGather(0)).members += 1
+    spec = PacaSpec(**plan.spec)
+    for target in plan.targets:
+        patch = delta.patches[target.module] if delta else None
+        columns_r = patch.columns if patch else planned_columns(plan, target)
+        module = model.get_submodule(target.module)
+        layer = _open_layer(module, target, columns_r, shared[target.group, target.rank], spec.scale(target.rank))
+        if patch:
+            layer.start_from(patch.values)
+            layer.refresh()
+    _open_whole(model, plan, delta)
+
+
+@torch.no_grad()
+def _open_whole(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
+    for target in plan.whole:
+        parameter = model.get_parameter(target.parameter)
+        if delta:
+            parameter.copy_(delta.whole[target.parameter].values)
+        parameter.requires_grad_()
+
+
+def layers(model: nn.Module) -> dict[str, PacaLayer]:
+    """The opened layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PacaLayer)}
+
+
+def trainable_names(plan: SurgeryPlan) -> set[str]:
+    """The parameters that may train, by name."""
+    return {f"{t.module}.paca_delta" for t in plan.targets} | {w.parameter for w in plan.whole}
+
+
+def collect(model: nn.Module, plan: SurgeryPlan, originals: Mapping[str, Tensor]) -> ColumnDelta:
+    """Read back what training changed. `originals`: the base's tensors in place of whole ones, by parameter."""
+    opened = layers(model)
+    patches = {}
+    for target in plan.targets:
+        layer = opened[target.module]
+        original = layer.paca_original.detach().to(layer.paca_storage).cpu()
+        patches[target.module] = ColumnPatch(target, layer.paca_columns.cpu(), layer.trained_columns().cpu(), original)
+    whole = {
+        w.parameter: WholePatch(model.get_parameter(w.parameter).detach().cpu().clone(), originals.get(w.parameter))
+        for w in plan.whole
+    }
+    return ColumnDelta(plan, patches, whole)
+
+
+def detach(model: nn.Module, *, merge: bool) -> None:
+    """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
+    for layer in layers(model).values():
+        if merge:
+            layer.refresh()
+        else:
+            write_columns(layer.weight.data, layer.paca_columns, layer.paca_original.data, layer.input_axis)
+        for name in ("paca_delta", "paca_original", "paca_columns"):
+            delattr(layer, name)
+        for name in ("paca_gather", "paca_scale", "paca_storage", "paca_pending", "paca_seen"):
+            delattr(layer, name)
+        layer.__class__ = next(plain for plain, opened in SWAPS.items() if opened is type(layer))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the rest of the toolkit needs to know of a method."""
+
+    name: str
+    source: str
+    spec_type: type[PacaSpec]
+    attach: Any
+    collect: Any
+    detach: Any
+    trainable_names: Any
+    planned_columns: Any
+
+
+METHOD = Method("paca", "arXiv 2503.01905", PacaSpec, attach, collect, detach, trainable_names, planned_columns)
+
+
+def storage_name(module: nn.Module) -> str:
+    """safetensors' name of the dtype a live layer's weight has."""
+    return dtype_name(cast("nn.Parameter", module.weight).dtype)

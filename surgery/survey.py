@@ -1,0 +1,251 @@
+"""What a checkpoint's model is made of, found without loading a weight: on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+from surgery.checkpoint import CONFIG_FILE, read_json
+from surgery.compat import base_prefix, quiet_loading, upstream_architecture
+from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest
+from surgery.plan import Untouched
+from surgery.select import LinearSite
+
+TRACE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: transformers' automatic class for it, its table of architectures, whether it adds a head."""
+
+    auto_class: str
+    architectures: Mapping[str, Any]
+    has_head: bool = False
+
+
+TASKS = {
+    "causal-lm": Task("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "seq2seq": Task("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "sequence-classification": Task(
+        "AutoModelForSequenceClassification",
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        has_head=True,
+    ),
+    "regression": Task("AutoModelForSequenceClassification", {}, has_head=True),
+    "token-classification": Task(
+        "AutoModelForTokenClassification", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, has_head=True
+    ),
+    "image-classification": Task(
+        "AutoModelForImageClassification", modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, has_head=True
+    ),
+    "features": Task("AutoModel", {}),
+}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """The task asked for. `name` empty: what the checkpoint's own architecture does. `labels`: class names by id."""
+
+    name: str = ""
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name and self.name not in TASKS:
+            raise RequestError("--task", f"unknown task {self.name!r}", expected=f"one of {', '.join(TASKS)}",
+                               fix=closest(self.name, TASKS))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A model on the meta device and how it is to be loaded.
+
+    `config_changes` are the entries of config.json that the task changes; `heads` the modules that make the output.
+    """
+
+    model: nn.Module
+    config: PretrainedConfig
+    task: str
+    architecture: str
+    heads: tuple[str, ...]
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_config(root: Path) -> PretrainedConfig:
+    """The model's configuration. Raises: NotAModelError, UnsupportedError for a quantized checkpoint."""
+    if not (root / CONFIG_FILE).is_file():
+        raise NotAModelError(str(root), f"no {CONFIG_FILE}", expected="a Hugging Face model folder")
+    document = read_json(root / CONFIG_FILE)
+    if "quantization_config" in document:
+        quantized = document["quantization_config"]
+        method = quantized.get("quant_method", "some") if isinstance(quantized, dict) else "some"
+        raise UnsupportedError(str(root), f"a checkpoint quantized by {method}", expected="fp32, bf16 or fp16 weights",
+                               fix="Start from the checkpoint it was quantized from")  # fmt: skip
+    try:
+        with quiet_loading():
+            config: PretrainedConfig = AutoConfig.from_pretrained(root)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NotAModelError(str(root / CONFIG_FILE), f"transformers cannot read it ({first_line[:200]})",
+                             expected="a model type that transformers knows") from error  # fmt: skip
+    return config
+
+
+def own_architecture(config: PretrainedConfig) -> str:
+    """The architecture config.json names, or the empty string."""
+    names = config.architectures or [""]
+    return upstream_architecture(names[0])
+
+
+def own_task(config: PretrainedConfig) -> str:
+    """The task of the checkpoint's own architecture."""
+    architecture = own_architecture(config)
+    if architecture.endswith("ForSequenceClassification") and config.problem_type == "regression":
+        return "regression"
+    return next((name for name, task in TASKS.items() if architecture in task.architectures.values()), "features")
+
+
+def class_for(config: PretrainedConfig, task: str) -> Any:
+    """The class that loads a checkpoint for a task. Raises UnsupportedError where transformers has none."""
+    architecture = own_architecture(config)
+    if task == own_task(config) and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    auto = getattr(transformers, TASKS[task].auto_class)
+    if type(config) not in auto._model_mapping:  # noqa: SLF001  transformers offers no public question
+        raise UnsupportedError(f"--task {task}", f"transformers has no {task} model for {config.model_type}",
+                               expected=f"one that {TASKS[task].auto_class} knows")  # fmt: skip
+    return auto._model_mapping[type(config)]  # noqa: SLF001
+
+
+def _task_config(config: PretrainedConfig, spec: TaskSpec, task: str) -> dict[str, Any]:
+    """The entries of config.json that a task's head needs."""
+    if not TASKS[task].has_head:
+        return {}
+    changes: dict[str, Any] = {}
+    if spec.labels:
+        changes["id2label"] = {str(number): label for number, label in enumerate(spec.labels)}
+        changes["label2id"] = {label: number for number, label in enumerate(spec.labels)}
+    elif task == "regression":
+        changes["id2label"], changes["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}
+    if task in ("sequence-classification", "regression"):
+        changes["problem_type"] = "regression" if task == "regression" else "single_label_classification"
+        if config.pad_token_id is None and config.eos_token_id is not None and not config.is_encoder_decoder:
+            eos = config.eos_token_id
+            changes["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    return changes
+
+
+def survey(root: Path, spec: TaskSpec) -> Survey:
+    """Build the model that `spec` asks for on the meta device, from config.json alone."""
+    config = read_config(root)
+    task = spec.name or own_task(config)
+    model_class = class_for(config, task)
+    changes = _task_config(config, spec, task)
+    if model_class.__name__ != own_architecture(config):
+        changes["architectures"] = [model_class.__name__]
+    config = configured(config, changes)
+    with torch.device("meta"), quiet_loading():
+        model = model_class(config)
+        model.tie_weights()
+    heads = find_heads(model, has_head=TASKS[task].has_head)
+    return Survey(model, config, task, model_class.__name__, heads, changes)
+
+
+def configured(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """A copy of a configuration with a task's entries."""
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        numbered = {int(number): label for number, label in value.items()} if name == "id2label" else value
+        setattr(config, name, numbered)
+    return config
+
+
+def find_heads(model: nn.Module, *, has_head: bool) -> tuple[str, ...]:
+    """The modules that make the output: a task's head is all that lies outside the base model."""
+    prefix = base_prefix(model)
+    if has_head and prefix:
+        return tuple(name for name, _ in model.named_children() if name != prefix)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return tuple(name for name, module in model.named_modules() if module is output and output is not None)
+
+
+def _trace_inputs(model: Any) -> dict[str, Tensor]:
+    tokens = torch.zeros((1, TRACE_TOKENS), dtype=torch.long, device="meta")
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.zeros((1, config.num_channels, height, width), device="meta")}
+    inputs = {"input_ids": tokens}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    return inputs
+
+
+def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str]:
+    """Each linear layer's group: the first name among the layers fed by the same tensor objects.
+
+    One forward of the base model (heads may look at values, which meta tensors have not) on the meta device. A model
+    that cannot be traced, or a layer that was not reached, shares with no one.
+    """
+    seen: dict[str, list[Tensor]] = {site.module: [] for site in sites}
+
+    def watch(name: str) -> Any:
+        return lambda _module, args: seen[name].extend(args[:1])
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in seen]
+    prefix = base_prefix(model)
+    base: Any = model.get_submodule(prefix) if prefix else model
+    try:
+        with torch.no_grad(), quiet_loading():
+            base.eval()(**_trace_inputs(base))
+    except Exception:  # noqa: BLE001  any failure of foreign code in a dry run means: no sharing, and nothing else
+        seen = {name: [] for name in seen}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[tuple[int, ...], str] = {}
+    result = {}
+    for name in sorted(seen):
+        key = tuple(id(tensor) for tensor in seen[name])
+        result[name] = groups.setdefault(key, name) if key else name
+    return result
+
+
+def list_untouched(model: nn.Module, touched: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[Untouched, ...]:
+    """Matrices of the model that will not train, layer numbers folded into `*`. `reasons`: by parameter name."""
+    counts: dict[tuple[str, str], int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and name not in touched:
+            reason = reasons.get(name) or _why_untouched(model, name, parameter)
+            key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason)
+            counts[key] = counts.get(key, 0) + 1
+    return tuple(Untouched(pattern, count, reason) for (pattern, reason), count in counts.items())
+
+
+def _why_untouched(model: nn.Module, name: str, parameter: Tensor) -> str:
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if parameter.dim() == 3 and "expert" in name:
+        return "fused experts"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "convolution"
+    return f"in {type(module).__name__}"
+
+
+def new_parameters(model: nn.Module, present: set[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that the checkpoint does not hold under any of their names (tied ones have several)."""
+    known = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in present}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            yield name, parameter

@@ -1,0 +1,53 @@
+# Two commands matter: `make demo` and `make test`. Both need python3 (3.10-3.13), make and a package index, no more.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.complete
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+TESTS ?= tests
+
+.PHONY: help demo test test-fast lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       set up .venv and run the main job on the model that the repository ships"
+	@echo "make test       set up .venv, lint, type-check and run every test"
+	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make clean      remove .venv, caches and build outputs"
+	@echo "PYTHON=python3.12 picks the interpreter that .venv is made with."
+
+# .venv is whole or absent. The stamp is written last and removed first: an installation that was interrupted leaves
+# none, and the next run starts from an empty environment. With a stamp that is merely out of date pip only updates.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected Python 3.10-3.13. Name one with PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "make: $(PYTHON) has no venv module, expected one. On Debian and Ubuntu: apt install python3-venv." >&2; exit 2; }
+	@test -f $@ || { echo "make: setting up $(VENV) (a few minutes: PyTorch is large)" >&2; $(PYTHON) -m venv --clear $(VENV); }
+	@rm -f $@
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python recipes/quickstart/demo.py
+
+test: lint
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+test-fast: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find surgery exporters tests benchmarks recipes -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ because a streaming merge needs each tensor's byte offsets, which the library do
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -19,7 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import DamagedError, NotAModelError, OutputExistsError, PathEscapeError, ResourceError
+from surgery.errors import (
+    DamagedError,
+    NotAModelError,
+    OutputExistsError,
+    PathEscapeError,
+    RequestError,
+    ResourceError,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -74,11 +82,17 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return dict(pairs)
+def _strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ and whose text can be written again (an escaped lone surrogate cannot)."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} stands twice")
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode()
+        result[key] = value
+    return result
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
@@ -92,7 +106,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int, file_bytes:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise DamagedError(where, "its header entry is malformed", expected="dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise DamagedError(where, f"unknown dtype {dtype!r}", expected=f"one of {', '.join(DTYPE_BITS)}")
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     if any(type(n) is not int or n < 0 or n >= 1 << 62 for n in numbers) or len(offsets) != 2:
@@ -134,7 +148,7 @@ def read_header(path: Path) -> Header:
             raise DamagedError(str(path), f"a header of {length} bytes", expected=expected, fix="Fetch it again")
         text = file.read(length)
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=_strict_object)
         if not isinstance(document, dict):
             raise TypeError("not a JSON object")
     except (ValueError, TypeError, RecursionError) as error:
@@ -172,12 +186,16 @@ def _allowed_roots(root: Path) -> tuple[Path, ...]:
 def path_inside(root: Path, name: str) -> Path:
     """`root/name`, once it is sure that it stays inside `root`, links followed.
 
-    Raises: PathEscapeError: absolute, `..`, or a link that leads out.
+    Raises: PathEscapeError: absolute, `..`, a link that leads out, or a name that no file can have.
     """
     path = root / name
     roots = _allowed_roots(root)
-    resolved = path.resolve()
-    escapes = Path(name).is_absolute() or ".." in Path(name).parts or "\x00" in name
+    try:
+        resolved = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long; NUL, half a character; a loop before Python 3.13
+        found = f"{name[:80]!r} cannot be followed"
+        raise PathEscapeError(f"{root}", found, expected="a file inside the folder") from error
+    escapes = Path(name).is_absolute() or ".." in Path(name).parts
     if escapes or not any(resolved.is_relative_to(allowed) for allowed in roots):
         raise PathEscapeError(f"{root}", f"{name!r} leads to {resolved}", expected="a file inside the folder",
                               fix="Copy or hard-link the file into the folder")  # fmt: skip
@@ -187,8 +205,8 @@ def path_inside(root: Path, name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises DamagedError where it is none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_strict_object)
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise DamagedError(str(path), f"it does not parse ({error})", expected="JSON") from error
     if not isinstance(document, dict):
         raise DamagedError(str(path), f"a JSON {type(document).__name__}", expected="a JSON object")
@@ -240,14 +258,16 @@ class Checkpoint(Mapping[str, TensorInfo]):
         root = Path(root)
         if not root.is_dir():
             raise NotAModelError(str(root), "no such folder", expected="a Hugging Face model folder")
-        index = _read_index(root) if (root / INDEX_FILE).exists() else None
-        if index is None and not (root / WEIGHTS_FILE).exists():
+        has_file = (root / WEIGHTS_FILE).exists()  # with both in a folder from_pretrained takes this one
+        index = _read_index(root) if (root / INDEX_FILE).exists() and not has_file else None
+        if index is None and not has_file:
             raise _explain_missing(root)
         files = sorted(set(index.values())) if index else [WEIGHTS_FILE]
         paths = {file: path_inside(root, file) for file in files}
         for file, path in paths.items():
-            if not path.is_file():
-                raise DamagedError(str(root), f"{file} is missing", expected="every file of the index")
+            if not os.path.isfile(path):  # noqa: PTH113  Path.is_file raises for a name that is too long
+                found = f"{file[:80]!r} is missing or no file"
+                raise DamagedError(str(root), found, expected="every file of the checkpoint", fix="Fetch it again")
         return cls(root, {file: read_header(path) for file, path in paths.items()}, index)
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -405,9 +425,10 @@ def split_shards(sizes_bytes: Mapping[str, int], max_shard_bytes: int) -> list[l
 def parse_size(text: str) -> int:
     """`5GB`, `500MB`, `96MiB` or plain bytes as a number of bytes. Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
-    if not match or float(match[1]) <= 0:
+    size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ") if match else 0.0
+    if not 1 <= size < 1 << 62:
         raise ValueError(f"{text!r} is no size: write for example 5GB, 500MB or 96MiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
+    return int(size)
 
 
 def fsync_path(path: Path) -> None:
@@ -467,12 +488,27 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
                             fix="Free some space or choose another folder with -o")  # fmt: skip
 
 
+_writing: set[Path] = set()  # what this process's writers have open
+
+
 def remove_stale(out: Path) -> None:
-    """Remove what killed processes of this host left beside `out`; a live process's files stay."""
-    for path in out.parent.glob(f".{out.name}.{socket.gethostname()}.*.partial"):
+    """Remove what killed processes of this host left beside `out`; a live process's files stay.
+
+    Our own process id on a folder that we are not writing is a killed process's too: containers use ids again.
+    """
+    for path in out.parent.glob(glob.escape(f".{out.name}.{socket.gethostname()}.") + "*.partial"):
         pid = path.name.rsplit(".", 2)[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+        is_live = path.absolute() in _writing if pid == str(os.getpid()) else Path(f"/proc/{pid}").exists()
+        if pid.isdigit() and not is_live and Path("/proc").exists():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def require_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """Raises RequestError where putting a folder at `out` would remove one that is read."""
+    for folder in inputs:
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise RequestError(str(out), f"{folder}, which is read, would be replaced", expected="a folder of its own",
+                               fix="Choose another with -o")  # fmt: skip
 
 
 class CheckpointWriter:
@@ -482,7 +518,9 @@ class CheckpointWriter:
     Raises: OutputExistsError: `out` exists (also when another process made it meanwhile) and not `overwrite`.
     """
 
-    def __init__(self, out: str | Path, *, overwrite: bool = False, check: Callable[[Path], None] | None = None) -> None:
+    def __init__(
+        self, out: str | Path, *, overwrite: bool = False, check: Callable[[Path], None] | None = None
+    ) -> None:
         self.out, self.overwrite, self._check = Path(out), overwrite, check
         self.path = self.out.parent / f".{self.out.name}.{socket.gethostname()}.{os.getpid()}.partial"
 
@@ -491,18 +529,22 @@ class CheckpointWriter:
             raise self._exists()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(self.out)
+        _writing.add(self.path.absolute())
         try:
             self.path.mkdir()
         except FileExistsError:
             raise OutputExistsError(str(self.out), "this process is already writing it") from None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._publish()
         finally:
             shutil.rmtree(self.path, ignore_errors=True)
+            _writing.discard(self.path.absolute())
 
     def _exists(self) -> OutputExistsError:
         return OutputExistsError(str(self.out), "it exists", expected="a new folder",

@@ -30,7 +30,7 @@ def random_columns(in_features: int, rank: int, *, seed: int, group: str) -> Ten
     import torch
 
     generator = torch.Generator(device="cpu").manual_seed(generator_seed(seed, group))
-    return torch.randperm(in_features, generator=generator)[:rank].sort().values
+    return torch.randperm(in_features, generator=generator, device="cpu")[:rank].sort().values
 
 
 STRATEGIES: dict[str, Callable[..., Tensor]] = {"random": random_columns}

@@ -1,0 +1,417 @@
+"""Data sets to token batches.
+
+`inspect_labels` reads the class names (the head's size, before there is a model), `prepare` gives the tokenized sets
+and the collator. Files are read by rows.py, understood by formats.py,
+tokenized by tokens.py.
+
+Nothing is cached: an edited file is always read anew. Tokenized sets live as long as they are used (arrow.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from surgery import arrow
+from surgery.errors import DataError
+from surgery.formats import (
+    FORMATS,
+    TASKS,
+    Document,
+    Example,
+    Format,
+    Labelled,
+    PromptCompletion,
+    Shape,
+    Tagged,
+    check_task,
+    class_name,
+    class_order,
+    recognise,
+)
+from surgery.rows import Row, is_stream, read_rows, read_stream
+from surgery.tokens import (
+    IGNORED,
+    CausalEncoder,
+    CausalTokens,
+    TokenRow,
+    batches,
+    collator_of,
+    encode_labelled,
+    encode_tagged,
+    encode_target,
+    pack,
+    padder_of,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TASKS", "Counts", "DataSpec", "Prepared", "Report", "inspect_labels", "prepare"]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which data, and how they become batches.
+
+    `train`, `eval`: files, or ids of the hub (`org/name`, `org/name/config`, `org/name:split`).
+    `eval_fraction`: the part of the training rows held out when `eval` is empty, drawn by `seed`; of plain text files
+    it is the last blocks. `columns`: role -> column, or a number from 0 where a CSV or TSV has no header.
+    `max_length`: tokens; a smaller limit of the tokenizer wins. `packing`: text is joined and cut to blocks of exactly
+    `max_length`; `pack_examples` does the same to prompts with completions and conversations, which then share blocks
+    and see each other. `max_rows`: only the first rows of the training and of the evaluation set.
+    `static_shapes`: every batch is padded to `max_length` (Gaudi), otherwise to its longest row.
+    Raises: DataError: a value out of range, or two that exclude each other.
+    """
+
+    train: tuple[str, ...]
+    eval: tuple[str, ...] = ()
+    eval_fraction: float = 0.0
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    max_length: int = 1024
+    packing: bool = True
+    pack_examples: bool = False
+    max_rows: int | None = None
+    seed: int = 0
+    static_shapes: bool = False
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise DataError("data.train", "found no file", expected="at least one file or dataset id")
+        if not 0.0 <= self.eval_fraction < 1.0:
+            raise DataError("data.eval_fraction", f"found {self.eval_fraction}", expected="0 up to, not including, 1")
+        if self.eval and self.eval_fraction:
+            raise DataError("data.eval_fraction", "found an evaluation set as well", expected="one of the two")
+        if self.max_length < 2:
+            raise DataError("data.max_length", f"found {self.max_length}", expected="2 tokens or more")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise DataError("data.max_rows", f"found {self.max_rows}", expected="1 or more")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise DataError("data.pad_to_multiple_of", f"found {self.pad_to_multiple_of}", expected="1 or more")
+        if self.static_shapes and self.pad_to_multiple_of is not None:
+            raise DataError("data.pad_to_multiple_of", "found static_shapes as well", expected="one of the two")
+
+
+@dataclass
+class Counts:
+    """What became of one set. `loss_tokens` are labelled rows where a row has one label."""
+
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    truncated_rows: int = 0
+    dropped_rows: int = 0
+    tail_tokens: int = 0
+
+
+def _counted(counts: Counts) -> str:
+    parts = [f"{counts.rows} rows", f"{counts.examples} examples", f"{counts.tokens} tokens"]
+    parts.append(f"{counts.loss_tokens} carry loss")
+    special = {"cut": counts.truncated_rows, "dropped without loss": counts.dropped_rows}
+    parts += [f"{number} {what}" for what, number in special.items() if number]
+    return ", ".join(parts + ([f"{counts.tail_tokens} tokens left over"] if counts.tail_tokens else []))
+
+
+def _share(counts: Counts, examples: int) -> Counts:
+    """The part of `counts` that `examples` equal blocks are; what was left over stays with neither."""
+    part = [number * examples // counts.examples for number in (counts.tokens, counts.loss_tokens)]
+    return Counts(rows=counts.rows, examples=examples, tokens=part[0], loss_tokens=part[1])
+
+
+@dataclass(frozen=True)
+class Report:
+    """For printing: the format recognised, the length that held, and the counts."""
+
+    format: str
+    packed: bool
+    max_length: int
+    train: Counts
+    eval: Counts | None
+
+    def lines(self) -> list[str]:
+        how = f"packed to {self.max_length} tokens" if self.packed else f"up to {self.max_length} tokens"
+        sets = [("train", self.train)] + ([("eval", self.eval)] if self.eval else [])
+        return [f"format {self.format}, {how}", *(f"{name}: {_counted(counts)}" for name, counts in sets)]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Sets and collator for the trainer. `pad_token_id` is the end-of-text token where the tokenizer has no other."""
+
+    train: Dataset
+    eval: Dataset | None
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+    labels: tuple[str, ...]
+    pad_token_id: int
+    report: Report
+
+
+def inspect_labels(spec: DataSpec, task: str) -> tuple[str, ...]:
+    """The class names of the whole training set in id order, without a tokenizer; empty where a task has no classes.
+
+    Raises: DataError: see `prepare`; a single class.
+    """
+    source = _Source.of(spec, task)
+    return source.class_names() if task in ("sequence-classification", "token-classification") else ()
+
+
+def prepare(spec: DataSpec, *, task: str, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> Prepared:
+    """Read, tokenize and (where asked) pack. The tokenizer is not changed. Same input, same output.
+
+    Raises: DataError: anything about the data that cannot be trained on as asked, with file and line.
+    """
+    source = _Source.of(spec, task)
+    names = labels or inspect_labels(spec, task)
+    padder = padder_of(tokenizer)
+    tokenizing = _Tokenizing.of(source, tokenizer, names)
+    train, held = _train_and_eval(source, tokenizing)
+    report = Report(
+        source.format.name, tokenizing.packed, tokenizing.max_length, train.counts, held.counts if held else None
+    )
+    collator = collator_of(
+        task,
+        padder,
+        fixed_length=tokenizing.max_length if spec.static_shapes else None,
+        pad_to_multiple_of=spec.pad_to_multiple_of,
+    )
+    pad_token_id = cast("int", padder.pad_token_id)
+    return Prepared(
+        train=arrow.open_set(train.file),
+        eval=arrow.open_set(held.file) if held else None,
+        collator=collator,
+        labels=names,
+        pad_token_id=pad_token_id,
+        report=report,
+    )
+
+
+# --- which rows ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The request with the format that its first file turned out to have."""
+
+    spec: DataSpec
+    task: str
+    format: Format
+
+    @staticmethod
+    def of(spec: DataSpec, task: str) -> _Source:
+        check_task(task)
+        streams = [reference for reference in (*spec.train, *spec.eval) if is_stream(reference)]
+        if streams:
+            _check_streams(streams[0], spec=spec, task=task)
+            return _Source(spec, task, FORMATS["text"])
+        row = next(read_rows(spec.train[0], columns=spec.columns, default_split="train"))
+        shape = recognise(row, task=task, format_name=spec.format, columns=spec.columns)
+        if spec.pack_examples and task != "causal-lm":
+            fix = "Leave it out: only causal language models read packed rows"
+            raise DataError("data.pack_examples", f"found it for {task}", expected="the task causal-lm", fix=fix)
+        return _Source(spec, task, shape.format)
+
+    def train(self) -> Iterator[Example]:
+        return self._limited(self._examples(self.spec.train, default_split="train"))
+
+    def eval(self) -> Iterator[Example]:
+        return self._limited(self._examples(self.spec.eval, default_split=None))
+
+    def class_names(self) -> tuple[str, ...]:
+        names: set[str] = set()
+        for example in self._examples(self.spec.train, default_split="train"):
+            if isinstance(example, Tagged):
+                names.update(example.tags)
+            elif isinstance(example, Labelled):
+                names.add(class_name(example.label, place=example.place))
+        return class_order(names, place=", ".join(self.spec.train))
+
+    def _limited(self, examples: Iterator[Example]) -> Iterator[Example]:
+        return examples if self.spec.max_rows is None else islice(examples, self.spec.max_rows)
+
+    def _examples(self, references: Iterable[str], *, default_split: str | None) -> Iterator[Example]:
+        for reference in references:
+            if is_stream(reference):
+                yield from _stream(reference)
+                continue
+            rows = read_rows(reference, columns=self.spec.columns, default_split=default_split)
+            first = next(rows)
+            shape = self._shape(first)
+            yield from (shape.read(row) for row in chain([first], rows))
+
+    def _shape(self, first: Row) -> Shape:
+        """Each file may name its columns differently, but all are of one format."""
+        shape = recognise(first, task=self.task, format_name=self.spec.format, columns=self.spec.columns)
+        if shape.format != self.format:
+            fix = "Train on files of one format, or set data.format"
+            raise DataError(first.place, f"found the format {shape.format.name}", expected=self.format.name, fix=fix)
+        return shape
+
+
+def _check_streams(reference: str, *, spec: DataSpec, task: str) -> None:
+    """Plain text is one stream of tokens: it has neither columns nor rows, and can only be packed."""
+    wrong = [
+        (task != "causal-lm", f"found plain text for the task {task}", "the task causal-lm"),
+        (spec.format not in ("auto", "text"), f"found plain text for the format {spec.format}", "the format text"),
+        (not spec.packing, "found plain text, which is one stream, without packing", "data.packing"),
+        (spec.max_rows is not None, "found plain text, which has no rows, with data.max_rows", "no limit of rows"),
+    ]
+    for is_wrong, found, expected in wrong:
+        if is_wrong:
+            raise DataError(reference, found, expected=expected, fix="Or give the texts as rows of JSONL or parquet")
+
+
+def _stream(reference: str) -> Iterator[Example]:
+    for piece in read_stream(reference):
+        yield Document(reference, piece.text, begins=piece.first, ends=piece.last)
+
+
+# --- rows to tokens ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tokenizing:
+    """How the examples of one run become token rows."""
+
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    class_ids: Mapping[str, int]
+    max_length: int
+    packed: bool
+
+    @staticmethod
+    def of(source: _Source, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> _Tokenizing:
+        spec = source.spec
+        packed = spec.pack_examples or (source.format.name == "text" and spec.packing)
+        max_length = min(spec.max_length, tokenizer.model_max_length)
+        ids = {name: index for index, name in enumerate(names)}
+        return _Tokenizing(source.task, tokenizer, ids, max_length, packed)
+
+    def rows(self, examples: Iterator[Example], counts: Counts) -> Iterator[TokenRow]:
+        """Token rows with `labels`; `counts` is complete when they are used up."""
+        if self.task == "causal-lm":
+            yield from self._causal(examples, counts)
+            return
+        encode = {"token-classification": self._tagged, "seq2seq": self._targets}.get(self.task, self._labelled)
+        for batch in batches(examples):
+            for row, cut in encode(batch):
+                labels = row["labels"]
+                counts.rows += 1
+                counts.examples += 1
+                counts.truncated_rows += cut
+                counts.tokens += len(row["input_ids"])
+                counts.loss_tokens += sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
+                yield row
+
+    def _labelled(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
+        examples = cast("list[Labelled]", batch)
+        return encode_labelled(self.tokenizer, examples, ids=self.class_ids, max_length=self.max_length)
+
+    def _tagged(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
+        for example in cast("list[Tagged]", batch):
+            yield encode_tagged(self.tokenizer, example, ids=self.class_ids, max_length=self.max_length)
+
+    def _targets(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
+        for example in cast("list[PromptCompletion]", batch):
+            yield encode_target(self.tokenizer, example, max_length=self.max_length)
+
+    def _causal(self, examples: Iterator[Example], counts: Counts) -> Iterator[TokenRow]:
+        encoded = self._encoded(examples, counts)
+        for example in pack(encoded, block=self.max_length) if self.packed else self._cut(encoded, counts):
+            loss_tokens = example.carries_loss()
+            counts.tail_tokens -= len(example) if self.packed else 0
+            if not loss_tokens:  # a batch of nothing else would give a loss of NaN
+                counts.dropped_rows += 1
+                continue
+            counts.examples += 1
+            counts.tokens += len(example)
+            counts.loss_tokens += loss_tokens
+            yield {"input_ids": example.ids, "labels": example.labels}
+
+    def _encoded(self, examples: Iterator[Example], counts: Counts) -> Iterator[CausalTokens]:
+        encoder = CausalEncoder(self.tokenizer)
+        for batch in batches(examples):
+            for example, tokens in zip(batch, encoder.encode(batch), strict=True):
+                counts.rows += example.begins if isinstance(example, Document) else 1
+                counts.tail_tokens += len(tokens) if self.packed else 0
+                yield tokens
+
+    def _cut(self, encoded: Iterator[CausalTokens], counts: Counts) -> Iterator[CausalTokens]:
+        for tokens in encoded:
+            short = tokens.cut(self.max_length)
+            counts.truncated_rows += len(tokens) > self.max_length and short.carries_loss() > 0
+            yield short
+
+
+# --- the two sets -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A set on disk, with what became of its rows."""
+
+    file: Path
+    counts: Counts
+
+
+def _train_and_eval(source: _Source, tokenizing: _Tokenizing) -> tuple[_Stored, _Stored | None]:
+    spec = source.spec
+    if spec.eval:
+        train = _store("data.train", source.train(), tokenizing)
+        return train, _store("data.eval", source.eval(), tokenizing)
+    if not spec.eval_fraction:
+        return _store("data.train", source.train(), tokenizing), None
+    if any(is_stream(reference) for reference in spec.train):
+        return _split_blocks(_store("data.train", source.train(), tokenizing), fraction=spec.eval_fraction)
+    held = _held_rows(sum(1 for _ in source.train()), fraction=spec.eval_fraction, seed=spec.seed)
+    kept = (example for index, example in enumerate(source.train()) if index not in held)
+    other = (example for index, example in enumerate(source.train()) if index in held)
+    return _store("data.train", kept, tokenizing), _store("data.eval_fraction", other, tokenizing)
+
+
+def _held_rows(rows: int, *, fraction: float, seed: int) -> frozenset[int]:
+    """Which rows are held out: a function of the seed and the number of rows."""
+    return frozenset(random.Random(f"{seed}/held-out rows").sample(range(rows), _held_count(rows, fraction=fraction)))
+
+
+def _held_count(rows: int, *, fraction: float) -> int:
+    count = max(1, round(rows * fraction))
+    if count >= rows:
+        found = f"found {rows} rows or blocks to take {fraction} of"
+        raise DataError("data.eval_fraction", found, expected="enough to leave one on each side")
+    return count
+
+
+def _store(where: str, examples: Iterator[Example], tokenizing: _Tokenizing) -> _Stored:
+    counts = Counts()
+    file = arrow.write(tokenizing.rows(examples, counts))
+    if not counts.loss_tokens:
+        arrow.remove(file)
+        raise _no_loss(where, counts, tokenizing)
+    return _Stored(file, counts)
+
+
+def _split_blocks(stored: _Stored, *, fraction: float) -> tuple[_Stored, _Stored]:
+    """The last blocks of a stream are held out: neighbours in a text are too alike to draw at random."""
+    total = stored.counts
+    held = _held_count(total.examples, fraction=fraction)
+    first, last = arrow.split(stored.file, at=total.examples - held)
+    return _Stored(first, _share(total, total.examples - held)), _Stored(last, _share(total, held))
+
+
+def _no_loss(where: str, counts: Counts, tokenizing: _Tokenizing) -> DataError:
+    length = tokenizing.max_length
+    if tokenizing.packed and counts.tail_tokens and not counts.dropped_rows:
+        found = f"found {counts.tail_tokens} tokens, fewer than one block"
+        return DataError(where, found, expected=f"{length} or more", fix="Give more text, or lower data.max_length")
+    found = f"found no token that carries loss in {counts.rows} rows"
+    expected = f"an answer that begins within the first {length} tokens of at least one row"
+    fix = "Raise data.max_length if the prompts are longer, and check that the rows have answers (assistant turns)"
+    return DataError(where, found, expected=expected, fix=fix)

@@ -48,15 +48,13 @@ def _type_of(value: object) -> Any:
     return pa.float64() if isinstance(value, float) else pa.int64()
 
 
-def split(file: Path, *, at: int) -> tuple[Path, Path]:
-    """Two new files, of the rows before `at` and from there on; the old one is removed."""
+def split(file: Path, *, at: int) -> tuple[Dataset, Dataset]:
+    """Two new sets, of the rows before `at` and from there on."""
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as source:
         table = pa.ipc.open_stream(source).read_all()
-        parts = write(_rows_of(table.slice(0, at))), write(_rows_of(table.slice(at)))
-    remove(file)
-    return parts
+        return open_set(write(_rows_of(table.slice(0, at)))), open_set(write(_rows_of(table.slice(at))))
 
 
 def _rows_of(table: Any) -> Iterator[dict[str, Any]]:

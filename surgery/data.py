@@ -184,8 +184,8 @@ def prepare(spec: DataSpec, *, task: str, tokenizer: PreTrainedTokenizerBase, la
     )
     pad_token_id = cast("int", padder.pad_token_id)
     return Prepared(
-        train=arrow.open_set(train.file),
-        eval=arrow.open_set(held.file) if held else None,
+        train=train.rows,
+        eval=held.rows if held else None,
         collator=collator,
         labels=names,
         pad_token_id=pad_token_id,
@@ -355,9 +355,9 @@ class _Tokenizing:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A set on disk, with what became of its rows."""
+    """A set, opened as soon as it is written so that it goes with its last user, and what became of its rows."""
 
-    file: Path
+    rows: Dataset
     counts: Counts
 
 
@@ -369,7 +369,7 @@ def _train_and_eval(source: _Source, tokenizing: _Tokenizing) -> tuple[_Stored, 
     if not spec.eval_fraction:
         return _store("data.train", source.train(), tokenizing), None
     if any(is_stream(reference) for reference in spec.train):
-        return _split_blocks(_store("data.train", source.train(), tokenizing), fraction=spec.eval_fraction)
+        return _split_blocks(source, tokenizing)
     held = _held_rows(sum(1 for _ in source.train()), fraction=spec.eval_fraction, seed=spec.seed)
     kept = (example for index, example in enumerate(source.train()) if index not in held)
     other = (example for index, example in enumerate(source.train()) if index in held)
@@ -395,14 +395,15 @@ def _store(where: str, examples: Iterator[Example], tokenizing: _Tokenizing) -> 
     if not counts.loss_tokens:
         arrow.remove(file)
         raise _no_loss(where, counts, tokenizing)
-    return _Stored(file, counts)
+    return _Stored(arrow.open_set(file), counts)
 
 
-def _split_blocks(stored: _Stored, *, fraction: float) -> tuple[_Stored, _Stored]:
+def _split_blocks(source: _Source, tokenizing: _Tokenizing) -> tuple[_Stored, _Stored]:
     """The last blocks of a stream are held out: neighbours in a text are too alike to draw at random."""
-    total = stored.counts
-    held = _held_count(total.examples, fraction=fraction)
-    first, last = arrow.split(stored.file, at=total.examples - held)
+    whole = _store("data.train", source.train(), tokenizing)
+    total = whole.counts
+    held = _held_count(total.examples, fraction=source.spec.eval_fraction)
+    first, last = arrow.split(Path(whole.rows.cache_files[0]["filename"]), at=total.examples - held)
     return _Stored(first, _share(total, total.examples - held)), _Stored(last, _share(total, held))
 
 

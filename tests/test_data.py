@@ -347,8 +347,17 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     del prepared
     gc.collect()
     bad.write_text(Path(good).read_text() + "{broken\n")
-    for spec in (DataSpec(train=(str(bad),)), DataSpec(train=(good,), max_length=2)):
+    (tmp_path / "c.txt").write_text("few blocks " * 4)
+    refused = [
+        DataSpec(train=(str(bad),)),
+        DataSpec(train=(good,), max_length=2),
+        DataSpec(train=(good,), eval=(str(bad),)),
+        DataSpec(train=(str(tmp_path / "c.txt"),), max_length=16, eval_fraction=0.9),
+    ]
+    for spec in refused:
         message_of(spec)
+    causal(str(tmp_path / "c.txt"), max_length=4, eval_fraction=0.5)
+    gc.collect()
     assert list(scratch.iterdir()) == []
     assert list(work.iterdir()) == []
 

@@ -25,7 +25,7 @@ def one_hot(classes: list[int], width: int) -> np.ndarray:
 
 
 def test_two_classes_give_the_f1_of_class_one() -> None:
-    """Counted by hand: 1 true and 1 false positive, 1 false and 2 true negatives; the mean over classes would be 7/12."""
+    """Counted by hand: 1 true and 1 false positive, 1 false and 2 true negatives; macro would be 7/12."""
     got = measure("sequence-classification", one_hot([1, 1, 0, 0, 0], 2), [1, 0, 1, 0, 0])
     assert got == pytest.approx({"accuracy": 0.6, "f1": 0.5, "matthews_correlation": 1 / 6})
 

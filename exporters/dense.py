@@ -37,11 +37,10 @@ from surgery.checkpoint import (
 )
 from surgery.delta import ADAPTER_FILE, ColumnDelta, patched_chunks, require_base
 from surgery.errors import CheckError, RequestError
-from surgery.manifest import MERGED, Base, Record, relative_path, versions
+from surgery.manifest import MERGED, UNDO_FILE, Base, Record, relative_path, versions
 from surgery.operate import Adapter, copy_small_files, find_base
 from surgery.plan import SurgeryPlan, Target, WholeTarget
 
-UNDO_FILE = "surgery.undo"
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 KEEP = "keep"
 
@@ -63,11 +62,6 @@ class OutFile:
     name: str
     header: bytes
     tensors: tuple[OutTensor, ...]
-
-
-def merged_name(plan: SurgeryPlan, base_name: str) -> str:
-    """What a tensor of the base is called in the merged checkpoint: a task's class may put a prefix before it."""
-    return base_name if base_name.startswith(plan.prefix) else plan.prefix + base_name
 
 
 def plan_files(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str, max_shard_bytes: int | None) -> list[OutFile]:
@@ -96,7 +90,7 @@ def plan_files(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str, max_shard_
 def _out_tensor(info: TensorInfo, plan: SurgeryPlan, whole: dict[str, WholeTarget], dtype: str) -> OutTensor:
     shape = whole[info.name].shape if info.name in whole else info.shape
     kind = DTYPES[dtype] if dtype != KEEP and info.dtype in FLOAT_DTYPES else info.dtype
-    return OutTensor(merged_name(plan, info.name), info.name, kind, shape)
+    return OutTensor(plan.merged_name(info.name), info.name, kind, shape)
 
 
 def _whole_tensor(target: WholeTarget, dtype: str) -> OutTensor:

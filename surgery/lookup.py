@@ -11,6 +11,13 @@ from surgery.errors import RequestError, closest
 METHODS = {"paca": "surgery.methods.paca:METHOD"}
 BACKENDS = {"local": "surgery.backends.local:BACKEND"}
 EXPORTERS = {"safetensors": "exporters.dense:EXPORTER", "lora": "exporters.lora:EXPORTER"}
+UNDO = "exporters.undo:undo"
+
+
+def resolve(reference: str) -> Any:
+    """What `module:attribute` names."""
+    module, attribute = reference.split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def load(table: Mapping[str, str], name: str, kind: str) -> Any:
@@ -18,8 +25,7 @@ def load(table: Mapping[str, str], name: str, kind: str) -> Any:
     if name not in table:
         raise RequestError(kind, f"unknown name {name!r}", expected=f"one of {', '.join(table)}",
                            fix=closest(name, table))  # fmt: skip
-    module, attribute = table[name].split(":")
-    record = getattr(importlib.import_module(module), attribute)
+    record = resolve(table[name])
     if record.name != name:
         raise RuntimeError(f"{table[name]} calls itself {record.name!r}, the table {name!r}")
     return record

@@ -17,6 +17,7 @@ from surgery.plan import SurgeryPlan
 
 SCHEMA = 1
 ADAPTER, MERGED = "adapter", "merged"
+UNDO_FILE = "surgery.undo"  # in a merged folder: all that the merge replaced
 _PACKAGES = ("checkpoint-surgery", "torch", "transformers", "safetensors", "accelerate")
 
 

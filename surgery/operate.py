@@ -336,14 +336,14 @@ def open_adapter(folder: str | Path) -> Adapter:
 # ---------------------------------------------------------------------------------------------------- a model in memory
 
 
-def load_base_model(root: Path, plan: SurgeryPlan) -> Any:
-    """The base under the plan's class, in the checkpoint's dtype, on the CPU. Raises: DamagedError."""
+def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None = None) -> Any:
+    """The base under the plan's class, on the CPU, in the checkpoint's dtype or in `dtype`. Raises: DamagedError."""
     config = configured(read_config(root), plan.config)
     model_class = class_for(config, plan.task)
-    dtype_key = "dtype" if TRANSFORMERS_5 else "torch_dtype"
+    wanted = {"dtype" if TRANSFORMERS_5 else "torch_dtype": dtype or "auto"}
     with quiet_loading():
         model, info = model_class.from_pretrained(
-            root, config=config, output_loading_info=True, ignore_mismatched_sizes=bool(plan.whole), **{dtype_key: "auto"}
+            root, config=config, output_loading_info=True, ignore_mismatched_sizes=bool(plan.whole), **wanted
         )
     whole = {target.parameter for target in plan.whole}
     lost = [name for name in info["missing_keys"] if name not in whole]

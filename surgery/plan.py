@@ -103,6 +103,10 @@ class SurgeryPlan:
     def trained_values(self) -> int:
         return sum(t.trained_values for t in self.targets) + sum(w.trained_values for w in self.whole)
 
+    def merged_name(self, base_name: str) -> str:
+        """What a tensor of the base is called in the merged checkpoint."""
+        return base_name if base_name.startswith(self.prefix) else self.prefix + base_name
+
     @property
     def id(self) -> str:
         """A digest of everything the plan says."""

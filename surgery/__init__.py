@@ -1,0 +1,42 @@
+"""checkpoint-surgery: train a few columns of a checkpoint's frozen weights, merge them exactly.
+
+What stands here is loaded on demand, so that importing the package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "PacaSpec": "surgery.methods.paca",
+    "TaskSpec": "surgery.survey",
+    "DataSection": "surgery.recipe",
+    "TrainSection": "surgery.recipe",
+    "apply": "surgery.operate",
+    "attach": "surgery.operate",
+    "collect": "surgery.operate",
+    "detach": "surgery.operate",
+    "load": "surgery.operate",
+    "plan_checkpoint": "surgery.operate",
+    "save": "surgery.operate",
+    "train": "surgery.train",
+    "verify": "surgery.verify",
+    "export": "surgery.workflow",
+    "run": "surgery.workflow",
+    "undo": "surgery.workflow",
+}
+
+__all__ = ["__version__", *_NAMES]  # noqa: PLE0604  the table is the list
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,402 @@
+"""The command line: parse, one library call, print.
+
+Results go to standard output, as text or with --json as one document; all else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surgery.errors import InterruptedRunError, RequestError, SurgeryError
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=HELP)
+@click.version_option(package_name="checkpoint-surgery", prog_name="surgery")
+@click.option("-v", "--verbose", is_flag=True, help="Show a traceback where something fails.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks on standard error.")
+@click.pass_context
+def cli(context: click.Context, *, verbose: bool, quiet: bool) -> None:
+    """Train a few columns of a checkpoint's frozen weights, and merge them exactly.
+
+    \b
+    surgery apply model/             plan the surgery: which layers, which columns
+    surgery train model-paca/ --data train.jsonl
+    surgery export model-paca/ --merge
+    surgery verify model-paca-merged/
+    """
+    context.obj = {"verbose": verbose, "quiet": quiet}
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def say(text: str) -> None:
+    """A remark for the person at the terminal."""
+    if not click.get_current_context().find_root().obj["quiet"]:
+        click.echo(text, err=True)
+
+
+def show(lines: Sequence[str], document: Any, *, as_json: bool) -> None:
+    """The result: lines for people, or one JSON document."""
+    click.echo(json.dumps(plain(document), indent=2) if as_json else "\n".join(lines))
+
+
+def plain(value: Any) -> Any:
+    """Records, paths and tuples as what JSON has."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options under one name, for what commands share."""
+
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+BASE = click.option("--base", help="The base's folder or hub id, where it is not where it was.")
+OUT = click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write.")
+FOLDER = click.Path(path_type=Path)
+TASK = options(
+    click.option("--task", default="", help="causal-lm, seq2seq, sequence-classification, token-classification or "
+                 "regression. Default: the checkpoint's own."),
+    click.option("--labels", default="", help="Class names, separated by commas. Default: those of the data."),
+)  # fmt: skip
+
+
+def split_list(values: Sequence[str]) -> tuple[str, ...]:
+    """Repeated options and comma-separated lists as one tuple; a `re:` pattern keeps its commas."""
+    parts: list[str] = []
+    for value in values:
+        parts += [value] if value.startswith("re:") else [part.strip() for part in value.split(",")]
+    return tuple(part for part in parts if part)
+
+
+def parse_rank_pattern(values: Sequence[str]) -> dict[str, int]:
+    """`pattern=rank` pairs. Raises: RequestError."""
+    pairs = {}
+    for value in values:
+        pattern, _, rank = value.rpartition("=")
+        if not pattern or not rank.isdigit():
+            raise RequestError("--rank-pattern", repr(value), expected="PATTERN=RANK, such as 'mlp.*=8'")
+        pairs[pattern] = int(rank)
+    return pairs
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--method", default="paca", show_default=True, help="The method of surgery.")
+@OUT
+@click.option("-r", "--rank", default=16, show_default=True, help="Input columns to train in each layer.")
+@click.option("--targets", multiple=True, default=["all-linear"], show_default=True,
+              help="Layers: all-linear, names, globs or re:PATTERN; commas separate, and it can be repeated.")  # fmt: skip
+@click.option("--exclude", multiple=True, help="Layers to leave out, in the same way.")
+@click.option("--rank-pattern", multiple=True, metavar="PATTERN=RANK", help="Another rank for some layers; the last wins.")
+@click.option("--alpha", type=float, help="Scale the update by alpha / rank while training. Default: no scaling.")
+@click.option("--select", default="random", show_default=True, help="How columns are chosen.")
+@click.option("--seed", default=0, show_default=True, help="With a layer's name it decides the columns.")
+@TASK
+@click.option("--plan", "plan_only", is_flag=True, help="Print what would be done, and touch nothing.")
+@OVERWRITE
+@JSON
+def apply(
+    model: str, *, method: str, out: Path | None, rank: int, targets: tuple[str, ...], exclude: tuple[str, ...],
+    rank_pattern: tuple[str, ...], alpha: float | None, select: str, seed: int, task: str, labels: str,
+    plan_only: bool, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Plan a surgery on MODEL (a folder or a hub id) and write a fresh adapter folder.
+
+    \b
+    surgery apply model/
+    surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
+    surgery apply model/ --plan
+    """
+    from surgery import operate, table, workflow
+    from surgery import show as showing
+    from surgery.checkpoint import Checkpoint
+    from surgery.lookup import METHODS, load
+    from surgery.survey import TaskSpec
+
+    spec = load(METHODS, method, "--method").spec_type(
+        rank=rank, targets=split_list(targets), exclude=split_list(exclude),
+        rank_pattern=parse_rank_pattern(rank_pattern), alpha=alpha, select=select, seed=seed,
+    )  # fmt: skip
+    wanted = TaskSpec(task, split_list([labels]))
+    folder = out or workflow.default_adapter_folder(model)
+    if plan_only:
+        checkpoint = Checkpoint.open(operate.find_model(model)[0])
+        plan = operate.plan_checkpoint(checkpoint, spec, wanted)
+        lines = [*table.plan_lines(plan), "", *showing.need_lines(checkpoint, plan)]
+        show(lines, {"plan": plan.to_dict(), "need": showing.needs(checkpoint, plan)}, as_json=as_json)
+        return
+    adapter = operate.apply(model, folder, spec, task=wanted, overwrite=overwrite)
+    lines = [*table.plan_lines(adapter.plan), "", f"Wrote {folder}. Next: surgery train {folder} --data FILE"]
+    show(lines, {"adapter": str(folder), "plan": adapter.plan.to_dict()}, as_json=as_json)
+
+
+@cli.command()
+@click.argument("adapter", type=FOLDER)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--data", multiple=True, help="Training data: JSONL, CSV, TSV, parquet, text or a dataset id; repeatable.")
+@click.option("--eval-data", multiple=True, help="Data to evaluate on, in the same way.")
+@TASK
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "hpu"]), help="Default: auto.")
+@click.option("--resume", type=click.Choice(["auto", "no"]), default="no", show_default=True,
+              help="auto: go on from the last checkpoint; a finished run is left alone.")  # fmt: skip
+@click.option("-c", "--config", type=click.Path(path_type=Path), help="A recipe whose data and train sections hold.")
+@BASE
+@click.option("--overwrite", is_flag=True, help="Throw the checkpoints of an interrupted run away.")
+@JSON
+def train(
+    adapter: Path, settings: tuple[str, ...], *, data: tuple[str, ...], eval_data: tuple[str, ...], task: str,
+    labels: str, device: str | None, resume: str, config: Path | None, base: str | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Train ADAPTER (made by `apply`) in place.
+
+    Settings are the keys of a recipe's data and train sections: `surgery settings` lists them.
+
+    \b
+    surgery train model-paca/ --data train.jsonl --eval-data eval.jsonl learning_rate=1e-3 epochs=2
+    surgery train model-paca/ --data sst2.tsv --task sequence-classification
+    surgery train model-paca/ --data train.jsonl --resume auto
+    """
+    from surgery import recipe as recipes
+    from surgery import show as showing
+    from surgery.survey import TaskSpec
+    from surgery.train import train as run_training
+
+    document: dict[str, Any] = {"model": str(adapter)}
+    if config:
+        loaded = recipes.read_recipe(config)
+        document |= {"data": loaded.data.model_dump(), "train": loaded.train.model_dump()}
+        task, labels = task or loaded.task, labels or ",".join(loaded.labels)
+    flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
+    for key, value in flags.items():
+        if value:
+            section, name = key.split(".")
+            document.setdefault(section, {})[name] = value
+    for text in settings:
+        recipes.apply_override(document, text)
+    recipe = recipes.check(recipes.Recipe, document, "settings")
+    result = run_training(adapter, recipe.data, recipe.train, task=TaskSpec(task, split_list([labels])), base=base,
+                          resume=resume, overwrite=overwrite)  # fmt: skip
+    lines = [*showing.result_lines(result), "", f"Next: surgery export {adapter} --merge"]
+    show(lines, result, as_json=as_json)
+
+
+@cli.command()
+@click.argument("adapter", type=FOLDER, required=False)
+@click.option("--merge", is_flag=True, help="Write the trained columns into a dense checkpoint (format safetensors).")
+@OUT
+@click.option("--format", "format_", default="safetensors", show_default=True, help="safetensors or lora.")
+@click.option("--dtype", default="keep", show_default=True, help="keep, fp32, bf16 or fp16: cast after the merge.")
+@click.option("--max-shard-size", help="Cut files anew, e.g. 5GB. Default: the base's own files.")
+@click.option("--no-verify", is_flag=True, help="Leave out the check of what was written.")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
+@BASE
+@OVERWRITE
+@JSON
+def export(
+    adapter: Path | None, *, merge: bool, out: Path | None, format_: str, dtype: str, max_shard_size: str | None,
+    no_verify: bool, prompts: tuple[str, ...], base: str | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Export ADAPTER: a dense checkpoint (--merge), or a LoRA adapter (--format lora).
+
+    Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` unless -o says
+    otherwise, and appears only after its check held.
+
+    \b
+    surgery export model-paca/ --merge
+    surgery export model-paca/ --merge -o out/ --max-shard-size 5GB
+    surgery export model-paca/ --format lora
+    """
+    from surgery import show as showing
+    from surgery import workflow
+
+    if merge == (format_ == "lora"):
+        found = "--merge with --format lora" if merge else f"--format {format_} without --merge"
+        raise RequestError("export", found, expected="--merge, or --format lora without it")
+    folder = workflow.find_adapter(adapter)
+    result = workflow.export(folder, out, format=format_, base=base, dtype=dtype, max_shard_size=max_shard_size,
+                             overwrite=overwrite, check=not no_verify, prompts=prompts)  # fmt: skip
+    show(showing.export_lines(result), result, as_json=as_json)
+
+
+@cli.command()
+@click.argument("merged", type=FOLDER)
+@click.option("--adapter", type=FOLDER, help="The adapter's folder, where it is not where it was.")
+@BASE
+@click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
+@click.option("--no-numeric", is_flag=True, help="Compare bytes only; do not run the models.")
+@JSON
+def verify(
+    merged: Path, *, adapter: Path | None, base: str | None, prompts: tuple[str, ...], no_numeric: bool, as_json: bool
+) -> None:
+    """Check that MERGED is its base with the trained columns, and nothing else. Exit code 3 where it is not.
+
+    \b
+    surgery verify model-paca-merged/
+    """
+    from surgery import verify as checks
+
+    result = checks.verify(merged, adapter=adapter, base=base, prompts=prompts, numeric=not no_numeric)
+    show(result.lines(), result, as_json=as_json)
+
+
+@cli.command()
+@click.argument("merged", type=FOLDER)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@OVERWRITE
+@JSON
+def undo(merged: Path, *, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Give back the base that MERGED was made from, byte for byte.
+
+    \b
+    surgery undo model-paca-merged/ -o model-again/
+    """
+    from surgery import workflow
+
+    folder = workflow.undo(merged, out, overwrite=overwrite)
+    show([f"Wrote {folder}: the base, byte for byte."], {"out": str(folder)}, as_json=as_json)
+
+
+@cli.command()
+@click.argument("path", type=FOLDER)
+@JSON
+def inspect(path: Path, *, as_json: bool) -> None:
+    """Say what PATH is: a checkpoint, an adapter or a merged folder.
+
+    \b
+    surgery inspect model-paca/
+    """
+    from surgery import inspection
+
+    result = inspection.inspect(path)
+    show(result.lines(), result.to_dict(), as_json=as_json)
+
+
+@cli.command()
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@JSON
+def diff(a: Path, b: Path, *, as_json: bool) -> None:
+    """Compare two checkpoints: which tensors and which columns differ, and by how much.
+
+    \b
+    surgery diff model/ model-paca-merged/
+    """
+    from surgery import compare
+
+    result = compare.compare(a, b)
+    show(result.lines(), result.to_dict(), as_json=as_json)
+
+
+@cli.command()
+@click.argument("recipe", type=FOLDER)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@OVERWRITE
+@JSON
+def run(recipe: Path, settings: tuple[str, ...], *, overwrite: bool, as_json: bool) -> None:
+    """Carry out RECIPE, a YAML file: apply, train, export, verify. A finished step is not repeated.
+
+    \b
+    surgery run recipe.yaml
+    surgery run recipe.yaml train.max_steps=50 paca.rank=8
+    """
+    from surgery import recipe as recipes
+    from surgery import show as showing
+    from surgery import workflow
+
+    result = workflow.run(recipes.read_recipe(recipe, settings), overwrite=overwrite, say=say)
+    show(showing.run_lines(result), result, as_json=as_json)
+
+
+@cli.command()
+@JSON
+def doctor(*, as_json: bool) -> None:
+    """Say what is usable here, what is missing, and why.
+
+    \b
+    surgery doctor
+    """
+    from surgery import doctor as examination
+
+    report = examination.examine()
+    show(report.lines(), report.to_dict(), as_json=as_json)
+
+
+@cli.command()
+@JSON
+def settings(*, as_json: bool) -> None:
+    """List every key of a recipe, with its default.
+
+    \b
+    surgery settings
+    """
+    from surgery import recipe as recipes
+
+    rows = recipes.describe_keys()
+    width = max(len(key) for key, _, _ in rows)
+    value_width = max(len(default) for _, default, _ in rows)
+    lines = [f"{key:{width}}  {default:{value_width}}  {text}".rstrip() for key, default, text in rows]
+    show(lines, [{"key": key, "default": default, "help": text} for key, default, text in rows], as_json=as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: run, turn every error into one line and its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = any(flag in arguments[:2] for flag in ("-v", "--verbose"))
+    try:
+        cli.main(args=arguments, prog_name="surgery", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(RequestError.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail(InterruptedRunError("surgery", "interrupted"), verbose=verbose)
+    except SurgeryError as error:
+        _fail(error, verbose=verbose)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001  the one place where the unexpected becomes one line
+        _fail(_unexpected(error), verbose=verbose)
+
+
+def _unexpected(error: Exception) -> SurgeryError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return SurgeryError("surgery", f"{kind}{text[:400]}", fix="surgery -v shows where")
+
+
+def _fail(error: SurgeryError, *, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+    click.echo(f"Error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

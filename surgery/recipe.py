@@ -1,0 +1,252 @@
+"""Recipes: one YAML file for a whole run, checked strictly before anything starts.
+
+Every key is known or an error that names the nearest one. Overrides (`train.max_steps=50`, or `max_steps=50` where only
+one section has such a key) go through the same checks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from surgery.data import DataSpec
+from surgery.errors import RecipeError, closest
+from surgery.methods.paca import PacaSpec
+from surgery.survey import TaskSpec
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as everyone who writes a learning rate expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML text as plain data. Raises: yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class PacaSection(_Section):
+    """What PaCA does; see `PacaSpec`."""
+
+    rank: int = Field(16, ge=1, description="trained input columns of each layer")
+    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, or all-linear")
+    exclude: list[str] = Field([], description="patterns of layers to leave out")
+    rank_pattern: dict[str, int] = Field({}, description="rank by pattern; the last match decides")
+    alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
+    select: str = Field("random", description="how columns are chosen")
+    seed: int = Field(0, ge=0, description="decides the columns")
+
+    def spec(self) -> PacaSpec:
+        """The method's own record."""
+        return PacaSpec(**{**self.model_dump(), "targets": tuple(self.targets), "exclude": tuple(self.exclude)})
+
+
+class DataSection(_Section):
+    """Which data and how they become batches; see `DataSpec`."""
+
+    train: list[str] = Field([], description="files or hub ids")
+    eval: list[str] = Field([], description="files or hub ids held out for evaluation")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="part of the training rows to hold out")
+    format: str = Field("auto", description="messages, prompt-completion, alpaca, sharegpt, text, pair, ..")
+    columns: dict[str, str] = Field({}, description="role: column name (or its number where there is no header)")
+    max_length: int = Field(1024, ge=2, description="tokens")
+    packing: bool = Field(default=True, description="join text and cut it to blocks of max_length")
+    pack_examples: bool = Field(default=False, description="pack prompts with completions and conversations as well")
+    max_rows: int | None = Field(None, ge=1, description="use only the first rows")
+    seed: int = Field(0, ge=0, description="decides which rows eval_fraction holds out")
+
+    def spec(self) -> DataSpec:
+        """The data module's own record. Raises DataError."""
+        return DataSpec(**{**self.model_dump(), "train": tuple(self.train), "eval": tuple(self.eval)})
+
+
+class TrainSection(_Section):
+    """How to train. Steps are optimizer steps."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="overrules epochs")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(8, ge=1, description="examples of one forward, on each device")
+    gradient_accumulation: int = Field(1, ge=1, description="forwards before each optimizer step")
+    eval_batch_size: int | None = Field(None, ge=1, description="batch_size where not given")
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="pulls the columns towards the pretrained ones")
+    max_grad_norm: float = Field(1.0, gt=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    seed: int = Field(0, ge=0, description="order of the data and dropout")
+    device: Literal["auto", "cpu", "cuda", "hpu"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where CUDA has it")
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps; at the end in any case")
+    eval_on_start: bool = Field(default=True, description="evaluate the untrained model first")
+    save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps; a tenth of the run if not given")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without improvement")
+    metric_for_best: str = Field("loss", description="what early stopping looks at: loss, accuracy, f1, ..")
+    threads: int | None = Field(None, ge=1, description="torch's threads on the CPU")
+
+
+class ExportSection(_Section):
+    """What to write in the end."""
+
+    out: str | None = Field(None, description="folder; the adapter's name with -merged if not given")
+    format: str = "safetensors"
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
+    max_shard_size: str | None = Field(None, description="for example 5GB; the base's own files if not given")
+    verify: bool = True
+
+
+class Recipe(_Section):
+    """A whole run. Relative paths are relative to the recipe's folder."""
+
+    model: str = Field(description="folder or hub id")
+    adapter: str | None = Field(None, description="folder; the model's name with -paca if not given")
+    method: str = "paca"
+    task: str = Field("", description="what the checkpoint's own architecture does, if not given")
+    labels: list[str] = Field([], description="class names; read from the data if not given")
+    paca: PacaSection = PacaSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    export: ExportSection = ExportSection()
+
+    def task_spec(self) -> TaskSpec:
+        """The task as the surgery takes it. Raises RequestError."""
+        return TaskSpec(self.task, tuple(self.labels))
+
+
+SECTIONS = ("paca", "data", "train", "export")
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML, with `key=value` overrides. Raises: RecipeError."""
+    try:
+        document = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), f"it cannot be read ({' '.join(str(error).split())[:200]})",
+                          expected="a YAML file") from error  # fmt: skip
+    if not isinstance(document, dict):
+        raise RecipeError(str(path), "no mapping", expected="keys such as model, data and train")
+    for text in overrides:
+        apply_override(document, text)
+    recipe = check(Recipe, document, str(path))
+    return _rooted(recipe, path.parent)
+
+
+def apply_override(document: dict[str, Any], text: str) -> None:
+    """Set `section.key=value`, the value read as YAML. Raises: RecipeError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError("override", repr(text), expected="key=value, such as train.max_steps=50")
+    *parents, last = qualified(key).split(".")
+    for parent in parents:
+        document = document.setdefault(parent, {})
+        if not isinstance(document, dict):
+            raise RecipeError("override", f"{key!r}: {parent} is no section", expected="section.key=value")
+    try:
+        document[last] = parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError("override", f"{text!r} does not parse", expected="a YAML value") from error
+
+
+def qualified(key: str) -> str:
+    """`max_steps` as `train.max_steps`. Raises: RecipeError for an unknown key, or one that several sections have."""
+    known = list(known_keys(Recipe))
+    first = key.split(".")[0]
+    if key in known or (first in Recipe.model_fields and "." in key) or first in Recipe.model_fields:
+        return key
+    homes = [full for full in known if full.split(".")[-1] == key]
+    if len(homes) > 1:
+        raise RecipeError("override", f"{key!r} could be {' or '.join(homes)}", expected="section.key=value")
+    if not homes:
+        tails = {full.split(".")[-1]: full for full in known}
+        raise RecipeError("override", f"unknown key {key!r}", expected="a key of the recipe",
+                          fix=closest(key, [*known, *tails]))  # fmt: skip
+    return homes[0]
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a recipe, dotted."""
+    for name, entry in model.model_fields.items():
+        kind = entry.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from known_keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def describe_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every key, dotted."""
+    rows: list[tuple[str, str, str]] = []
+    for name, entry in model.model_fields.items():
+        kind = entry.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += describe_keys(kind, f"{prefix}{name}.")
+        else:
+            default = "required" if entry.is_required() else json.dumps(entry.default)
+            rows.append((f"{prefix}{name}", default, entry.description or ""))
+    return rows
+
+
+def check(model: type[Any], document: dict[str, Any], where: str) -> Any:
+    """A section from plain data. Raises: RecipeError that names the first wrong key, and the nearest right one."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            siblings = _fields_at(model, first["loc"][:-1])
+            raise RecipeError(where, f"unknown key {key!r}", expected=f"one of {', '.join(siblings)}",
+                              fix=closest(str(first["loc"][-1]), siblings)) from error  # fmt: skip
+        found = "missing" if first["type"] == "missing" else repr(first["input"])
+        raise RecipeError(where, f"{key}: {found}", expected=_plain(first["msg"])) from error
+
+
+def _plain(message: str) -> str:
+    return message[:1].lower() + message[1:].removesuffix(".")
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        kind = model.model_fields[str(part)].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        model = kind
+    return list(model.model_fields)
+
+
+def _rooted(recipe: Recipe, folder: Path) -> Recipe:
+    """Relative paths that exist beside the recipe become paths to there; outputs always do."""
+
+    def source(text: str) -> str:
+        return str(folder / text) if (folder / text).exists() else text
+
+    def output(text: str | None) -> str | None:
+        return str(folder / text) if text else None
+
+    train, evals = [source(t) for t in recipe.data.train], [source(t) for t in recipe.data.eval]
+    changes: dict[str, Any] = {
+        "model": source(recipe.model),
+        "adapter": output(recipe.adapter),
+        "data": recipe.data.model_copy(update={"train": train, "eval": evals}),
+        "export": recipe.export.model_copy(update={"out": output(recipe.export.out)}),
+    }
+    return recipe.model_copy(update=changes)

@@ -1,0 +1,77 @@
+"""Results as lines for a person at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from surgery.checkpoint import Checkpoint, tensor_bytes
+from surgery.plan import SurgeryPlan
+from surgery.train import TrainResult
+from surgery.workflow import ExportResult, RunResult
+
+MASTER_BYTES = 4  # float32, like the gradient and AdamW's two moments
+OPTIMIZER_COPIES = 4
+
+
+def size(count_bytes: float) -> str:
+    """`1.07 MB`: decimal units."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.0f} {unit}" if unit == "bytes" else f"{count_bytes:.2f} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.2f} TB"
+
+
+def needs(checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, int]:
+    """Bytes that each step reads, writes and holds. Activations come on top of training's memory."""
+    originals = sum(tensor_bytes(t.dtype, (t.trained_values,)) for t in plan.targets)
+    adapter = plan.trained_values * MASTER_BYTES + originals + 8 * sum(t.rank for t in plan.targets)
+    return {
+        "apply_reads": sum(checkpoint[target.weight].size_bytes for target in plan.targets),
+        "adapter": adapter,
+        "training_memory": checkpoint.size_bytes + plan.trained_values * MASTER_BYTES * OPTIMIZER_COPIES + originals,
+        "checkpoint": 3 * plan.trained_values * MASTER_BYTES,
+        "merged": checkpoint.size_bytes + originals,
+    }
+
+
+def need_lines(checkpoint: Checkpoint, plan: SurgeryPlan) -> list[str]:
+    """What `needs` says, in words."""
+    need = {name: size(count) for name, count in needs(checkpoint, plan).items()}
+    return [
+        f"apply reads {need['apply_reads']} and writes {need['adapter']}",
+        f"train holds {need['training_memory']} (weights, columns, gradients, AdamW) plus activations; "
+        f"a checkpoint takes {need['checkpoint']}",
+        f"export --merge writes {need['merged']} and holds a few tens of MB",
+    ]
+
+
+def _metric_lines(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    lines = []
+    for name in sorted({*before, *after}):
+        values = [f"{m[name]:.4f}" if name in m else "not measured" for m in (before, after)]
+        lines.append(f"{name:24} {values[0]:>14} {values[1]:>14}")
+    return [f"{'held-out':24} {'before':>14} {'after':>14}", *lines] if lines else []
+
+
+def result_lines(result: TrainResult) -> list[str]:
+    """A training run."""
+    return [
+        *(f"data: {line}" for line in result.data),
+        *_metric_lines(result.before, result.after),
+        f"{result.steps} steps on {result.device} in {result.seconds:.1f} s, mean loss {result.loss:.4f}",
+        f"{result.trained_values:,} trained values, peak memory {size(result.peak_memory_bytes)}",
+    ]
+
+
+def export_lines(result: ExportResult) -> list[str]:
+    """An export."""
+    checks = result.verification.lines() if result.verification else []
+    return [f"Wrote {result.out}: {size(result.size_bytes)} in {result.seconds:.1f} s", *checks]
+
+
+def run_lines(result: RunResult) -> list[str]:
+    """A recipe's run."""
+    skipped = [f"done before and not repeated: {', '.join(result.skipped)}"] if result.skipped else []
+    checks = result.verification.lines() if result.verification else []
+    return [*skipped, *result_lines(result.training), *checks, f"adapter {result.adapter}", f"merged  {result.merged}"]

@@ -1,0 +1,532 @@
+"""The training run: an adapter folder and data in, the trained adapter folder out, checkpoints on the way.
+
+`checkpoints/` in the adapter folder holds `run.json` (what is being trained, and how) and `checkpoint-N` folders: the
+trained state exactly, optimizer, schedule, generators and the trainer's counters; never the base. Each appears whole,
+by rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import safetensors.torch
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback
+
+from surgery.checkpoint import Checkpoint, file_sha256, fsync_path, read_header, read_json, replace_file, write_file
+from surgery.compat import quiet_loading
+from surgery.data import Prepared, inspect_labels, prepare
+from surgery.errors import DamagedError, InterruptedRunError, RecipeError, RequestError
+from surgery.lookup import BACKENDS, METHODS, load as lookup
+from surgery.metrics import metrics_for, preprocess_for
+from surgery.operate import (
+    Adapter,
+    attach_plan,
+    collect,
+    find_base,
+    fresh_delta,
+    load_base_model,
+    open_adapter,
+    plan_checkpoint,
+    update_adapter,
+)
+from surgery.plan import SurgeryPlan
+from surgery.recipe import DataSection, TrainSection
+from surgery.survey import TASKS, TaskSpec
+
+CHECKPOINTS, RUN_FILE, LOG_FILE = "checkpoints", "run.json", "training_log.jsonl"
+STATE_FILE = "state.safetensors"
+# Settings that change neither the result nor the schedule: a resumed run may have others.
+FREE_SETTINGS = ("logging_steps", "save_total_limit", "eval_batch_size", "threads", "device")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did. `before` and `after` are the evaluation's metrics (empty without evaluation data)."""
+
+    adapter: Path
+    steps: int
+    trained_values: int
+    seconds: float
+    peak_memory_bytes: int
+    device: str
+    loss: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    data: tuple[str, ...]
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+def train(
+    folder: str | Path,
+    data: DataSection,
+    settings: TrainSection | None = None,
+    *,
+    task: TaskSpec | None = None,
+    base: str | Path | None = None,
+    resume: str = "no",
+    overwrite: bool = False,
+) -> TrainResult:
+    """Train an adapter folder in place.
+
+    resume: `no`, or `auto` to go on from the last checkpoint of an interrupted run with the same settings (a finished
+    one is left alone). overwrite: throw the checkpoints of an interrupted run away.
+    Raises: DataError, RecipeError, RequestError, DamagedError, BaseMismatchError, InterruptedRunError.
+    """
+    settings = settings or TrainSection()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
+    device = backend.choose_device(settings.device)
+    adapter = _for_task(open_adapter(folder), data, task or TaskSpec(), base)
+    run = _Run.describe(adapter, data, settings)
+    checkpoint = _where_to_start(adapter, run, resume=resume, overwrite=overwrite)
+    if checkpoint == FINISHED:
+        return _result_of(adapter)
+    tokenizer = read_tokenizer(adapter.folder)
+    prepared = prepare(data.spec(), task=adapter.plan.task, tokenizer=tokenizer, labels=_labels(adapter.plan))
+    with _interruptible() as interruption:
+        return _run(adapter, prepared, settings, backend, device, base, checkpoint, run, interruption)
+
+
+def _run(
+    adapter: Adapter,
+    prepared: Prepared,
+    settings: TrainSection,
+    backend: Any,
+    device: str,
+    base: str | Path | None,
+    checkpoint: str,
+    run: _Run,
+    interruption: Interruption,
+) -> TrainResult:
+    started = time.monotonic()
+    model, autocast = _load_for_training(adapter, base, settings, device)
+    folder = adapter.folder / CHECKPOINTS
+    steps = count_steps(settings, len(prepared.train))
+    arguments = backend.training_arguments(
+        settings, folder=folder, device=device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
+    )
+    trainer = _trainer(backend, model, arguments, prepared, adapter, settings, interruption)
+    run.write(folder)
+    before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(checkpoint))
+    interruption.is_training = True
+    outcome = trainer.train(resume_from_checkpoint=checkpoint or None)
+    interruption.is_training = False
+    if interruption.requested:
+        last = latest_checkpoint(folder)
+        where = last.name if last else "no checkpoint"
+        raise InterruptedRunError("train", f"stopped at step {trainer.state.global_step}, {where} is whole",
+                                  fix="Go on with --resume auto")  # fmt: skip
+    after = _last_evaluation(trainer, prepared)
+    result = TrainResult(
+        adapter.folder, trainer.state.global_step, adapter.plan.trained_values, time.monotonic() - started,
+        backend.peak_memory_bytes(device), device, float(outcome.training_loss), before, after,
+        tuple(prepared.report.lines()),
+    )  # fmt: skip
+    training = {**asdict(result), "adapter": "", "settings": settings.model_dump(), "run": run.digest}
+    update_adapter(adapter, collect(model), replace(adapter.record.manifest, training=training))
+    run.write(folder, finished=True)
+    return result
+
+
+def _result_of(adapter: Adapter) -> TrainResult:
+    """The result of a run that is finished, from the record."""
+    training = adapter.record.manifest.training
+    names = [name for name in TrainResult.__dataclass_fields__ if name not in ("adapter", "data")]
+    return TrainResult(adapter=adapter.folder, data=tuple(training["data"]), **{name: training[name] for name in names})
+
+
+def count_steps(settings: TrainSection, examples: int) -> int:
+    """Optimizer steps of the whole run: the last, smaller batch of an epoch counts."""
+    if settings.max_steps:
+        return settings.max_steps
+    batches = math.ceil(examples / settings.batch_size)
+    return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation) * settings.epochs))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies with an adapter. Raises: RequestError."""
+    try:
+        with quiet_loading():
+            return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(str(folder), f"its tokenizer does not load ({first_line[:160]})",
+                           expected="the base's tokenizer files") from error  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- the task
+
+
+def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> Adapter:
+    """The adapter, planned for the task: a fresh one is planned anew where the task asks for another head."""
+    plan = adapter.plan
+    name = task.name or plan.task
+    if name == "features":
+        known = ", ".join(known for known in TASKS if known not in ("features", "image-classification"))
+        raise RequestError("--task", f"a {plan.architecture} has no task of its own", expected=f"one of {known}")
+    if name == "image-classification":
+        raise RequestError("--task", "images cannot be read yet", expected="a task on text",
+                           fix="Train in Python with surgery.attach and your own loop")  # fmt: skip
+    labels = task.labels or (_labels(plan) if name == plan.task else ()) or inspect_labels(data.spec(), name)
+    if name == plan.task and (not labels or labels == _labels(plan)):
+        return adapter
+    if adapter.record.manifest.training:
+        raise RequestError("--task", f"{name} with labels {', '.join(labels) or 'none'}",
+                           expected=f"{plan.task} with labels {', '.join(_labels(plan)) or 'none'}, as trained so far",
+                           fix="Apply again to train another task")  # fmt: skip
+    checkpoint = Checkpoint.open(find_base(adapter.record, adapter.folder, base))
+    spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
+    delta = fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, TaskSpec(name, labels)))
+    return update_adapter(adapter, delta, adapter.record.manifest)
+
+
+def _labels(plan: SurgeryPlan) -> tuple[str, ...]:
+    names = plan.config.get("id2label", {})
+    return () if plan.task == "regression" else tuple(names[key] for key in sorted(names, key=int))
+
+
+def _load_for_training(
+    adapter: Adapter, base: str | Path | None, settings: TrainSection, device: str
+) -> tuple[Any, str]:
+    """The attached model on the CPU and the autocast it trains under (fp32: none).
+
+    Weights keep the checkpoint's dtype, but fp16 on a CPU computes in fp32 (what is trained still rounds to fp16).
+    Heads train in fp32, which beside 16-bit weights needs autocast.
+    """
+    root = find_base(adapter.record, adapter.folder, base)
+    dtype = torch.float32 if device == "cpu" and _is_half(adapter.plan) else None
+    model = load_base_model(root, adapter.plan, dtype=dtype)
+    attach_plan(model, adapter.plan, adapter.delta)
+    model.config.use_cache = False
+    autocast = settings.precision
+    if autocast == "auto":
+        autocast = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if adapter.plan.whole and model.dtype != torch.float32:
+        for target in adapter.plan.whole:
+            module_name, _, name = target.parameter.rpartition(".")
+            parameter = model.get_submodule(module_name)._parameters[name]  # noqa: SLF001
+            parameter.data = adapter.delta.whole[target.parameter].values.to(torch.float32)
+        autocast = "bf16" if model.dtype == torch.bfloat16 else "fp16"
+    return model, autocast
+
+
+def _is_half(plan: SurgeryPlan) -> bool:
+    return any(target.dtype == "F16" for target in plan.targets)
+
+
+# ---------------------------------------------------------------------------------------------------- resuming, or not
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run is: its plan, its settings, its data. Two runs with the same digest give the same result."""
+
+    plan: str
+    settings: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+    @classmethod
+    def describe(cls, adapter: Adapter, data: DataSection, settings: TrainSection) -> _Run:
+        kept = {k: v for k, v in settings.model_dump().items() if k not in FREE_SETTINGS}
+        files = {name: file_sha256(Path(name)) for name in (*data.train, *data.eval) if Path(name).is_file()}
+        return cls(adapter.plan.id, kept, {**data.model_dump(), "sha256": files})
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def write(self, folder: Path, *, finished: bool = False) -> None:
+        folder.mkdir(exist_ok=True)
+        document = {"digest": self.digest, "finished": finished, **asdict(self)}
+        replace_file(folder / RUN_FILE, json.dumps(document, indent=2) + "\n")
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """The settings in which an earlier run was different, by name."""
+        ours: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        flat = [("plan", ours["plan"], other.get("plan"))]
+        for part in ("settings", "data"):
+            theirs = other.get(part, {})
+            flat += [(f"{part}.{key}", value, theirs.get(key)) for key, value in ours[part].items()]
+        return [name for name, mine, theirs in flat if mine != theirs]
+
+
+def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool) -> str:
+    """The checkpoint to go on from, FINISHED, or the empty string for a fresh start."""
+    folder = adapter.folder / CHECKPOINTS
+    if resume not in ("auto", "no"):
+        raise RequestError("--resume", repr(resume), expected="auto or no")
+    if resume == "auto" and adapter.record.manifest.training.get("run") == run.digest:
+        return FINISHED
+    earlier = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
+    if earlier and not earlier.get("finished") and not overwrite:
+        if resume == "no":
+            raise RequestError(str(folder), "an interrupted run", expected="a decision",
+                               fix="Go on with --resume auto, or drop its checkpoints with --overwrite")  # fmt: skip
+        if earlier.get("digest") != run.digest:
+            changed = ", ".join(run.differences(earlier)) or "settings"
+            raise RequestError(str(folder), f"an interrupted run with other {changed}", expected="the same settings",
+                               fix="Give the settings it was started with, or drop it with --overwrite")  # fmt: skip
+        last = latest_checkpoint(folder)
+        return str(last) if last else ""
+    shutil.rmtree(folder, ignore_errors=True)
+    return ""
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    return max(found, key=_step_of, default=None)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+# ----------------------------------------------------------------------------------------------------------- the trainer
+
+
+class SurgeryCheckpoints:
+    """Mixed into a backend's Trainer: checkpoints hold what trains and not the base, and appear by rename."""
+
+    surgery_plan: SurgeryPlan
+    surgery_keep: int
+    surgery_staging: str | None = None
+    args: Any
+    model: Any
+    state: Any
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.surgery_staging or super()._get_output_dir(trial)  # type: ignore[misc,no-any-return]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        staging, name = folder / f".partial-{os.getpid()}", f"checkpoint-{self.state.global_step}"
+        for stale in folder.glob(".partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        self.surgery_staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            self._name_best(folder, name)
+            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            for path in (staging / name).iterdir():
+                fsync_path(path)
+            fsync_path(staging / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (staging / name).rename(folder / name)
+            fsync_path(folder)
+        finally:
+            self.surgery_staging = None
+            shutil.rmtree(staging, ignore_errors=True)
+        self._drop_old(folder)
+
+    def _name_best(self, folder: Path, name: str) -> None:
+        best = f"checkpoint-{self.state.best_global_step}"
+        is_there = best == name or (folder / best).is_dir()
+        self.state.best_model_checkpoint = str(folder / best) if self.state.best_global_step and is_there else None
+
+    def _drop_old(self, folder: Path) -> None:
+        kept = sorted(folder.glob("checkpoint-*"), key=_step_of)[-self.surgery_keep :]
+        for path in folder.glob("checkpoint-*"):
+            if path not in kept and str(path) != self.state.best_model_checkpoint:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
+        if self.args.should_save and output_dir:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            write_state(self.model, self.surgery_plan, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read_state(model or self.model, self.surgery_plan, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        read_state(self.model, self.surgery_plan, Path(self.state.best_model_checkpoint))
+
+
+def write_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
+    """Every trainable parameter, exactly as it is."""
+    names = lookup(METHODS, plan.method, "--method").trainable_names(plan)
+    tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in sorted(names)}
+    write_file(folder / STATE_FILE, safetensors.torch.save(tensors, {"plan": plan.id}))
+
+
+def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
+    """The inverse of `write_state`. Raises: DamagedError, RequestError for a state of another plan."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise DamagedError(str(folder), f"no {STATE_FILE}", expected="a training checkpoint")
+    if read_header(path).metadata.get("plan") != plan.id:
+        raise RequestError(str(path), "the state of another plan", expected=f"plan {plan.id}")
+    tensors = safetensors.torch.load(path.read_bytes())
+    names = lookup(METHODS, plan.method, "--method").trainable_names(plan)
+    if set(tensors) != names:
+        raise DamagedError(str(path), "its tensors are not the plan's", expected=f"{len(names)} tensors")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def _trainer(
+    backend: Any,
+    model: Any,
+    arguments: Any,
+    prepared: Prepared,
+    adapter: Adapter,
+    settings: TrainSection,
+    interruption: Interruption,
+) -> Any:
+    trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, backend.trainer_class()), {})
+    callbacks = [Progress(), LogFile(adapter.folder / LOG_FILE), StopWhenAsked(interruption)]
+    if settings.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+    if settings.early_stopping_patience and prepared.eval is None:
+        raise RecipeError("train.early_stopping_patience", "no evaluation data", expected="data.eval or eval_fraction")
+    task = adapter.plan.task
+    trainer: Any = trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
+        data_collator=prepared.collator,
+        compute_metrics=metrics_for(task),
+        preprocess_logits_for_metrics=preprocess_for(task),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.surgery_plan, trainer.surgery_keep = adapter.plan, settings.save_total_limit
+    return trainer
+
+
+def _first_evaluation(
+    trainer: Any, folder: Path, settings: TrainSection, prepared: Prepared, *, resumed: bool
+) -> dict[str, float]:
+    """The metrics before the first step, kept in a file so that a resumed run still knows them."""
+    path = folder / "before.json"
+    if resumed and path.is_file():
+        return {name: float(value) for name, value in read_json(path).items()}
+    if prepared.eval is None or not settings.eval_on_start:
+        return {}
+    metrics = _metrics(trainer.evaluate())
+    replace_file(path, json.dumps(metrics) + "\n")
+    return metrics
+
+
+def _last_evaluation(trainer: Any, prepared: Prepared) -> dict[str, float]:
+    return _metrics(trainer.evaluate()) if prepared.eval is not None else {}
+
+
+def _metrics(raw: Mapping[str, float]) -> dict[str, float]:
+    """The metrics without the trainer's timings and without its prefix."""
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {name.removeprefix("eval_"): float(value) for name, value in raw.items()}
+    return {name: value for name, value in named.items() if name not in (*timings, "epoch")}
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar on standard error."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:  # noqa: ARG002
+        if hasattr(self, "bar") and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.bar.close()
+
+
+class LogFile(TrainerCallback):  # type: ignore[misc]
+    """`training_log.jsonl`: what the trainer logs, a line each. A resumed run drops the lines it will write again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        lines = self.path.read_text().splitlines() if self.path.is_file() and state.global_step else []
+        kept = [line for line in _whole_lines(lines) if json.loads(line)["step"] <= state.global_step]
+        replace_file(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:  # noqa: ARG002
+        entry = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 3), **logs}
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _whole_lines(lines: list[str]) -> Iterator[str]:
+    """A killed run may have left half a line at the end."""
+    for line in lines:
+        try:
+            json.loads(line)
+        except ValueError:
+            return
+        yield line
+
+
+# --------------------------------------------------------------------------------------------------------------- signals
+
+
+@dataclass
+class Interruption:
+    """Whether someone asked to stop, and whether a step is running that should end first."""
+
+    requested: bool = False
+    is_training: bool = False
+
+
+class StopWhenAsked(TrainerCallback):  # type: ignore[misc]
+    """Saves and stops at the end of the step in which a signal came."""
+
+    def __init__(self, interruption: Interruption) -> None:
+        self.interruption = interruption
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if self.interruption.requested:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+
+@contextmanager
+def _interruptible() -> Iterator[Interruption]:
+    """SIGINT and SIGTERM end the step, save, and stop; a second one, or one outside training, stops at once."""
+    interruption = Interruption()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if interruption.requested or not interruption.is_training:
+            raise InterruptedRunError("train", f"stopped by {signal.Signals(number).name}", fix="Start it again")
+        interruption.requested = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr)  # noqa: T201
+
+    try:
+        earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever runs it handles signals
+        earlier = {}
+    try:
+        yield interruption
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+

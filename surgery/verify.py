@@ -1,0 +1,317 @@
+"""Is the export what was trained? By bytes against the base and the adapter, and by running both.
+
+The byte checks share no code with the writer: they read base and merged side by side and look at what differs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from surgery.checkpoint import (
+    RECORD_FILE,
+    Checkpoint,
+    TensorFile,
+    TensorInfo,
+    file_sha256,
+    replace_file,
+    tensor_from_bytes,
+    tensor_to_bytes,
+    torch_dtype,
+)
+from surgery.compat import TRANSFORMERS_5, quiet_loading
+from surgery.delta import ADAPTER_FILE, bits
+from surgery.errors import CheckError, DamagedError, SurgeryError
+from surgery.manifest import MERGED, UNDO_FILE, Check, Record, read_record
+from surgery.operate import Adapter, attach_plan, evaluating, find_base, load_base_model, open_adapter
+from surgery.plan import Target
+from surgery.survey import class_for, read_config
+
+PROMPTS = (
+    "Once upon a time there was a little girl who",
+    "The surgeon looked at the chart and said:",
+    "def add(a, b):\n    return",
+    "7, 14, 21, 28,",
+)
+RANDOM_TOKENS = 24
+LOGITS_BYTES_FACTOR = 1.3  # loading needs the weights and, for a while, one more shard's worth
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked. `max_logit_difference` is None where the models were not run."""
+
+    checks: tuple[Check, ...]
+    max_logit_difference: float | None
+
+    def lines(self) -> list[str]:
+        """One line a check."""
+        return [f"{check.result:8} {check.name}: {check.detail}" for check in self.checks]
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """What is compared: the merged folder, its base, its record, its undo file and, where it is at hand, its adapter."""
+
+    merged: Checkpoint
+    base: Checkpoint
+    record: Record
+    undo: TensorFile
+    adapter: Adapter | None
+    why_no_adapter: str
+
+
+def verify(
+    folder: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    base: str | Path | None = None,
+    prompts: Sequence[str] = (),
+    numeric: bool = True,
+) -> Verification:
+    """Check a merged folder and write the outcome into its record.
+
+    Raises: CheckError where a check does not hold; NotAModelError, DamagedError, BaseMismatchError.
+    """
+    folder = Path(folder)
+    sides = _open_sides(folder, adapter, base)
+    checks = [_check_names(sides), _check_untouched(sides), *_check_targets(sides)]
+    check, difference = _check_logits(sides, tuple(prompts) or PROMPTS) if numeric else (_skipped("--no-numeric"), None)
+    checks.append(check)
+    manifest = replace(sides.record.manifest, checks=tuple(checks))
+    replace_file(folder / RECORD_FILE, replace(sides.record, manifest=manifest).to_json())
+    return Verification(tuple(checks), difference)
+
+
+def _open_sides(folder: Path, adapter: str | Path | None, base: str | Path | None) -> _Sides:
+    record = read_record(folder, MERGED)
+    undo_path = folder / UNDO_FILE
+    if not undo_path.is_file():
+        raise DamagedError(str(folder), f"no {UNDO_FILE}", expected="a whole merged folder", fix="Export again")
+    opened, why = _find_adapter(record, folder, adapter)
+    root = find_base(record, folder, base)
+    return _Sides(Checkpoint.open(folder), Checkpoint.open(root), record, TensorFile(undo_path), opened, why)
+
+
+def _find_adapter(record: Record, folder: Path, named: str | Path | None) -> tuple[Adapter | None, str]:
+    """The adapter of a merge, or why it is not at hand. One that was named must be usable."""
+    source = record.manifest.adapter
+    path = Path(named) if named else folder / source.get("path", "")
+    if not named and not (path / ADAPTER_FILE).is_file():
+        return None, f"its adapter {source.get('path', '')!r} is not there"
+    try:
+        if file_sha256(path / ADAPTER_FILE) == source.get("sha256"):
+            return open_adapter(path), ""
+    except (SurgeryError, OSError):
+        if named:
+            raise
+    if named:
+        raise CheckError(str(path), "it is not the adapter that was merged", expected="the recorded digest")
+    return None, "its adapter has changed since"
+
+
+def _skipped(why: str) -> Check:
+    return Check("logits", "not run", why)
+
+
+def _dtype_of(sides: _Sides, info: TensorInfo) -> str:
+    return sides.merged[sides.record.plan.merged_name(info.name)].dtype
+
+
+def _check_names(sides: _Sides) -> Check:
+    """Nothing is lost and nothing is added but new heads."""
+    plan = sides.record.plan
+    expected = {plan.merged_name(name) for name in sides.base} | {w.weight for w in plan.whole if not w.sha256}
+    difference = sorted(expected ^ set(sides.merged))
+    if difference:
+        raise CheckError(str(sides.merged.root), f"{len(difference)} tensors missing or surplus, first {difference[0]!r}",
+                         expected="the base's tensors and new heads")  # fmt: skip
+    heads = {w.weight for w in plan.whole}
+    for name, info in sides.base.items():
+        if name not in heads and sides.merged[plan.merged_name(name)].shape != info.shape:
+            raise CheckError(name, "another shape than in the base", expected=str(info.shape))
+    return Check("names", "passed", f"all {len(sides.base)} tensors of the base are there, {len(heads)} trained whole")
+
+
+def _chunk_pairs(sides: _Sides, name: str) -> Iterator[tuple[int, bytes | memoryview, bytes | memoryview]]:
+    """(first row, base, merged) by rows; the base cast to the merged dtype."""
+    info, kind = sides.base[name], _dtype_of(sides, sides.base[name])
+    merged_name = sides.record.plan.merged_name(name)
+    merged = sides.merged.row_chunks(merged_name) if kind == info.dtype else _same_rows(sides, name, merged_name)
+    for (first, ours), (_, theirs) in zip(sides.base.row_chunks(name), merged, strict=True):
+        if kind != info.dtype:
+            cast = tensor_from_bytes(bytearray(ours), info.dtype, (-1,)).to(torch_dtype(kind))
+            yield first, tensor_to_bytes(cast), theirs
+        else:
+            yield first, ours, theirs
+
+
+def _same_rows(sides: _Sides, name: str, merged_name: str) -> Iterator[tuple[int, memoryview]]:
+    """The merged tensor cut where the base's chunks are cut: its values have another width."""
+    base, merged = sides.base[name], sides.merged[merged_name]
+    rows = max(1, base.shape[0]) if base.shape else 1
+    row_bytes = merged.size_bytes // rows
+    step = max(1, (8 << 20) // max(1, base.size_bytes // rows))
+    for number, chunk in enumerate(sides.merged.chunks(merged_name, max(1, step * row_bytes))):
+        yield number * step, chunk
+
+
+def _check_untouched(sides: _Sides) -> Check:
+    """Every tensor that the plan does not name is the base's, byte for byte (or cast, where the export cast)."""
+    plan = sides.record.plan
+    touched = {t.weight for t in plan.targets} | {w.weight for w in plan.whole}
+    names = [name for name in sides.base if name not in touched]
+    for name in names:
+        for _, ours, theirs in _chunk_pairs(sides, name):
+            if ours != theirs:
+                raise CheckError(name, "it differs from the base", expected="the base's bytes: it was not trained",
+                                 fix="Export again")  # fmt: skip
+    return Check("untouched tensors", "passed", f"{len(names)} equal the base's byte for byte")
+
+
+def _check_targets(sides: _Sides) -> list[Check]:
+    """Of each target only planned columns differ, all of them hold what was trained, and they did move."""
+    moved = unmoved = 0
+    for target in sides.record.plan.targets:
+        columns = sides.undo.read(f"{target.module}.columns")
+        written, differs = _compare_target(sides, target, columns)
+        if sides.adapter and written is not None:
+            stored = sides.adapter.delta.patches[target.module].stored().to(written.dtype)
+            if not torch.equal(bits_of(stored), bits_of(written)):
+                raise CheckError(target.weight, "its columns are not what was trained", expected="the adapter's values",
+                                 fix="Export again")  # fmt: skip
+            if differs != bool((bits_of(stored) != bits_of(_original(sides, target).to(stored.dtype))).any()):
+                raise CheckError(target.weight, "it equals the base", expected="the trained columns")
+        moved, unmoved = moved + differs, unmoved + (not differs)
+    detail = f"{moved} layers differ from the base in planned columns only"
+    if unmoved:
+        detail += f"; {unmoved} equal it: training did not move them, or rounding to the base's dtype undid it"
+    values = Check("trained columns", "passed", "all values are the adapter's")
+    if not sides.adapter:
+        values = Check("trained columns", "not run", sides.why_no_adapter)
+    return [Check("planned columns", "passed", detail), values]
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """A tensor's bit pattern, so that -0.0 and NaN compare as bytes do."""
+    return torch.from_numpy(bits(tensor).view(f"i{tensor.element_size()}").copy())
+
+
+def _original(sides: _Sides, target: Target) -> Tensor:
+    return sides.undo.read(f"{target.module}.original")
+
+
+def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Tensor, bool]:
+    """The merged columns (out, r), and whether anything differs. Raises CheckError where another column does."""
+    kind = _dtype_of(sides, sides.base[target.weight])
+    written = torch.empty((target.out_features, target.rank), dtype=torch_dtype(kind))
+    picked, wanted = bits(written), columns.numpy()
+    planned = np.zeros(target.in_features, bool)
+    planned[wanted] = True
+    differs = False
+    for first, ours, theirs in _chunk_pairs(sides, target.weight):
+        base_rows = np.frombuffer(ours, picked.dtype).reshape(-1, target.shape[1])
+        rows = np.frombuffer(theirs, picked.dtype).reshape(-1, target.shape[1])
+        unequal = rows != base_rows
+        differs = differs or bool(unequal.any())
+        here = slice(first, first + len(rows))
+        stray = unequal[:, ~planned] if target.input_axis == 1 else unequal[~planned[here]]
+        if stray.any():
+            raise CheckError(target.weight, "columns outside the plan differ from the base",
+                             expected=f"only its {target.rank} planned columns to differ", fix="Export again")  # fmt: skip
+        if target.input_axis == 1:
+            picked[here] = rows[:, wanted]
+        else:
+            inside = np.flatnonzero(planned[here])
+            picked[:, np.searchsorted(wanted, inside + first)] = rows[inside].T
+    return written, differs
+
+
+# ---------------------------------------------------------------------------------------------------------- by running
+
+
+def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float | None]:
+    """Base with adapter against the merged folder loaded afresh, one after the other."""
+    if not sides.adapter:
+        return _skipped(sides.why_no_adapter), None
+    needed = int(sides.merged.size_bytes * LOGITS_BYTES_FACTOR)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        return _skipped(f"needs {needed:,} bytes of memory, {free:,} are free; the byte checks above are complete"), None
+    inputs = model_inputs(sides.merged.root, prompts)
+    trained = load_base_model(sides.base.root, sides.record.plan)
+    attach_plan(trained, sides.record.plan, sides.adapter.delta)
+    expected = run_model(trained, inputs)
+    del trained
+    gc.collect()
+    found = run_model(load_merged(sides.merged.root), inputs)
+    difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(expected, found, strict=True))
+    is_cast = sides.record.manifest.export.get("dtype", "keep") != "keep"
+    if not is_cast and any(not torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
+        raise CheckError(str(sides.merged.root), f"its logits differ from the trained model's by up to {difference:.3g}",
+                         expected="no difference", fix="Please report this with `surgery doctor --json`")  # fmt: skip
+    said = f"largest difference to base + adapter {difference:.3g} on {len(inputs)} prompts"
+    return Check("logits", "passed", said + (", from the cast asked for" if is_cast else "")), difference
+
+
+def load_merged(folder: Path) -> Any:
+    """A merged (or any) checkpoint as transformers loads it, in its own dtype."""
+    config = read_config(folder)
+    model_class = class_for(config, "features") if not config.architectures else _own_class(config)
+    dtype_key = "dtype" if TRANSFORMERS_5 else "torch_dtype"
+    with quiet_loading():
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **{dtype_key: "auto"})
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lost = [*info["missing_keys"], *info["mismatched_keys"]]
+        raise CheckError(str(folder), f"transformers misses {lost[0]!r}", expected="every weight of the model")
+    return model
+
+
+def _own_class(config: Any) -> Any:
+    from surgery.survey import own_task
+
+    return class_for(config, own_task(config))
+
+
+def model_inputs(folder: Path, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+    """One batch a prompt; without a tokenizer, token numbers or pixels drawn from a fixed seed."""
+    config = read_config(folder)
+    if hasattr(config, "image_size") and hasattr(config, "num_channels"):
+        return [{"pixel_values": pixels} for pixels in _random_pixels(config, len(prompts))]
+    try:
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        batches = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
+        return [{"input_ids": b["input_ids"], "attention_mask": b["attention_mask"]} for b in batches]
+    except (OSError, ValueError, KeyError, AttributeError, ImportError):
+        size = config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        return [{"input_ids": torch.randint(0, size, (1, RANDOM_TOKENS), generator=generator)} for _ in prompts]
+
+
+def _random_pixels(config: Any, count: int) -> list[Tensor]:
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn((1, config.num_channels, height, width), generator=generator) for _ in range(count)]
+
+
+def run_model(model: Any, inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The model's first output (logits, or the last hidden state) for each batch."""
+    results = []
+    with evaluating(model):
+        for batch in inputs:
+            given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+            if model.config.is_encoder_decoder:
+                given["decoder_input_ids"] = given["input_ids"][:, :4]
+            results.append(model(**given)[0])
+    return results

@@ -1,0 +1,201 @@
+"""The whole way: export with its check, undo, and a recipe from model to verified checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import RECORD_FILE, Checkpoint, parse_size
+from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError
+from surgery.lookup import EXPORTERS, METHODS, UNDO, resolve
+from surgery.lookup import load as lookup
+from surgery.manifest import ADAPTER, MERGED, read_document, read_record
+from surgery.operate import Adapter, apply, find_model, open_adapter, plan_checkpoint
+from surgery.plan import SurgeryPlan
+from surgery.recipe import Recipe
+from surgery.survey import TaskSpec
+from surgery.train import TrainResult, train
+from surgery.verify import Verification, verify
+
+VERIFIED_FORMATS = ("safetensors",)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote. `verification` is None where it was not asked for, or the format has none."""
+
+    out: Path
+    format: str
+    seconds: float
+    size_bytes: int
+    verification: Verification | None
+
+
+def default_adapter_folder(model: str) -> Path:
+    """`model/` -> `model-paca` beside it; a hub id's last part -> here."""
+    path = Path(model)
+    return path.with_name(f"{path.resolve().name}-paca") if path.is_dir() else Path(f"{model.rsplit('/', 1)[-1]}-paca")
+
+
+def find_adapter(folder: str | Path | None, *, here: Path | None = None) -> Path:
+    """The adapter folder named, or the one we are in, or the only one in this folder. Raises: RequestError."""
+    if folder is not None:
+        return Path(folder)
+    here = here or Path.cwd()
+    if _is_adapter(here):
+        return here
+    found = sorted(path for path in here.iterdir() if path.is_dir() and _is_adapter(path))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise RequestError(str(here), f"{len(found)} adapter folders here ({names})", expected="exactly one",
+                           fix="Name the adapter's folder")  # fmt: skip
+    return found[0]
+
+
+def _is_adapter(folder: Path) -> bool:
+    try:
+        return (folder / RECORD_FILE).is_file() and read_document(folder).get("kind") == ADAPTER
+    except SurgeryError:
+        return False
+
+
+def default_export_folder(adapter: Path, format_name: str) -> Path:
+    """`<adapter>-merged`, or `<adapter>-<format>`, beside the adapter."""
+    full = adapter.resolve()
+    suffix = "merged" if format_name == "safetensors" else format_name
+    return (adapter if adapter.name not in ("", ".", "..") else full).with_name(f"{full.name}-{suffix}")
+
+
+def export(
+    adapter: str | Path,
+    out: str | Path | None = None,
+    *,
+    format: str = "safetensors",
+    base: str | Path | None = None,
+    dtype: str = "keep",
+    max_shard_size: str | None = None,
+    overwrite: bool = False,
+    check: bool = True,
+    prompts: Sequence[str] = (),
+) -> ExportResult:
+    """Write an adapter's checkpoint in a format; the folder appears only after its check held.
+
+    Raises: CheckError, BaseMismatchError, DamagedError, ResourceError, OutputExistsError, RequestError.
+    """
+    started = time.monotonic()
+    exporter = lookup(EXPORTERS, format, "--format")
+    opened = open_adapter(adapter)
+    target = Path(out) if out else default_export_folder(opened.folder, format)
+    held: list[Verification] = []
+
+    def checking(folder: Path) -> None:
+        held.append(verify(folder, adapter=opened.folder, base=base, prompts=prompts))
+
+    wanted = checking if check and format in VERIFIED_FORMATS else None
+    exporter.export(opened, target, base=base, dtype=dtype, max_shard_bytes=_shard_bytes(max_shard_size),
+                    overwrite=overwrite, check=wanted)  # fmt: skip
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return ExportResult(target, format, time.monotonic() - started, size, held[0] if held else None)
+
+
+def _shard_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise RequestError("--max-shard-size", str(error), expected="a size such as 5GB") from error
+
+
+def undo(merged: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+    """The base of a merged folder, byte for byte. Raises: see exporters.undo."""
+    written: Path = resolve(UNDO)(Path(merged), Path(out), overwrite=overwrite)
+    return written
+
+
+# ------------------------------------------------------------------------------------------------------------- a recipe
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a recipe's run did. `skipped` names the steps that were done already."""
+
+    adapter: Path
+    merged: Path
+    training: TrainResult
+    verification: Verification | None
+    skipped: tuple[str, ...]
+
+
+def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] = lambda _: None) -> RunResult:
+    """Apply, train, export and verify; a step whose result is there, by digests, is not repeated.
+
+    Raises: whatever a step raises; OutputExistsError for a folder that another plan made.
+    """
+    skipped = []
+    folder = Path(recipe.adapter) if recipe.adapter else default_adapter_folder(recipe.model)
+    if overwrite or not folder.exists():
+        say(f"apply: {recipe.model} -> {folder}")
+        apply(recipe.model, folder, recipe.paca.spec(), task=recipe.task_spec(), overwrite=overwrite)
+    else:
+        _require_same_plan(recipe, folder)
+        skipped.append("apply")
+    finished_before = _run_of(folder)
+    say(f"train: {folder}")
+    trained = train(folder, recipe.data, recipe.train, task=recipe.task_spec(), resume="auto", overwrite=overwrite)
+    if finished_before and finished_before == _run_of(folder):
+        skipped.append("train")
+    out = Path(recipe.export.out) if recipe.export.out else default_export_folder(folder, recipe.export.format)
+    if not overwrite and _is_exported(recipe, folder, out):
+        skipped += ["export"]
+        return RunResult(folder, out, trained, None, tuple(skipped))
+    say(f"export: {folder} -> {out}")
+    done = export(folder, out, format=recipe.export.format, dtype=recipe.export.dtype, overwrite=overwrite,
+                  max_shard_size=recipe.export.max_shard_size, check=recipe.export.verify)  # fmt: skip
+    return RunResult(folder, out, trained, done.verification, tuple(skipped))
+
+
+def _run_of(folder: Path) -> Any:
+    return open_adapter(folder).record.manifest.training.get("run")
+
+
+def _require_same_plan(recipe: Recipe, folder: Path) -> None:
+    """The adapter there was planned as the recipe asks. Raises: OutputExistsError."""
+    adapter = open_adapter(folder)
+    lookup(METHODS, recipe.method, "method")
+    task = recipe.task_spec()
+    if adapter.plan.whole and not task.labels:
+        task = TaskSpec(task.name, tuple(adapter.plan.config.get("id2label", {}).values()))
+    planned = plan_checkpoint(Checkpoint.open(find_model(recipe.model)[0]), recipe.paca.spec(), task)
+    if _without_digests(planned) != _without_digests(adapter.plan) and not _is_fresh(adapter, planned):
+        raise OutputExistsError(str(folder), "an adapter that another plan made", expected="this recipe's",
+                                fix="Choose another folder, or give --overwrite")  # fmt: skip
+
+
+def _is_fresh(adapter: Adapter, planned: SurgeryPlan) -> bool:
+    """Applied but not trained: training will plan the head anew."""
+    return not adapter.record.manifest.training and adapter.plan.spec == planned.spec
+
+
+def _without_digests(plan: SurgeryPlan) -> SurgeryPlan:
+    targets = tuple(replace(target, sha256="") for target in plan.targets)
+    return plan.with_targets(targets, tuple(replace(target, sha256="") for target in plan.whole))
+
+
+def _is_exported(recipe: Recipe, folder: Path, out: Path) -> bool:
+    """Whether `out` is this adapter's export, as asked for. Raises: OutputExistsError for anything else there."""
+    if not out.exists():
+        return False
+    try:
+        manifest = read_record(out, MERGED).manifest
+    except NotAModelError:
+        manifest = None
+    adapter = open_adapter(folder).record.manifest
+    same = manifest and manifest.adapter.get("sha256") in adapter.files.values()
+    if not same or (manifest and manifest.export.get("dtype") != recipe.export.dtype):
+        raise OutputExistsError(str(out), "not this adapter's export", expected="a new folder",
+                                fix="Choose another folder, or give --overwrite")  # fmt: skip
+    return True

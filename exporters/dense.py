@@ -149,7 +149,9 @@ def require_targets(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
     for target in plan.targets:
         info = checkpoint.get(target.weight)
         if info is None or info.shape != target.shape or info.dtype != target.dtype:
-            require_base(replace(target, sha256="the plan's shape"), "another shape, dtype or none", str(checkpoint.root))
+            require_base(
+                replace(target, sha256="the plan's shape"), "another shape, dtype or none", str(checkpoint.root)
+            )
 
 
 def _file_chunks(checkpoint: Checkpoint, delta: ColumnDelta, file: OutFile) -> Iterator[bytes | memoryview]:
@@ -182,8 +184,12 @@ def _cast(chunks: Iterator[memoryview], info: TensorInfo, dtype: str) -> Iterato
         values = tensor_from_bytes(bytearray(chunk), info.dtype, (-1,))
         cast = values.to(torch_dtype(dtype))
         if torch.isinf(cast).sum() > torch.isinf(values).sum():
-            raise CheckError(info.name, f"values too large for {dtype}", expected="all values to fit",
-                             fix="Keep the base's dtype, or choose bf16 or fp32")  # fmt: skip
+            raise CheckError(
+                info.name,
+                f"values too large for {dtype}",
+                expected="all values to fit",
+                fix="Keep the base's dtype, or choose bf16 or fp32",
+            )
         yield tensor_to_bytes(cast)
 
 
@@ -217,9 +223,7 @@ def write_undo(path: Path, checkpoint: Checkpoint, adapter: Adapter) -> None:
     write_tensors(path, build_header(entries, {}), chunks())
 
 
-def _record(
-    adapter: Adapter, root: Path, out: Path, dtype: str, files: list[OutFile], *, hub: bool
-) -> Record:
+def _record(adapter: Adapter, root: Path, out: Path, dtype: str, files: list[OutFile], *, hub: bool) -> Record:
     recorded = adapter.record.manifest
     base = recorded.base if hub and recorded.base.hub_id else Base(path=relative_path(root, out))
     source = {"path": relative_path(adapter.folder, out), "sha256": recorded.files[ADAPTER_FILE]}

@@ -197,8 +197,12 @@ def path_inside(root: Path, name: str) -> Path:
         raise PathEscapeError(f"{root}", found, expected="a file inside the folder") from error
     escapes = Path(name).is_absolute() or ".." in Path(name).parts
     if escapes or not any(resolved.is_relative_to(allowed) for allowed in roots):
-        raise PathEscapeError(f"{root}", f"{name!r} leads to {resolved}", expected="a file inside the folder",
-                              fix="Copy or hard-link the file into the folder")  # fmt: skip
+        raise PathEscapeError(
+            f"{root}",
+            f"{name!r} leads to {resolved}",
+            expected="a file inside the folder",
+            fix="Copy or hard-link the file into the folder",
+        )
     return path
 
 
@@ -223,8 +227,9 @@ def _read_index(root: Path) -> dict[str, str]:
 def _explain_missing(root: Path) -> NotAModelError | DamagedError:
     if any(any(root.glob(pattern)) for pattern in _PICKLE_PATTERNS):
         fix = "Convert it with `save_pretrained(..., safe_serialization=True)` on a machine you trust it on"
-        return NotAModelError(str(root), "its weights are pickle files, which can run code when loaded",
-                              expected="safetensors", fix=fix)  # fmt: skip
+        return NotAModelError(
+            str(root), "its weights are pickle files, which can run code when loaded", expected="safetensors", fix=fix
+        )
     if any(root.glob("model-*-of-*.safetensors")):
         return DamagedError(str(root), f"shards without {INDEX_FILE}", expected="the index", fix="Fetch it again")
     if (root / "adapter_config.json").exists():
@@ -246,8 +251,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 self._infos[info.name] = info
         for name, file in (index or {}).items():
             if name not in self._infos or self._infos[name].file != file:
-                raise DamagedError(str(root / INDEX_FILE), f"it places {name!r} in {file}, whose header does not",
-                                   expected="index and headers to agree", fix="Fetch the folder again")  # fmt: skip
+                raise DamagedError(
+                    str(root / INDEX_FILE),
+                    f"it places {name!r} in {file}, whose header does not",
+                    expected="index and headers to agree",
+                    fix="Fetch the folder again",
+                )
 
     @classmethod
     def open(cls, root: str | Path) -> Checkpoint:
@@ -322,9 +331,13 @@ def _small_files(root: Path) -> Iterator[str]:
             inner = [entry for entry in path.iterdir() if entry.is_file()]
             if inner and all(entry.suffix in _SMALL_SUFFIXES for entry in inner):  # e.g. 1_Pooling/config.json
                 yield from (f"{path.name}/{entry.name}" for entry in inner)
-        elif path.is_file() and path.name not in ours and not path.name.startswith("."):
-            if path.suffix in _SMALL_SUFFIXES or path.name.startswith(_SMALL_NAMES):
-                yield path.name
+        elif path.is_file() and path.name not in ours and _is_small(path):
+            yield path.name
+
+
+def _is_small(path: Path) -> bool:
+    known = path.suffix in _SMALL_SUFFIXES or path.name.startswith(_SMALL_NAMES)
+    return known and not path.name.startswith(".")
 
 
 class TensorFile:
@@ -484,8 +497,12 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise ResourceError(str(folder), f"{free:,} bytes free on its disk", expected=f"{needed_bytes:,} bytes",
-                            fix="Free some space or choose another folder with -o")  # fmt: skip
+        raise ResourceError(
+            str(folder),
+            f"{free:,} bytes free on its disk",
+            expected=f"{needed_bytes:,} bytes",
+            fix="Free some space or choose another folder with -o",
+        )
 
 
 _writing: set[Path] = set()  # what this process's writers have open
@@ -507,8 +524,12 @@ def require_apart(out: Path, inputs: Iterable[Path]) -> None:
     """Raises RequestError where putting a folder at `out` would remove one that is read."""
     for folder in inputs:
         if folder.resolve().is_relative_to(out.resolve()):
-            raise RequestError(str(out), f"{folder}, which is read, would be replaced", expected="a folder of its own",
-                               fix="Choose another with -o")  # fmt: skip
+            raise RequestError(
+                str(out),
+                f"{folder}, which is read, would be replaced",
+                expected="a folder of its own",
+                fix="Choose another with -o",
+            )
 
 
 class CheckpointWriter:
@@ -547,8 +568,9 @@ class CheckpointWriter:
             _writing.discard(self.path.absolute())
 
     def _exists(self) -> OutputExistsError:
-        return OutputExistsError(str(self.out), "it exists", expected="a new folder",
-                                 fix="Choose another with -o or give --overwrite")  # fmt: skip
+        return OutputExistsError(
+            str(self.out), "it exists", expected="a new folder", fix="Choose another with -o or give --overwrite"
+        )
 
     def _publish(self) -> None:
         if self._check:

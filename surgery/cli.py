@@ -79,10 +79,14 @@ BASE = click.option("--base", help="The base's folder or hub id, where it is not
 OUT = click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write.")
 FOLDER = click.Path(path_type=Path)
 TASK = options(
-    click.option("--task", default="", help="causal-lm, seq2seq, sequence-classification, token-classification or "
-                 "regression. Default: the checkpoint's own."),
+    click.option(
+        "--task",
+        default="",
+        help="causal-lm, seq2seq, sequence-classification, token-classification or "
+        "regression. Default: the checkpoint's own.",
+    ),
     click.option("--labels", default="", help="Class names, separated by commas. Default: those of the data."),
-)  # fmt: skip
+)
 
 
 def split_list(values: Sequence[str]) -> tuple[str, ...]:
@@ -109,10 +113,17 @@ def parse_rank_pattern(values: Sequence[str]) -> dict[str, int]:
 @click.option("--method", default="paca", show_default=True, help="The method of surgery.")
 @OUT
 @click.option("-r", "--rank", default=16, show_default=True, help="Input columns to train in each layer.")
-@click.option("--targets", multiple=True, default=["all-linear"], show_default=True,
-              help="Layers: all-linear, names, globs or re:PATTERN; commas separate, and it can be repeated.")  # fmt: skip
+@click.option(
+    "--targets",
+    multiple=True,
+    default=["all-linear"],
+    show_default=True,
+    help="Layers: all-linear, names, globs or re:PATTERN; commas separate, and it can be repeated.",
+)
 @click.option("--exclude", multiple=True, help="Layers to leave out, in the same way.")
-@click.option("--rank-pattern", multiple=True, metavar="PATTERN=RANK", help="Another rank for some layers; the last wins.")
+@click.option(
+    "--rank-pattern", multiple=True, metavar="PATTERN=RANK", help="Another rank for some layers; the last wins."
+)
 @click.option("--alpha", type=float, help="Scale the update by alpha / rank while training. Default: no scaling.")
 @click.option("--select", default="random", show_default=True, help="How columns are chosen.")
 @click.option("--seed", default=0, show_default=True, help="With a layer's name it decides the columns.")
@@ -121,10 +132,23 @@ def parse_rank_pattern(values: Sequence[str]) -> dict[str, int]:
 @OVERWRITE
 @JSON
 def apply(
-    model: str, *, method: str, out: Path | None, rank: int, targets: tuple[str, ...], exclude: tuple[str, ...],
-    rank_pattern: tuple[str, ...], alpha: float | None, select: str, seed: int, task: str, labels: str,
-    plan_only: bool, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    *,
+    method: str,
+    out: Path | None,
+    rank: int,
+    targets: tuple[str, ...],
+    exclude: tuple[str, ...],
+    rank_pattern: tuple[str, ...],
+    alpha: float | None,
+    select: str,
+    seed: int,
+    task: str,
+    labels: str,
+    plan_only: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Plan a surgery on MODEL (a folder or a hub id) and write a fresh adapter folder.
 
     \b
@@ -139,9 +163,14 @@ def apply(
     from surgery.survey import TaskSpec
 
     spec = load(METHODS, method, "--method").spec_type(
-        rank=rank, targets=split_list(targets), exclude=split_list(exclude),
-        rank_pattern=parse_rank_pattern(rank_pattern), alpha=alpha, select=select, seed=seed,
-    )  # fmt: skip
+        rank=rank,
+        targets=split_list(targets),
+        exclude=split_list(exclude),
+        rank_pattern=parse_rank_pattern(rank_pattern),
+        alpha=alpha,
+        select=select,
+        seed=seed,
+    )
     wanted = TaskSpec(task, split_list([labels]))
     folder = out or workflow.default_adapter_folder(model)
     if plan_only:
@@ -158,20 +187,38 @@ def apply(
 @cli.command()
 @click.argument("adapter", type=FOLDER)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--data", multiple=True, help="Training data: JSONL, CSV, TSV, parquet, text or a dataset id; repeatable.")
+@click.option(
+    "--data", multiple=True, help="Training data: JSONL, CSV, TSV, parquet, text or a dataset id; repeatable."
+)
 @click.option("--eval-data", multiple=True, help="Data to evaluate on, in the same way.")
 @TASK
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "hpu"]), help="Default: auto.")
-@click.option("--resume", type=click.Choice(["auto", "no"]), default="no", show_default=True,
-              help="auto: go on from the last checkpoint; a finished run is left alone.")  # fmt: skip
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "no"]),
+    default="no",
+    show_default=True,
+    help="auto: go on from the last checkpoint; a finished run is left alone.",
+)
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="A recipe whose data and train sections hold.")
 @BASE
 @click.option("--overwrite", is_flag=True, help="Throw the checkpoints of an interrupted run away.")
 @JSON
 def train(
-    adapter: Path, settings: tuple[str, ...], *, data: tuple[str, ...], eval_data: tuple[str, ...], task: str,
-    labels: str, device: str | None, resume: str, config: Path | None, base: str | None, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    adapter: Path,
+    settings: tuple[str, ...],
+    *,
+    data: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    task: str,
+    labels: str,
+    device: str | None,
+    resume: str,
+    config: Path | None,
+    base: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Train ADAPTER (made by `apply`) in place.
 
     Settings are the keys of a recipe's data and train sections: `surgery settings` lists them.
@@ -199,8 +246,15 @@ def train(
     for text in settings:
         recipes.apply_override(document, text)
     recipe = recipes.check(recipes.Recipe, document, "settings")
-    result = run_training(adapter, recipe.data, recipe.train, task=TaskSpec(task, split_list([labels])), base=base,
-                          resume=resume, overwrite=overwrite)  # fmt: skip
+    result = run_training(
+        adapter,
+        recipe.data,
+        recipe.train,
+        task=TaskSpec(task, split_list([labels])),
+        base=base,
+        resume=resume,
+        overwrite=overwrite,
+    )
     lines = [*showing.result_lines(result), "", f"Next: surgery export {adapter} --merge"]
     show(lines, result, as_json=as_json)
 
@@ -218,9 +272,19 @@ def train(
 @OVERWRITE
 @JSON
 def export(
-    adapter: Path | None, *, merge: bool, out: Path | None, format_: str, dtype: str, max_shard_size: str | None,
-    no_verify: bool, prompts: tuple[str, ...], base: str | None, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    adapter: Path | None,
+    *,
+    merge: bool,
+    out: Path | None,
+    format_: str,
+    dtype: str,
+    max_shard_size: str | None,
+    no_verify: bool,
+    prompts: tuple[str, ...],
+    base: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Export ADAPTER: a dense checkpoint (--merge), or a LoRA adapter (--format lora).
 
     Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` unless -o says
@@ -238,8 +302,17 @@ def export(
         found = "--merge with --format lora" if merge else f"--format {format_} without --merge"
         raise RequestError("export", found, expected="--merge, or --format lora without it")
     folder = workflow.find_adapter(adapter)
-    result = workflow.export(folder, out, format=format_, base=base, dtype=dtype, max_shard_size=max_shard_size,
-                             overwrite=overwrite, check=not no_verify, prompts=prompts)  # fmt: skip
+    result = workflow.export(
+        folder,
+        out,
+        format=format_,
+        base=base,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        check=not no_verify,
+        prompts=prompts,
+    )
     show(showing.export_lines(result), result, as_json=as_json)
 
 

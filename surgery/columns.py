@@ -39,6 +39,10 @@ STRATEGIES: dict[str, Callable[..., Tensor]] = {"random": random_columns}
 def choose_columns(strategy: str, in_features: int, rank: int, *, seed: int, group: str) -> Tensor:
     """The columns of one layer: (rank,) int64, strictly increasing. Raises RequestError for an unknown strategy."""
     if strategy not in STRATEGIES:
-        raise RequestError("--select", f"unknown strategy {strategy!r}", expected=f"one of {', '.join(STRATEGIES)}",
-                           fix=closest(strategy, STRATEGIES))  # fmt: skip
+        raise RequestError(
+            "--select",
+            f"unknown strategy {strategy!r}",
+            expected=f"one of {', '.join(STRATEGIES)}",
+            fix=closest(strategy, STRATEGIES),
+        )
     return STRATEGIES[strategy](in_features, rank, seed=seed, group=group)

@@ -69,8 +69,12 @@ def require_finite(where: str, values: Tensor) -> None:
     """Raises DamagedError for NaN and infinity."""
     bad = int((~torch.isfinite(values)).sum())
     if bad:
-        raise DamagedError(where, f"{bad} of {values.numel()} trained values are not finite", expected="finite values",
-                           fix="Training diverged: lower the learning rate, or go back to an earlier checkpoint")  # fmt: skip
+        raise DamagedError(
+            where,
+            f"{bad} of {values.numel()} trained values are not finite",
+            expected="finite values",
+            fix="Training diverged: lower the learning rate, or go back to an earlier checkpoint",
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ class ColumnDelta:
             tensors[f"{parameter}.whole"] = whole.values.contiguous()
             if whole.original is not None:
                 tensors[f"{parameter}.original"] = whole.original.contiguous()
-        return safetensors.torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+        data: bytes = safetensors.torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+        return data
 
 
 class _StoredPatches(Mapping[str, ColumnPatch]):
@@ -131,8 +136,9 @@ class _StoredPatches(Mapping[str, ColumnPatch]):
 
     def __getitem__(self, module: str) -> ColumnPatch:
         read = self._tensors.read
-        return ColumnPatch(self._targets[module], read(f"{module}.columns"), read(f"{module}.values"),
-                           read(f"{module}.original"))  # fmt: skip
+        return ColumnPatch(
+            self._targets[module], read(f"{module}.columns"), read(f"{module}.values"), read(f"{module}.original")
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
@@ -168,8 +174,12 @@ def require_base(target: Target, digest: str, where: str) -> None:
     """Raises BaseMismatchError where a weight's bytes are not those the adapter was made for."""
     if target.sha256 and digest != target.sha256:
         found = f"{target.weight} has sha256 {digest[:12]}.."
-        raise BaseMismatchError(where, found, expected=f"{target.sha256[:12]}.., of the base this adapter was made for",
-                                fix="Name the right base with --base, or apply again to this one")  # fmt: skip
+        raise BaseMismatchError(
+            where,
+            found,
+            expected=f"{target.sha256[:12]}.., of the base this adapter was made for",
+            fix="Name the right base with --base, or apply again to this one",
+        )
 
 
 def bytes_sha256(data: bytes) -> str:
@@ -177,7 +187,7 @@ def bytes_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-# ------------------------------------------------------------------------- a weight's bytes with columns read or replaced
+# --- a weight's bytes with columns read or replaced
 
 
 def bits(tensor: Tensor) -> npt.NDArray[np.unsignedinteger[Any]]:

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 
 
 class SurgeryError(Exception):
-    """The root: a failure while running. `where` is a file, module or flag; the rest are phrases without a full stop."""
+    """The root: a failure while running. `where` is a file, module or flag; the rest, phrases without a full stop."""
 
     exit_code = 1
 

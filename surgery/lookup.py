@@ -23,8 +23,9 @@ def resolve(reference: str) -> Any:
 def load(table: Mapping[str, str], name: str, kind: str) -> Any:
     """The record called `name`. Raises RequestError, with the nearest name, where the table has none."""
     if name not in table:
-        raise RequestError(kind, f"unknown name {name!r}", expected=f"one of {', '.join(table)}",
-                           fix=closest(name, table))  # fmt: skip
+        raise RequestError(
+            kind, f"unknown name {name!r}", expected=f"one of {', '.join(table)}", fix=closest(name, table)
+        )
     record = resolve(table[name])
     if record.name != name:
         raise RuntimeError(f"{table[name]} calls itself {record.name!r}, the table {name!r}")

@@ -41,7 +41,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What actually ran. `files`: sha256 by file name; `adapter`: the adapter folder a merge came from, and its digest."""
+    """What actually ran.
+
+    `files`: sha256 by file name; `adapter`: the adapter folder a merge came from, and its digest.
+    """
 
     base: Base
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -82,8 +85,12 @@ def versions() -> dict[str, str]:
 def parse_record(document: Mapping[str, Any], where: str) -> Record:
     """Raises: RequestError for an unknown schema, DamagedError for a malformed record."""
     if document.get("schema") != SCHEMA:
-        raise RequestError(where, f"schema {document.get('schema')!r}", expected=str(SCHEMA),
-                           fix="Use the version of checkpoint-surgery that wrote it")  # fmt: skip
+        raise RequestError(
+            where,
+            f"schema {document.get('schema')!r}",
+            expected=str(SCHEMA),
+            fix="Use the version of checkpoint-surgery that wrote it",
+        )
     try:
         fields = dict(document["manifest"])
         fields["base"] = Base(**fields["base"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterator, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,25 @@ from surgery.columns import generator_seed
 from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, WholePatch, bytes_sha256, read_delta, read_target
 from surgery.errors import BaseMismatchError, CheckError, DamagedError, NotAModelError, RequestError, UnsupportedError
-from surgery.lookup import METHODS, load as lookup
+from surgery.lookup import METHODS
+from surgery.lookup import load as lookup
 from surgery.manifest import ADAPTER, Base, Manifest, Record, parse_record, read_document, relative_path, versions
 from surgery.methods.paca import PacaSpec
 from surgery.plan import SurgeryPlan, Target, WholeTarget
 from surgery.select import LinearSite, find_sites, ranks_of, resolve
-from surgery.survey import TASKS, TaskSpec, class_for, configured, find_heads, list_untouched, new_parameters
-from surgery.survey import own_architecture, read_config, survey, trace_groups
+from surgery.survey import (
+    TASKS,
+    TaskSpec,
+    class_for,
+    configured,
+    find_heads,
+    list_untouched,
+    new_parameters,
+    own_architecture,
+    read_config,
+    survey,
+    trace_groups,
+)
 
 STATE = "surgery_state"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -73,7 +85,7 @@ class Adapter:
         return self.record.plan
 
 
-# ---------------------------------------------------------------------------------------------------------- the base
+# --- the base
 
 
 def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, Base]:
@@ -91,8 +103,11 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
         folder = snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotAModelError(text, f"no such folder, and the hub did not give it ({first_line[:160]})",
-                             expected="a model folder or a hub id such as org/name") from error  # fmt: skip
+        raise NotAModelError(
+            text,
+            f"no such folder, and the hub did not give it ({first_line[:160]})",
+            expected="a model folder or a hub id such as org/name",
+        ) from error
     return Path(folder), Base(hub_id=text, revision=Path(folder).name)
 
 
@@ -110,7 +125,7 @@ def find_base(record: Record, folder: Path, base: str | Path | None = None) -> P
     return path.resolve()
 
 
-# ---------------------------------------------------------------------------------------------------------- planning
+# --- planning
 
 
 def plan_checkpoint(checkpoint: Checkpoint, spec: PacaSpec, task: TaskSpec | None = None) -> SurgeryPlan:
@@ -159,10 +174,22 @@ def _plan_model(
 
 def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
     if stored.dtype not in FLOAT_DTYPES:
-        raise UnsupportedError(stored.weight, f"dtype {stored.dtype}", expected=f"one of {', '.join(FLOAT_DTYPES)}",
-                               fix=f"Leave it out with --exclude {site.module}")  # fmt: skip
-    target = Target(site.module, stored.weight, site.out_features, site.in_features, site.input_axis, stored.dtype,
-                    rank, groups[site.module])  # fmt: skip
+        raise UnsupportedError(
+            stored.weight,
+            f"dtype {stored.dtype}",
+            expected=f"one of {', '.join(FLOAT_DTYPES)}",
+            fix=f"Leave it out with --exclude {site.module}",
+        )
+    target = Target(
+        site.module,
+        stored.weight,
+        site.out_features,
+        site.in_features,
+        site.input_axis,
+        stored.dtype,
+        rank,
+        groups[site.module],
+    )
     if stored.shape != target.shape:
         raise DamagedError(stored.weight, f"shape {stored.shape}", expected=f"{target.shape}, by config.json")
     return target
@@ -194,7 +221,7 @@ def _plan_whole(
     return tuple(result)
 
 
-# ------------------------------------------------------------------------------------------------- applying to a folder
+# --- applying to a folder
 
 
 def apply(
@@ -240,9 +267,7 @@ def planned(method: Any, plan: SurgeryPlan, target: Target) -> Tensor:
     return columns
 
 
-def _fresh_whole(
-    checkpoint: Checkpoint, plan: SurgeryPlan
-) -> tuple[dict[str, WholePatch], tuple[WholeTarget, ...]]:
+def _fresh_whole(checkpoint: Checkpoint, plan: SurgeryPlan) -> tuple[dict[str, WholePatch], tuple[WholeTarget, ...]]:
     if not plan.whole:
         return {}, ()
     fresh = draw_parameters(checkpoint.root, plan)
@@ -261,7 +286,7 @@ def draw_parameters(root: Path, plan: SurgeryPlan) -> dict[str, Tensor]:
     config = configured(read_config(root), plan.config)
     with torch.device("meta"), quiet_loading():
         model: Any = class_for(config, plan.task)(config)
-    result = {}
+    result: dict[str, Tensor] = {}
     for name in sorted({target.parameter.rpartition(".")[0] for target in plan.whole}):
         module = model.get_submodule(name).to_empty(device="cpu", recurse=False)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -271,9 +296,7 @@ def draw_parameters(root: Path, plan: SurgeryPlan) -> dict[str, Tensor]:
     return result
 
 
-def write_adapter(
-    folder: Path, out: Path, checkpoint: Checkpoint, delta: ColumnDelta, manifest: Manifest
-) -> Adapter:
+def write_adapter(folder: Path, out: Path, checkpoint: Checkpoint, delta: ColumnDelta, manifest: Manifest) -> Adapter:
     """Fill an empty folder: the base's small files, the adapter file, and the record last."""
     copy_small_files(checkpoint, folder, delta.plan)
     data = delta.to_bytes()
@@ -328,12 +351,16 @@ def open_adapter(folder: str | Path) -> Adapter:
         records.append(parse_record(document["previous"], where))
     holding = [r for r in records if r.manifest.files.get(ADAPTER_FILE) == digest]
     if not holding:
-        raise DamagedError(str(path), "its digest is not the one recorded", expected="the file that was written",
-                           fix="Restore it from a copy or a training checkpoint, or run apply again")  # fmt: skip
+        raise DamagedError(
+            str(path),
+            "its digest is not the one recorded",
+            expected="the file that was written",
+            fix="Restore it from a copy or a training checkpoint, or run apply again",
+        )
     return Adapter(folder, holding[0], read_delta(path, holding[0].plan))
 
 
-# ---------------------------------------------------------------------------------------------------- a model in memory
+# --- a model in memory
 
 
 def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None = None) -> Any:
@@ -349,20 +376,26 @@ def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None 
     lost = [name for name in info["missing_keys"] if name not in whole]
     lost += [entry[0] for entry in info["mismatched_keys"] if entry[0] not in whole]
     if lost:
-        raise DamagedError(str(root), f"{len(lost)} tensors did not load, first {sorted(lost)[0]}",
-                           expected="a whole checkpoint", fix="Fetch it again")  # fmt: skip
+        raise DamagedError(
+            str(root),
+            f"{len(lost)} tensors did not load, first {min(lost)}",
+            expected="a whole checkpoint",
+            fix="Fetch it again",
+        )
     return model
 
 
 def attach(model: nn.Module, spec: PacaSpec | None = None) -> SurgeryPlan:
-    """Open a model in place: columns of its linear layers train, and the head of a task that has one; all else is frozen.
+    """Open a model in place: columns of its linear layers train, and a task's head; all else is frozen.
 
     Returns the plan. Raises: SelectorError; RequestError when the model is attached already.
     """
     _require_plain(model)
     task = _live_task(model)
     heads = find_heads(model, has_head=TASKS[task].has_head)
-    stored = {n: Stored(n, dtype_name(p.dtype), tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)}
+    stored = {
+        n: Stored(n, dtype_name(p.dtype), tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)
+    }
     plan = _plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads)
     attach_plan(model, plan, None)
     return plan
@@ -384,18 +417,22 @@ def _require_plain(model: nn.Module) -> None:
 
 
 def attach_plan(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
-    """Carry out a plan on a model in memory, with an adapter's values if given. Raises: BaseMismatchError, CheckError."""
+    """Carry out a plan on a model in memory, with an adapter's values if given.
+
+    Raises: BaseMismatchError, CheckError.
+    """
     _require_plain(model)
     method = lookup(METHODS, plan.method, "--method")
     if delta:
         _require_originals(model, delta)
     before = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    originals = {w.parameter: patch.original for w in plan.whole if delta and (patch := delta.whole[w.parameter]).original
-                 is not None}  # fmt: skip
-    if delta is None:
-        originals = {w.parameter: model.get_parameter(w.parameter).detach().cpu().clone() for w in plan.whole}
+    originals = (
+        {name: patch.original for name, patch in delta.whole.items() if patch.original is not None}
+        if delta
+        else {w.parameter: model.get_parameter(w.parameter).detach().cpu().clone() for w in plan.whole}
+    )
     method.attach(model, plan, delta)
-    setattr(model, STATE, AttachedState(plan, cast("dict[str, Tensor]", originals), before))
+    setattr(model, STATE, AttachedState(plan, originals, before))
     require_contract(model, plan)
 
 
@@ -406,9 +443,12 @@ def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
         here = weight.detach().index_select(patch.target.input_axis, patch.columns.to(weight.device))
         here = here if patch.target.input_axis == 1 else here.t()
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
-            raise BaseMismatchError(f"adapter, {module}", "the model's columns are not its base's",
-                                    expected="the base this adapter was made for",
-                                    fix="Name the right base with --base")  # fmt: skip
+            raise BaseMismatchError(
+                f"adapter, {module}",
+                "the model's columns are not its base's",
+                expected="the base this adapter was made for",
+                fix="Name the right base with --base",
+            )
 
 
 def require_contract(model: nn.Module, plan: SurgeryPlan) -> None:
@@ -417,8 +457,11 @@ def require_contract(model: nn.Module, plan: SurgeryPlan) -> None:
     found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if found != expected:
         difference = sorted(found ^ expected)
-        raise CheckError("attach", f"{len(difference)} parameters differ from the plan, first {difference[0]}",
-                         expected="exactly the planned parameters to be trainable")  # fmt: skip
+        raise CheckError(
+            "attach",
+            f"{len(difference)} parameters differ from the plan, first {difference[0]}",
+            expected="exactly the planned parameters to be trainable",
+        )
 
 
 def state_of(model: nn.Module) -> AttachedState:
@@ -505,13 +548,20 @@ def _bind(delta: ColumnDelta, model: nn.Module, checkpoint: Checkpoint) -> Colum
 def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, str]) -> ColumnPatch:
     weight = disk.get(f"{patch.target.module}.weight", "")
     if not weight or checkpoint[weight].shape != patch.target.shape:
-        raise BaseMismatchError(str(checkpoint.root), f"no weight for {patch.target.module}",
-                                expected=f"one of shape {patch.target.shape}", fix="Name the right base")  # fmt: skip
+        raise BaseMismatchError(
+            str(checkpoint.root),
+            f"no weight for {patch.target.module}",
+            expected=f"one of shape {patch.target.shape}",
+            fix="Name the right base",
+        )
     target = replace(patch.target, weight=weight, dtype=checkpoint[weight].dtype)
     digest, original = read_target(checkpoint, target, patch.columns)
     if not torch.equal(original.to(patch.original.dtype), patch.original):
-        raise BaseMismatchError(str(checkpoint.root), f"{weight} is not what the model started from",
-                                expected="the checkpoint the model was loaded from")  # fmt: skip
+        raise BaseMismatchError(
+            str(checkpoint.root),
+            f"{weight} is not what the model started from",
+            expected="the checkpoint the model was loaded from",
+        )
     return ColumnPatch(replace(target, sha256=digest), patch.columns, patch.values, original)
 
 
@@ -535,4 +585,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-

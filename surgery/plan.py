@@ -34,8 +34,11 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.input_axis not in (0, 1) or not 1 <= self.rank <= self.in_features or self.out_features < 1:
-            raise DamagedError(f"target {self.module}", f"rank {self.rank} of {self.in_features} inputs, input axis "
-                               f"{self.input_axis}", expected="a rank within the width and an axis of 0 or 1")  # fmt: skip
+            raise DamagedError(
+                f"target {self.module}",
+                f"rank {self.rank} of {self.in_features} inputs, input axis {self.input_axis}",
+                expected="a rank within the width and an axis of 0 or 1",
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,8 +129,12 @@ class SurgeryPlan:
         """The inverse of `to_dict`. Raises: DamagedError, RequestError for a schema we do not know."""
         schema = document.get("schema")
         if schema != SCHEMA:
-            raise RequestError(where, f"plan schema {schema!r}", expected=str(SCHEMA),
-                               fix="Use the version of checkpoint-surgery that wrote it")  # fmt: skip
+            raise RequestError(
+                where,
+                f"plan schema {schema!r}",
+                expected=str(SCHEMA),
+                fix="Use the version of checkpoint-surgery that wrote it",
+            )
         try:
             fields = dict(document)
             fields["targets"] = tuple(Target(**entry) for entry in document["targets"])

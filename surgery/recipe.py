@@ -97,7 +97,7 @@ class TrainSection(_Section):
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps; at the end in any case")
     eval_on_start: bool = Field(default=True, description="evaluate the untrained model first")
-    save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps; a tenth of the run if not given")
+    save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps; default a tenth")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without improvement")
     metric_for_best: str = Field("loss", description="what early stopping looks at: loss, accuracy, f1, ..")
@@ -140,8 +140,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         document = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(str(path), f"it cannot be read ({' '.join(str(error).split())[:200]})",
-                          expected="a YAML file") from error  # fmt: skip
+        raise RecipeError(
+            str(path), f"it cannot be read ({' '.join(str(error).split())[:200]})", expected="a YAML file"
+        ) from error
     if not isinstance(document, dict):
         raise RecipeError(str(path), "no mapping", expected="keys such as model, data and train")
     for text in overrides:
@@ -169,7 +170,7 @@ def apply_override(document: dict[str, Any], text: str) -> None:
 def qualified(key: str) -> str:
     """`max_steps` as `train.max_steps`. Raises: RecipeError for an unknown key, or one that several sections have."""
     known = list(known_keys(Recipe))
-    first = key.split(".")[0]
+    first = key.split(".", maxsplit=1)[0]
     if key in known or (first in Recipe.model_fields and "." in key) or first in Recipe.model_fields:
         return key
     homes = [full for full in known if full.split(".")[-1] == key]
@@ -177,8 +178,9 @@ def qualified(key: str) -> str:
         raise RecipeError("override", f"{key!r} could be {' or '.join(homes)}", expected="section.key=value")
     if not homes:
         tails = {full.split(".")[-1]: full for full in known}
-        raise RecipeError("override", f"unknown key {key!r}", expected="a key of the recipe",
-                          fix=closest(key, [*known, *tails]))  # fmt: skip
+        raise RecipeError(
+            "override", f"unknown key {key!r}", expected="a key of the recipe", fix=closest(key, [*known, *tails])
+        )
     return homes[0]
 
 
@@ -214,8 +216,12 @@ def check(model: type[Any], document: dict[str, Any], where: str) -> Any:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             siblings = _fields_at(model, first["loc"][:-1])
-            raise RecipeError(where, f"unknown key {key!r}", expected=f"one of {', '.join(siblings)}",
-                              fix=closest(str(first["loc"][-1]), siblings)) from error  # fmt: skip
+            raise RecipeError(
+                where,
+                f"unknown key {key!r}",
+                expected=f"one of {', '.join(siblings)}",
+                fix=closest(str(first["loc"][-1]), siblings),
+            ) from error
         found = "missing" if first["type"] == "missing" else repr(first["input"])
         raise RecipeError(where, f"{key}: {found}", expected=_plain(first["msg"])) from error
 

@@ -109,8 +109,12 @@ def resolve(
         for name in hit:
             del chosen[name]
     if not chosen:
-        raise SelectorError("--targets", "no layer is left to train", expected="at least one linear layer",
-                            fix="Widen --targets or drop an --exclude")  # fmt: skip
+        raise SelectorError(
+            "--targets",
+            "no layer is left to train",
+            expected="at least one linear layer",
+            fix="Widen --targets or drop an --exclude",
+        )
     return tuple(chosen[name] for name in sorted(chosen))
 
 
@@ -124,8 +128,9 @@ def _select_one(sites: Sequence[LinearSite], selector: str) -> list[LinearSite]:
     for site in hit:
         if site.tied_with:
             found = f"{selector!r} matches {site.module}, whose weight is also {site.tied_with}'s"
-            raise SelectorError("--targets", found, expected="a weight of its own",
-                                fix=f"Leave it out with --exclude {site.module}")  # fmt: skip
+            raise SelectorError(
+                "--targets", found, expected="a weight of its own", fix=f"Leave it out with --exclude {site.module}"
+            )
     return hit
 
 
@@ -136,8 +141,12 @@ def rank_of(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int
     """
     ranks = [rank, *(value for pattern, value in rank_pattern.items() if matches(pattern, site.module))]
     if not 1 <= ranks[-1] <= site.in_features:
-        raise SelectorError("--rank", f"{ranks[-1]} for {site.module}", expected=f"1 to {site.in_features}, its width",
-                            fix="Lower --rank, or give this layer its own with --rank-pattern")  # fmt: skip
+        raise SelectorError(
+            "--rank",
+            f"{ranks[-1]} for {site.module}",
+            expected=f"1 to {site.in_features}, its width",
+            fix="Lower --rank, or give this layer its own with --rank-pattern",
+        )
     return ranks[-1]
 
 

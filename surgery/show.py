@@ -40,8 +40,8 @@ def need_lines(checkpoint: Checkpoint, plan: SurgeryPlan) -> list[str]:
     need = {name: size(count) for name, count in needs(checkpoint, plan).items()}
     return [
         f"apply reads {need['apply_reads']} and writes {need['adapter']}",
-        f"train holds {need['training_memory']} (weights, columns, gradients, AdamW) plus activations; "
-        f"a checkpoint takes {need['checkpoint']}",
+        f"train holds {need['training_memory']} (weights, columns, gradients, AdamW) plus activations",
+        f"each training checkpoint takes {need['checkpoint']}",
         f"export --merge writes {need['merged']} and holds a few tens of MB",
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from surgery.checkpoint import CONFIG_FILE, read_json
@@ -61,8 +61,12 @@ class TaskSpec:
 
     def __post_init__(self) -> None:
         if self.name and self.name not in TASKS:
-            raise RequestError("--task", f"unknown task {self.name!r}", expected=f"one of {', '.join(TASKS)}",
-                               fix=closest(self.name, TASKS))  # fmt: skip
+            raise RequestError(
+                "--task",
+                f"unknown task {self.name!r}",
+                expected=f"one of {', '.join(TASKS)}",
+                fix=closest(self.name, TASKS),
+            )
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,22 @@ def read_config(root: Path) -> PretrainedConfig:
     if "quantization_config" in document:
         quantized = document["quantization_config"]
         method = quantized.get("quant_method", "some") if isinstance(quantized, dict) else "some"
-        raise UnsupportedError(str(root), f"a checkpoint quantized by {method}", expected="fp32, bf16 or fp16 weights",
-                               fix="Start from the checkpoint it was quantized from")  # fmt: skip
+        raise UnsupportedError(
+            str(root),
+            f"a checkpoint quantized by {method}",
+            expected="fp32, bf16 or fp16 weights",
+            fix="Start from the checkpoint it was quantized from",
+        )
     try:
         with quiet_loading():
             config: PretrainedConfig = AutoConfig.from_pretrained(root)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotAModelError(str(root / CONFIG_FILE), f"transformers cannot read it ({first_line[:200]})",
-                             expected="a model type that transformers knows") from error  # fmt: skip
+        raise NotAModelError(
+            str(root / CONFIG_FILE),
+            f"transformers cannot read it ({first_line[:200]})",
+            expected="a model type that transformers knows",
+        ) from error
     return config
 
 
@@ -121,12 +132,15 @@ def class_for(config: PretrainedConfig, task: str) -> Any:
         return getattr(transformers, architecture)
     auto = getattr(transformers, TASKS[task].auto_class)
     if type(config) not in auto._model_mapping:  # noqa: SLF001  transformers offers no public question
-        raise UnsupportedError(f"--task {task}", f"transformers has no {task} model for {config.model_type}",
-                               expected=f"one that {TASKS[task].auto_class} knows")  # fmt: skip
+        raise UnsupportedError(
+            f"--task {task}",
+            f"transformers has no {task} model for {config.model_type}",
+            expected=f"one that {TASKS[task].auto_class} knows",
+        )
     return auto._model_mapping[type(config)]  # noqa: SLF001
 
 
-def _task_config(config: PretrainedConfig, spec: TaskSpec, task: str) -> dict[str, Any]:
+def _task_config(root: Path, config: PretrainedConfig, spec: TaskSpec, task: str) -> dict[str, Any]:
     """The entries of config.json that a task's head needs."""
     if not TASKS[task].has_head:
         return {}
@@ -138,10 +152,20 @@ def _task_config(config: PretrainedConfig, spec: TaskSpec, task: str) -> dict[st
         changes["id2label"], changes["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}
     if task in ("sequence-classification", "regression"):
         changes["problem_type"] = "regression" if task == "regression" else "single_label_classification"
-        if config.pad_token_id is None and config.eos_token_id is not None and not config.is_encoder_decoder:
-            eos = config.eos_token_id
-            changes["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    return changes
+        if config.pad_token_id is None and not config.is_encoder_decoder:
+            changes["pad_token_id"] = _pad_token_id(root)
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def _pad_token_id(root: Path) -> int | None:
+    """What the tokenizer pads with (its end token where it has no other): a decoder's classifier must know it."""
+    try:
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(root)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError):
+        return None
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return None if pad is None else int(pad)
 
 
 def survey(root: Path, spec: TaskSpec) -> Survey:
@@ -149,7 +173,7 @@ def survey(root: Path, spec: TaskSpec) -> Survey:
     config = read_config(root)
     task = spec.name or own_task(config)
     model_class = class_for(config, task)
-    changes = _task_config(config, spec, task)
+    changes = _task_config(root, config, spec, task)
     if model_class.__name__ != own_architecture(config):
         changes["architectures"] = [model_class.__name__]
     config = configured(config, changes)
@@ -169,7 +193,7 @@ def configured(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrain
     return config
 
 
-def find_heads(model: nn.Module, *, has_head: bool) -> tuple[str, ...]:
+def find_heads(model: Any, *, has_head: bool) -> tuple[str, ...]:
     """The modules that make the output: a task's head is all that lies outside the base model."""
     prefix = base_prefix(model)
     if has_head and prefix:

@@ -31,7 +31,8 @@ from surgery.checkpoint import Checkpoint, file_sha256, fsync_path, read_header,
 from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.errors import DamagedError, InterruptedRunError, RecipeError, RequestError
-from surgery.lookup import BACKENDS, METHODS, load as lookup
+from surgery.lookup import BACKENDS, METHODS
+from surgery.lookup import load as lookup
 from surgery.metrics import metrics_for, preprocess_for
 from surgery.operate import (
     Adapter,
@@ -70,7 +71,7 @@ class TrainResult:
     data: tuple[str, ...]
 
 
-# -------------------------------------------------------------------------------------------------------------- the run
+# --- the run
 
 
 def train(
@@ -101,48 +102,62 @@ def train(
         return _result_of(adapter)
     tokenizer = read_tokenizer(adapter.folder)
     prepared = prepare(data.spec(), task=adapter.plan.task, tokenizer=tokenizer, labels=_labels(adapter.plan))
+    root = find_base(adapter.record, adapter.folder, base)
     with _interruptible() as interruption:
-        return _run(adapter, prepared, settings, backend, device, base, checkpoint, run, interruption)
+        return _run(_Job(adapter, root, prepared, settings, backend, device, checkpoint, run), interruption)
 
 
-def _run(
-    adapter: Adapter,
-    prepared: Prepared,
-    settings: TrainSection,
-    backend: Any,
-    device: str,
-    base: str | Path | None,
-    checkpoint: str,
-    run: _Run,
-    interruption: Interruption,
-) -> TrainResult:
+@dataclass(frozen=True)
+class _Job:
+    """Everything a run needs. `checkpoint`: the folder to go on from, or empty."""
+
+    adapter: Adapter
+    root: Path
+    prepared: Prepared
+    settings: TrainSection
+    backend: Any
+    device: str
+    checkpoint: str
+    run: _Run
+
+
+def _run(job: _Job, interruption: Interruption) -> TrainResult:
+    adapter, prepared, settings = job.adapter, job.prepared, job.settings
     started = time.monotonic()
-    model, autocast = _load_for_training(adapter, base, settings, device)
+    model, autocast = _load_for_training(adapter, job.root, settings, job.device)
     folder = adapter.folder / CHECKPOINTS
     steps = count_steps(settings, len(prepared.train))
-    arguments = backend.training_arguments(
-        settings, folder=folder, device=device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
+    arguments = job.backend.training_arguments(
+        settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
-    trainer = _trainer(backend, model, arguments, prepared, adapter, settings, interruption)
-    run.write(folder)
-    before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(checkpoint))
+    trainer = _trainer(job, model, arguments, interruption)
+    job.run.write(folder)
+    before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
     interruption.is_training = True
-    outcome = trainer.train(resume_from_checkpoint=checkpoint or None)
+    outcome = trainer.train(resume_from_checkpoint=job.checkpoint or None)
     interruption.is_training = False
     if interruption.requested:
         last = latest_checkpoint(folder)
         where = last.name if last else "no checkpoint"
-        raise InterruptedRunError("train", f"stopped at step {trainer.state.global_step}, {where} is whole",
-                                  fix="Go on with --resume auto")  # fmt: skip
+        raise InterruptedRunError(
+            "train", f"stopped at step {trainer.state.global_step}, {where} is whole", fix="Go on with --resume auto"
+        )
     after = _last_evaluation(trainer, prepared)
     result = TrainResult(
-        adapter.folder, trainer.state.global_step, adapter.plan.trained_values, time.monotonic() - started,
-        backend.peak_memory_bytes(device), device, float(outcome.training_loss), before, after,
+        adapter.folder,
+        trainer.state.global_step,
+        adapter.plan.trained_values,
+        time.monotonic() - started,
+        job.backend.peak_memory_bytes(job.device),
+        job.device,
+        float(outcome.training_loss),
+        before,
+        after,
         tuple(prepared.report.lines()),
-    )  # fmt: skip
-    training = {**asdict(result), "adapter": "", "settings": settings.model_dump(), "run": run.digest}
+    )
+    training = {**asdict(result), "adapter": "", "settings": settings.model_dump(), "run": job.run.digest}
     update_adapter(adapter, collect(model), replace(adapter.record.manifest, training=training))
-    run.write(folder, finished=True)
+    job.run.write(folder, finished=True)
     return result
 
 
@@ -168,11 +183,12 @@ def read_tokenizer(folder: Path) -> Any:
             return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(str(folder), f"its tokenizer does not load ({first_line[:160]})",
-                           expected="the base's tokenizer files") from error  # fmt: skip
+        raise RequestError(
+            str(folder), f"its tokenizer does not load ({first_line[:160]})", expected="the base's tokenizer files"
+        ) from error
 
 
-# ------------------------------------------------------------------------------------------------------------- the task
+# --- the task
 
 
 def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> Adapter:
@@ -183,15 +199,22 @@ def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | P
         known = ", ".join(known for known in TASKS if known not in ("features", "image-classification"))
         raise RequestError("--task", f"a {plan.architecture} has no task of its own", expected=f"one of {known}")
     if name == "image-classification":
-        raise RequestError("--task", "images cannot be read yet", expected="a task on text",
-                           fix="Train in Python with surgery.attach and your own loop")  # fmt: skip
+        raise RequestError(
+            "--task",
+            "images cannot be read yet",
+            expected="a task on text",
+            fix="Train in Python with surgery.attach and your own loop",
+        )
     labels = task.labels or (_labels(plan) if name == plan.task else ()) or inspect_labels(data.spec(), name)
     if name == plan.task and (not labels or labels == _labels(plan)):
         return adapter
     if adapter.record.manifest.training:
-        raise RequestError("--task", f"{name} with labels {', '.join(labels) or 'none'}",
-                           expected=f"{plan.task} with labels {', '.join(_labels(plan)) or 'none'}, as trained so far",
-                           fix="Apply again to train another task")  # fmt: skip
+        raise RequestError(
+            "--task",
+            f"{name} with labels {', '.join(labels) or 'none'}",
+            expected=f"{plan.task} with labels {', '.join(_labels(plan)) or 'none'}, as trained so far",
+            fix="Apply again to train another task",
+        )
     checkpoint = Checkpoint.open(find_base(adapter.record, adapter.folder, base))
     spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
     delta = fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, TaskSpec(name, labels)))
@@ -203,15 +226,12 @@ def _labels(plan: SurgeryPlan) -> tuple[str, ...]:
     return () if plan.task == "regression" else tuple(names[key] for key in sorted(names, key=int))
 
 
-def _load_for_training(
-    adapter: Adapter, base: str | Path | None, settings: TrainSection, device: str
-) -> tuple[Any, str]:
+def _load_for_training(adapter: Adapter, root: Path, settings: TrainSection, device: str) -> tuple[Any, str]:
     """The attached model on the CPU and the autocast it trains under (fp32: none).
 
     Weights keep the checkpoint's dtype, but fp16 on a CPU computes in fp32 (what is trained still rounds to fp16).
     Heads train in fp32, which beside 16-bit weights needs autocast.
     """
-    root = find_base(adapter.record, adapter.folder, base)
     dtype = torch.float32 if device == "cpu" and _is_half(adapter.plan) else None
     model = load_base_model(root, adapter.plan, dtype=dtype)
     attach_plan(model, adapter.plan, adapter.delta)
@@ -232,7 +252,7 @@ def _is_half(plan: SurgeryPlan) -> bool:
     return any(target.dtype == "F16" for target in plan.targets)
 
 
-# ---------------------------------------------------------------------------------------------------- resuming, or not
+# --- resuming, or not
 
 FINISHED = "finished"
 
@@ -280,12 +300,20 @@ def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool
     earlier = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
     if earlier and not earlier.get("finished") and not overwrite:
         if resume == "no":
-            raise RequestError(str(folder), "an interrupted run", expected="a decision",
-                               fix="Go on with --resume auto, or drop its checkpoints with --overwrite")  # fmt: skip
+            raise RequestError(
+                str(folder),
+                "an interrupted run",
+                expected="a decision",
+                fix="Go on with --resume auto, or drop its checkpoints with --overwrite",
+            )
         if earlier.get("digest") != run.digest:
             changed = ", ".join(run.differences(earlier)) or "settings"
-            raise RequestError(str(folder), f"an interrupted run with other {changed}", expected="the same settings",
-                               fix="Give the settings it was started with, or drop it with --overwrite")  # fmt: skip
+            raise RequestError(
+                str(folder),
+                f"an interrupted run with other {changed}",
+                expected="the same settings",
+                fix="Give the settings it was started with, or drop it with --overwrite",
+            )
         last = latest_checkpoint(folder)
         return str(last) if last else ""
     shutil.rmtree(folder, ignore_errors=True)
@@ -302,7 +330,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
-# ----------------------------------------------------------------------------------------------------------- the trainer
+# --- the trainer
 
 
 class SurgeryCheckpoints:
@@ -316,7 +344,7 @@ class SurgeryCheckpoints:
     state: Any
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self.surgery_staging or super()._get_output_dir(trial)  # type: ignore[misc,no-any-return]
+        return self.surgery_staging or super()._get_output_dir(trial)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir)
@@ -385,16 +413,9 @@ def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
             model.get_parameter(name).copy_(tensor)
 
 
-def _trainer(
-    backend: Any,
-    model: Any,
-    arguments: Any,
-    prepared: Prepared,
-    adapter: Adapter,
-    settings: TrainSection,
-    interruption: Interruption,
-) -> Any:
-    trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, backend.trainer_class()), {})
+def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption) -> Any:
+    adapter, prepared, settings = job.adapter, job.prepared, job.settings
+    trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
     callbacks = [Progress(), LogFile(adapter.folder / LOG_FILE), StopWhenAsked(interruption)]
     if settings.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
@@ -486,7 +507,7 @@ def _whole_lines(lines: list[str]) -> Iterator[str]:
         yield line
 
 
-# --------------------------------------------------------------------------------------------------------------- signals
+# --- signals
 
 
 @dataclass
@@ -529,4 +550,3 @@ def _interruptible() -> Iterator[Interruption]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-

@@ -60,7 +60,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Sides:
-    """What is compared: the merged folder, its base, its record, its undo file and, where it is at hand, its adapter."""
+    """What is compared: the merged folder, its base, record and undo file and, where it is at hand, its adapter."""
 
     merged: Checkpoint
     base: Checkpoint
@@ -133,8 +133,11 @@ def _check_names(sides: _Sides) -> Check:
     expected = {plan.merged_name(name) for name in sides.base} | {w.weight for w in plan.whole if not w.sha256}
     difference = sorted(expected ^ set(sides.merged))
     if difference:
-        raise CheckError(str(sides.merged.root), f"{len(difference)} tensors missing or surplus, first {difference[0]!r}",
-                         expected="the base's tensors and new heads")  # fmt: skip
+        raise CheckError(
+            str(sides.merged.root),
+            f"{len(difference)} tensors missing or surplus, first {difference[0]!r}",
+            expected="the base's tensors and new heads",
+        )
     heads = {w.weight for w in plan.whole}
     for name, info in sides.base.items():
         if name not in heads and sides.merged[plan.merged_name(name)].shape != info.shape:
@@ -173,8 +176,12 @@ def _check_untouched(sides: _Sides) -> Check:
     for name in names:
         for _, ours, theirs in _chunk_pairs(sides, name):
             if ours != theirs:
-                raise CheckError(name, "it differs from the base", expected="the base's bytes: it was not trained",
-                                 fix="Export again")  # fmt: skip
+                raise CheckError(
+                    name,
+                    "it differs from the base",
+                    expected="the base's bytes: it was not trained",
+                    fix="Export again",
+                )
     return Check("untouched tensors", "passed", f"{len(names)} equal the base's byte for byte")
 
 
@@ -187,8 +194,12 @@ def _check_targets(sides: _Sides) -> list[Check]:
         if sides.adapter and written is not None:
             stored = sides.adapter.delta.patches[target.module].stored().to(written.dtype)
             if not torch.equal(bits_of(stored), bits_of(written)):
-                raise CheckError(target.weight, "its columns are not what was trained", expected="the adapter's values",
-                                 fix="Export again")  # fmt: skip
+                raise CheckError(
+                    target.weight,
+                    "its columns are not what was trained",
+                    expected="the adapter's values",
+                    fix="Export again",
+                )
             if differs != bool((bits_of(stored) != bits_of(_original(sides, target).to(stored.dtype))).any()):
                 raise CheckError(target.weight, "it equals the base", expected="the trained columns")
         moved, unmoved = moved + differs, unmoved + (not differs)
@@ -226,8 +237,12 @@ def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Ten
         here = slice(first, first + len(rows))
         stray = unequal[:, ~planned] if target.input_axis == 1 else unequal[~planned[here]]
         if stray.any():
-            raise CheckError(target.weight, "columns outside the plan differ from the base",
-                             expected=f"only its {target.rank} planned columns to differ", fix="Export again")  # fmt: skip
+            raise CheckError(
+                target.weight,
+                "columns outside the plan differ from the base",
+                expected=f"only its {target.rank} planned columns to differ",
+                fix="Export again",
+            )
         if target.input_axis == 1:
             picked[here] = rows[:, wanted]
         else:
@@ -236,7 +251,7 @@ def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Ten
     return written, differs
 
 
-# ---------------------------------------------------------------------------------------------------------- by running
+# --- by running
 
 
 def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float | None]:
@@ -246,7 +261,9 @@ def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float |
     needed = int(sides.merged.size_bytes * LOGITS_BYTES_FACTOR)
     free = psutil.virtual_memory().available
     if needed > free:
-        return _skipped(f"needs {needed:,} bytes of memory, {free:,} are free; the byte checks above are complete"), None
+        return _skipped(
+            f"needs {needed:,} bytes of memory, {free:,} are free; the byte checks above are complete"
+        ), None
     inputs = model_inputs(sides.merged.root, prompts)
     trained = load_base_model(sides.base.root, sides.record.plan)
     attach_plan(trained, sides.record.plan, sides.adapter.delta)
@@ -257,8 +274,12 @@ def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float |
     difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(expected, found, strict=True))
     is_cast = sides.record.manifest.export.get("dtype", "keep") != "keep"
     if not is_cast and any(not torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
-        raise CheckError(str(sides.merged.root), f"its logits differ from the trained model's by up to {difference:.3g}",
-                         expected="no difference", fix="Please report this with `surgery doctor --json`")  # fmt: skip
+        raise CheckError(
+            str(sides.merged.root),
+            f"its logits differ from the trained model's by up to {difference:.3g}",
+            expected="no difference",
+            fix="Please report this with `surgery doctor --json`",
+        )
     said = f"largest difference to base + adapter {difference:.3g} on {len(inputs)} prompts"
     return Check("logits", "passed", said + (", from the cast asked for" if is_cast else "")), difference
 

@@ -50,8 +50,12 @@ def find_adapter(folder: str | Path | None, *, here: Path | None = None) -> Path
     found = sorted(path for path in here.iterdir() if path.is_dir() and _is_adapter(path))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise RequestError(str(here), f"{len(found)} adapter folders here ({names})", expected="exactly one",
-                           fix="Name the adapter's folder")  # fmt: skip
+        raise RequestError(
+            str(here),
+            f"{len(found)} adapter folders here ({names})",
+            expected="exactly one",
+            fix="Name the adapter's folder",
+        )
     return found[0]
 
 
@@ -69,7 +73,7 @@ def default_export_folder(adapter: Path, format_name: str) -> Path:
     return (adapter if adapter.name not in ("", ".", "..") else full).with_name(f"{full.name}-{suffix}")
 
 
-def export(
+def export(  # noqa: PLR0913  the options of one command, all by keyword
     adapter: str | Path,
     out: str | Path | None = None,
     *,
@@ -95,8 +99,15 @@ def export(
         held.append(verify(folder, adapter=opened.folder, base=base, prompts=prompts))
 
     wanted = checking if check and format in VERIFIED_FORMATS else None
-    exporter.export(opened, target, base=base, dtype=dtype, max_shard_bytes=_shard_bytes(max_shard_size),
-                    overwrite=overwrite, check=wanted)  # fmt: skip
+    exporter.export(
+        opened,
+        target,
+        base=base,
+        dtype=dtype,
+        max_shard_bytes=_shard_bytes(max_shard_size),
+        overwrite=overwrite,
+        check=wanted,
+    )
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportResult(target, format, time.monotonic() - started, size, held[0] if held else None)
 
@@ -116,7 +127,7 @@ def undo(merged: str | Path, out: str | Path, *, overwrite: bool = False) -> Pat
     return written
 
 
-# ------------------------------------------------------------------------------------------------------------- a recipe
+# --- a recipe
 
 
 @dataclass(frozen=True)
@@ -153,8 +164,15 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
         skipped += ["export"]
         return RunResult(folder, out, trained, None, tuple(skipped))
     say(f"export: {folder} -> {out}")
-    done = export(folder, out, format=recipe.export.format, dtype=recipe.export.dtype, overwrite=overwrite,
-                  max_shard_size=recipe.export.max_shard_size, check=recipe.export.verify)  # fmt: skip
+    done = export(
+        folder,
+        out,
+        format=recipe.export.format,
+        dtype=recipe.export.dtype,
+        overwrite=overwrite,
+        max_shard_size=recipe.export.max_shard_size,
+        check=recipe.export.verify,
+    )
     return RunResult(folder, out, trained, done.verification, tuple(skipped))
 
 
@@ -171,8 +189,12 @@ def _require_same_plan(recipe: Recipe, folder: Path) -> None:
         task = TaskSpec(task.name, tuple(adapter.plan.config.get("id2label", {}).values()))
     planned = plan_checkpoint(Checkpoint.open(find_model(recipe.model)[0]), recipe.paca.spec(), task)
     if _without_digests(planned) != _without_digests(adapter.plan) and not _is_fresh(adapter, planned):
-        raise OutputExistsError(str(folder), "an adapter that another plan made", expected="this recipe's",
-                                fix="Choose another folder, or give --overwrite")  # fmt: skip
+        raise OutputExistsError(
+            str(folder),
+            "an adapter that another plan made",
+            expected="this recipe's",
+            fix="Choose another folder, or give --overwrite",
+        )
 
 
 def _is_fresh(adapter: Adapter, planned: SurgeryPlan) -> bool:
@@ -196,6 +218,10 @@ def _is_exported(recipe: Recipe, folder: Path, out: Path) -> bool:
     adapter = open_adapter(folder).record.manifest
     same = manifest and manifest.adapter.get("sha256") in adapter.files.values()
     if not same or (manifest and manifest.export.get("dtype") != recipe.export.dtype):
-        raise OutputExistsError(str(out), "not this adapter's export", expected="a new folder",
-                                fix="Choose another folder, or give --overwrite")  # fmt: skip
+        raise OutputExistsError(
+            str(out),
+            "not this adapter's export",
+            expected="a new folder",
+            fix="Choose another folder, or give --overwrite",
+        )
     return True

@@ -12,7 +12,7 @@ Shape suffixes: o out_features, i in_features, r trained columns, n all leading 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -79,10 +79,11 @@ class SharedGather:
         """The channels of x (.., i) whose weights train: (.., r), bit for bit."""
         if self.members == 1:
             return gather(x, columns_r)
-        hit = self._source is not None and self._source() is x and self._version == x._version
+        version = x._version  # noqa: SLF001  torch offers no other sign of an in-place change
+        hit = self._source is not None and self._source() is x and self._version == version
         kept = cast("Tensor", self._kept) if hit else gather(x, columns_r)
         if not hit:
-            self._source, self._version, self._kept, self._left = weakref.ref(x), x._version, kept, self.members
+            self._source, self._version, self._kept, self._left = weakref.ref(x), version, kept, self.members
         self._left -= 1
         if self._left == 0:
             self._forget()
@@ -152,16 +153,16 @@ def _watch_optimizers() -> None:
 class PacaLayer(nn.Module):
     """What `PacaLinear` and `PacaConv1D` share: a linear layer some of whose input columns train.
 
-    The layer stays the same object under the same names (`weight`, `bias`), so hooks and references survive. Added:
-    `paca_delta` (o, r), the only parameter that trains; `paca_original` (o, r), the base's columns; `paca_columns` (r,).
+    The layer stays the same object under the same names (`weight`, `bias`), so hooks and references survive. Added are
+    `paca_delta` (o, r), the only parameter that trains, `paca_original` (o, r), the base's columns, and `paca_columns`.
 
     Freshness: the columns in `weight` are rewritten before a forward when since the last time a backward went through
     this layer, any optimizer stepped, the mode or the device changed, state was loaded or the parameter was written
     through autograd's eyes. A bare `.data` write in eval mode shows none of these signs: call `refresh` after one.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     paca_delta: nn.Parameter
     paca_original: nn.Parameter
     paca_columns: Tensor
@@ -171,10 +172,7 @@ class PacaLayer(nn.Module):
     paca_pending: bool
     paca_seen: tuple[int, ...]
     input_axis: int
-
-    def frozen_forward(self, x: Tensor) -> Tensor:
-        """The base layer's own forward."""
-        raise RuntimeError("a PacaLayer is always a PacaLinear or a PacaConv1D")
+    frozen_forward: Callable[[Tensor], Tensor]  # the base layer's own forward, from the class this is mixed into
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         """dy (.., o) -> dx (.., i)."""
@@ -185,11 +183,13 @@ class PacaLayer(nn.Module):
         if not (torch.is_grad_enabled() and self.paca_delta.requires_grad):
             return self.frozen_forward(x)
         kept = self.paca_gather(x, self.paca_columns)
-        return cast("Tensor", _PacaFunction.apply(x, self.paca_delta, kept, self))
+        result: Tensor = _PacaFunction.apply(x, self.paca_delta, kept, self)  # type: ignore[no-untyped-call]
+        return result
 
     def _signs(self) -> tuple[int, ...]:
         delta = self.paca_delta
-        return (_optimizer_steps, delta._version, delta.data_ptr(), self.weight.data_ptr())
+        version = delta._version  # noqa: SLF001  one sign among several: some writers do not bump it
+        return (_optimizer_steps, version, delta.data_ptr(), self.weight.data_ptr())
 
     def refresh_if_stale(self) -> None:
         """Rewrite the columns in the weight if the master copy may have changed."""
@@ -243,7 +243,7 @@ class PacaLinear(PacaLayer, nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-class PacaConv1D(PacaLayer, Conv1D):
+class PacaConv1D(PacaLayer, Conv1D):  # type: ignore[misc]  # transformers is untyped here
     """GPT-2's `Conv1D` (weight (i, o)) with trained columns, which here are rows."""
 
     input_axis = 0
@@ -343,6 +343,7 @@ def collect(model: nn.Module, plan: SurgeryPlan, originals: Mapping[str, Tensor]
 def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
     for layer in layers(model).values():
+        module: nn.Module = layer
         if merge:
             layer.refresh()
         else:
@@ -351,7 +352,7 @@ def detach(model: nn.Module, *, merge: bool) -> None:
             delattr(layer, name)
         for name in ("paca_gather", "paca_scale", "paca_storage", "paca_pending", "paca_seen"):
             delattr(layer, name)
-        layer.__class__ = next(plain for plain, opened in SWAPS.items() if opened is type(layer))
+        module.__class__ = next(plain for plain, opened in SWAPS.items() if opened is type(layer))
 
 
 @dataclass(frozen=True)

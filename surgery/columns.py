@@ -36,13 +36,18 @@ def random_columns(in_features: int, rank: int, *, seed: int, group: str) -> Ten
 STRATEGIES: dict[str, Callable[..., Tensor]] = {"random": random_columns}
 
 
-def choose_columns(strategy: str, in_features: int, rank: int, *, seed: int, group: str) -> Tensor:
-    """The columns of one layer: (rank,) int64, strictly increasing. Raises RequestError for an unknown strategy."""
-    if strategy not in STRATEGIES:
+def require_strategy(name: str) -> None:
+    """Raises RequestError for a strategy that is not in the table."""
+    if name not in STRATEGIES:
         raise RequestError(
             "--select",
-            f"unknown strategy {strategy!r}",
+            f"unknown strategy {name!r}",
             expected=f"one of {', '.join(STRATEGIES)}",
-            fix=closest(strategy, STRATEGIES),
+            fix=closest(name, STRATEGIES),
         )
+
+
+def choose_columns(strategy: str, in_features: int, rank: int, *, seed: int, group: str) -> Tensor:
+    """The columns of one layer: (rank,) int64, strictly increasing. Raises RequestError for an unknown strategy."""
+    require_strategy(strategy)
     return STRATEGIES[strategy](in_features, rank, seed=seed, group=group)

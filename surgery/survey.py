@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from surgery.checkpoint import CONFIG_FILE, read_json
-from surgery.compat import base_prefix, quiet_loading, upstream_architecture
+from surgery.compat import TRANSFORMERS_5, base_prefix, quiet_loading, upstream_architecture
 from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest
 from surgery.plan import Untouched
 from surgery.select import LinearSite
@@ -98,17 +99,27 @@ def read_config(root: Path) -> PretrainedConfig:
             expected="fp32, bf16 or fp16 weights",
             fix="Start from the checkpoint it was quantized from",
         )
+    with _foreign_config(root):
+        config: PretrainedConfig = AutoConfig.from_pretrained(root, trust_remote_code=False)
+        names = config.architectures or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"architectures {names!r}")
+    return config
+
+
+@contextlib.contextmanager
+def _foreign_config(root: Path) -> Iterator[None]:
+    """Whatever transformers' classes raise over a config.json, as one error that names the file."""
     try:
         with quiet_loading():
-            config: PretrainedConfig = AutoConfig.from_pretrained(root)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+            yield
+    except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotAModelError(
             str(root / CONFIG_FILE),
             f"transformers cannot read it ({first_line[:200]})",
-            expected="a model type that transformers knows",
+            expected="a model that transformers knows",
         ) from error
-    return config
 
 
 def own_architecture(config: PretrainedConfig) -> str:
@@ -161,7 +172,7 @@ def _pad_token_id(root: Path) -> int | None:
     """What the tokenizer pads with (its end token where it has no other): a decoder's classifier must know it."""
     try:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(root)
+            tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return None
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -176,8 +187,8 @@ def survey(root: Path, spec: TaskSpec) -> Survey:
     changes = _task_config(root, config, spec, task)
     if model_class.__name__ != own_architecture(config):
         changes["architectures"] = [model_class.__name__]
-    config = configured(config, changes)
-    with torch.device("meta"), quiet_loading():
+    with _foreign_config(root), torch.device("meta"):
+        config = configured(config, changes)
         model = model_class(config)
         model.tie_weights()
     heads = find_heads(model, has_head=TASKS[task].has_head)
@@ -218,31 +229,43 @@ def _trace_inputs(model: Any) -> dict[str, Tensor]:
 def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str]:
     """Each linear layer's group: the first name among the layers fed by the same tensor objects.
 
-    One forward of the base model (heads may look at values, which meta tensors have not) on the meta device. A model
-    that cannot be traced, or a layer that was not reached, shares with no one.
+    One forward of a twin's base model (heads may look at values, which meta tensors have not) on the meta device. A
+    model that cannot be traced, or a layer that was not reached, shares with no one.
     """
     seen: dict[str, list[Tensor]] = {site.module: [] for site in sites}
 
     def watch(name: str) -> Any:
         return lambda _module, args: seen[name].extend(args[:1])
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in seen]
-    prefix = base_prefix(model)
-    base: Any = model.get_submodule(prefix) if prefix else model
     try:
+        twin = _meta_twin(model)
+        for name in seen:
+            twin.get_submodule(name).register_forward_pre_hook(watch(name))
+        prefix = base_prefix(twin)
+        base = twin.get_submodule(prefix) if prefix else twin
         with torch.no_grad(), quiet_loading():
-            base.eval()(**_trace_inputs(base))
+            base(**_trace_inputs(base))
     except Exception:  # noqa: BLE001  any failure of foreign code in a dry run means: no sharing, and nothing else
         seen = {name: [] for name in seen}
-    finally:
-        for hook in hooks:
-            hook.remove()
     groups: dict[tuple[int, ...], str] = {}
     result = {}
     for name in sorted(seen):
         key = tuple(id(tensor) for tensor in seen[name])
         result[name] = groups.setdefault(key, name) if key else name
     return result
+
+
+def _meta_twin(model: Any) -> Any:
+    """The same model on the meta device, so that tracing leaves mode, hooks and settings of the model alone.
+
+    In implementations that run there: others look at the mask's values, or take bf16 only.
+    """
+    with torch.device("meta"), quiet_loading():
+        twin = type(model)(copy.deepcopy(model.config)).eval()
+        twin.set_attn_implementation("eager")
+        if TRANSFORMERS_5:
+            twin.set_experts_implementation("batched_mm")
+    return twin
 
 
 def list_untouched(model: nn.Module, touched: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[Untouched, ...]:

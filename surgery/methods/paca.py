@@ -11,6 +11,7 @@ Shape suffixes: o out_features, i in_features, r trained columns, n all leading 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from surgery.checkpoint import dtype_name, torch_dtype
-from surgery.columns import choose_columns
+from surgery.columns import choose_columns, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch
 from surgery.errors import RequestError
 from surgery.plan import SurgeryPlan, Target
@@ -50,10 +51,12 @@ class PacaSpec:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise RequestError("--rank", str(self.rank), expected="at least 1")
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise RequestError("--alpha", str(self.alpha), expected="a positive number")
+        require_strategy(self.select)
         for name in ("targets", "exclude"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            given = getattr(self, name)
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
 
     def scale(self, rank: int) -> float:
         """What the stored difference is multiplied by while training."""
@@ -289,12 +292,12 @@ def _open_layer(module: nn.Module, target: Target, columns_r: Tensor, shared: Sh
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
     """Open the plan's targets in `model`, in place, and freeze everything else. `delta` gives the columns' values."""
+    spec = PacaSpec(**plan.spec)
     _watch_optimizers()
     model.requires_grad_(requires_grad=False)
     shared: dict[tuple[str, int], SharedGather] = {}
     for target in plan.targets:
         shared.setdefault((target.group, target.rank), SharedGather(0)).members += 1
-    spec = PacaSpec(**plan.spec)
     for target in plan.targets:
         patch = delta.patches[target.module] if delta else None
         columns_r = patch.columns if patch else planned_columns(plan, target)

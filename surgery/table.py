@@ -77,6 +77,15 @@ def target_rows(targets: Sequence[Target]) -> list[TargetRow]:
     return rows
 
 
+def size_text(count_bytes: float) -> str:
+    """`1.07 MB`: decimal units."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.0f} {unit}" if unit == "bytes" else f"{count_bytes:.2f} {unit}"
+        count_bytes /= 1000
+    return f"{count_bytes:.2f} TB"
+
+
 def align(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Rows of text as columns of equal width, those numbered in `right` flush right, no blanks at the end."""
     if not rows:

@@ -323,6 +323,19 @@ def test_a_truncated_undo_file_is_damaged(tiny_model: TinyModel, tmp_path: Path)
     assert not (tmp_path / "base").exists()
 
 
+def test_a_merged_tensor_of_another_kind_is_damage(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """An untouched tensor whose bytes fit but whose dtype or shape is not the base's was changed by someone."""
+    merge(tiny_model("llama"), tmp_path)
+    path = tmp_path / "merged" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    embedding = tensors["model.embed_tokens.weight"]
+    for changed in (embedding.view(torch.int32), embedding.reshape(embedding.shape[::-1])):
+        safetensors.torch.save_file({**tensors, "model.embed_tokens.weight": changed}, path)
+        with pytest.raises(DamagedError, match="changed after the merge"):
+            undo(tmp_path / "merged", tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
 def test_a_plan_without_digests_proves_nothing(tiny_model: TinyModel, tmp_path: Path) -> None:
     """A record whose digests were blanked out does not make the check pass."""
     merge(tiny_model("llama"), tmp_path)

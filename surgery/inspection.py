@@ -1,0 +1,270 @@
+"""What a folder is: a checkpoint, an adapter, a merged checkpoint or an exported LoRA adapter, and what stands in it.
+
+Reads headers, records and configuration; of an adapter also its values, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json
+from surgery.errors import NotAModelError
+from surgery.manifest import ADAPTER, MERGED, UNDO_FILE, Base, Check, Record, parse_record, read_document
+from surgery.operate import open_adapter
+from surgery.plan import SurgeryPlan
+from surgery.table import align, plan_lines, size_text, target_rows
+
+MODEL, LORA = "model", "lora"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+                    "vocab.json", "tekken.json")  # fmt: skip
+_TIED = {True: "yes, by config.json", False: "no, by config.json", None: "config.json does not say"}
+_TRAINING_KEYS = ("steps", "seconds", "device", "loss")
+_Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A checkpoint. `values`: how many of each dtype; `is_tied`: what config.json says, None where it says nothing."""
+
+    architecture: str
+    model_type: str
+    values: Mapping[str, int]
+    tensors: int
+    files: int
+    size_bytes: int
+    is_tied: bool | None
+    quantization: str
+    tokenizer: str
+
+    def pairs(self) -> _Pairs:
+        """Labels and texts."""
+        kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in self.values.items())
+        return [
+            ("architecture", f"{self.architecture or 'unknown'} ({self.model_type or 'no model type'})"),
+            ("values", f"{sum(self.values.values()):,}: {kinds}"),
+            ("weights", f"{size_text(self.size_bytes)}, {self.tensors} tensors in {_count(self.files, 'file')}"),
+            ("tied embeddings", _TIED[self.is_tied]),
+            ("quantized", self.quantization or "no"),
+            ("tokenizer", self.tokenizer or "none"),
+        ]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a folder came from. A path is as seen from the folder; `found`: it is there (a hub id: in the cache)."""
+
+    base: str
+    base_found: bool
+    adapter: str = ""
+    adapter_found: bool = False
+
+    def pairs(self) -> _Pairs:
+        """Labels and texts."""
+        adapter = [("from the adapter", _whether(self.adapter, is_there=self.adapter_found))] if self.adapter else []
+        return [("base", _whether(self.base, is_there=self.base_found)), *adapter]
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What training did: `moved` targets differ from the base; `training` is the record's summary."""
+
+    moved: int
+    targets: int
+    training: Mapping[str, Any]
+
+    def pairs(self) -> _Pairs:
+        """Labels and texts."""
+        known = [f"{key} {_number(self.training[key])}" for key in _TRAINING_KEYS if key in self.training]
+        state = [("trained", ", ".join(known) or "not yet")]
+        for moment in ("before", "after"):
+            metrics = self.training.get(moment)
+            if isinstance(metrics, Mapping) and metrics:
+                text = ", ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+                state.append((f"held-out {moment}", text))
+        return [*state, ("moved", f"{self.moved} of {_count(self.targets, 'target')}")]
+
+
+@dataclass(frozen=True)
+class MergedFacts:
+    """What an export did. `undo`: empty where the base can be restored from the folder, else why it cannot."""
+
+    settings: Mapping[str, Any]
+    checks: tuple[Check, ...]
+    undo: str = ""
+
+    def pairs(self) -> _Pairs:
+        """Labels and texts."""
+        checks = [("check", f"{check.name}: {check.result} {check.detail}".rstrip()) for check in self.checks]
+        notes = [("note", f"{note}") for note in self.settings.get("notes", ())]
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items() if isinstance(value, (str, int)))
+        return [("export", settings), ("undo", self.undo or "possible"), *notes, *(checks or [("check", "none ran")])]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A folder of `kind` model, adapter, merged or lora, and what applies to such a one."""
+
+    path: str
+    kind: str
+    model: ModelFacts | None = None
+    origin: Origin | None = None
+    adapter: AdapterFacts | None = None
+    merged: MergedFacts | None = None
+    plan: SurgeryPlan | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`: what does not apply is left out; the plan with its targets grouped."""
+        parts = {"model": self.model, "origin": self.origin, "adapter": self.adapter, "merged": self.merged}
+        document: dict[str, Any] = {"path": self.path, "kind": self.kind}
+        document |= {name: asdict(part) for name, part in parts.items() if part is not None}
+        return document | ({"plan": _plan_summary(self.plan)} if self.plan else {})
+
+    def lines(self) -> list[str]:
+        """A list of labels, then the table of targets."""
+        pairs: _Pairs = [("path", self.path), ("kind", _KINDS[self.kind])]
+        for part in (self.model, self.origin, self.adapter, self.merged):
+            pairs += part.pairs() if part else []
+        pairs += _plan_pairs(self.plan) if self.plan else []
+        return align(pairs) + (["", *plan_lines(self.plan)] if self.plan else [])
+
+
+_KINDS = {
+    MODEL: "a checkpoint",
+    ADAPTER: "an adapter",
+    MERGED: "a merged checkpoint",
+    LORA: "a LoRA adapter for PEFT",
+}
+
+
+def inspect(path: Path) -> Inspection:
+    """Find out what a folder is. Raises: NotAModelError: none of ours; DamagedError, RequestError."""
+    if not path.is_dir():
+        found = "a file" if path.exists() else "no such folder"
+        raise NotAModelError(str(path), found, expected="a model, adapter or merged folder")
+    if not (path / RECORD_FILE).is_file():
+        return Inspection(str(path), MODEL, model=_model_facts(_open(path)))
+    record = parse_record(read_document(path), str(path / RECORD_FILE))
+    if record.kind not in _INSPECT:
+        raise NotAModelError(str(path), f"a folder of kind {record.kind!r}", expected=f"one of {', '.join(_INSPECT)}",
+                             fix="Use the version of checkpoint-surgery that wrote it")  # fmt: skip
+    return _INSPECT[record.kind](path, record)
+
+
+def _open(path: Path) -> Checkpoint:
+    """A checkpoint; where there is none, the message names folders inside that are something."""
+    try:
+        return Checkpoint.open(path)
+    except NotAModelError as error:
+        inside = [p.name for p in sorted(path.iterdir()) if (p / CONFIG_FILE).is_file() or (p / RECORD_FILE).is_file()]
+        if error.fix or not inside:
+            raise
+        fix = f"Folders in it that could be meant: {', '.join(inside[:5])}"
+        raise NotAModelError(error.where, error.found, expected=error.expected, fix=fix) from None
+
+
+def _inspect_adapter(path: Path, _record: Record) -> Inspection:
+    adapter = open_adapter(path)  # decides which of two records holds, after a kill in between
+    facts = AdapterFacts(adapter.delta.moved, len(adapter.plan.targets), adapter.record.manifest.training)
+    return Inspection(str(path), ADAPTER, origin=_origin(path, adapter.record), adapter=facts, plan=adapter.plan)
+
+
+def _inspect_merged(path: Path, record: Record) -> Inspection:
+    manifest, model = record.manifest, _model_facts(Checkpoint.open(path))
+    merged = MergedFacts(manifest.export, manifest.checks, _why_no_undo(path, record))
+    return Inspection(str(path), MERGED, model=model, origin=_origin(path, record), merged=merged, plan=record.plan)
+
+
+def _inspect_lora(path: Path, record: Record) -> Inspection:
+    merged = MergedFacts(record.manifest.export, record.manifest.checks, "nothing to undo: the base is not in it")
+    return Inspection(str(path), LORA, origin=_origin(path, record), merged=merged, plan=record.plan)
+
+
+_INSPECT = {ADAPTER: _inspect_adapter, MERGED: _inspect_merged, LORA: _inspect_lora}
+
+
+def _model_facts(checkpoint: Checkpoint) -> ModelFacts:
+    config = read_json(checkpoint.root / CONFIG_FILE) if (checkpoint.root / CONFIG_FILE).is_file() else {}
+    values: dict[str, int] = {}
+    for info in checkpoint.values():
+        values[info.dtype] = values.get(info.dtype, 0) + math.prod(info.shape)
+    architectures, quantized = config.get("architectures") or [""], config.get("quantization_config")
+    return ModelFacts(
+        str(architectures[0]) if isinstance(architectures, list) else "",
+        str(config.get("model_type", "")),
+        dict(sorted(values.items(), key=lambda entry: -entry[1])),
+        len(checkpoint),
+        len(checkpoint.headers),
+        checkpoint.size_bytes,
+        _tied(config),
+        str(quantized.get("quant_method", "yes")) if isinstance(quantized, dict) else "",
+        next((name for name in _TOKENIZER_FILES if (checkpoint.root / name).is_file()), ""),
+    )
+
+
+def _tied(config: Mapping[str, Any]) -> bool | None:
+    """What the configuration, or its part for text, says about the output head."""
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        if isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def _origin(folder: Path, record: Record) -> Origin:
+    base, adapter = record.manifest.base, str(record.manifest.adapter.get("path", ""))
+    name = f"{base.hub_id} (revision {base.revision})" if base.hub_id else base.path
+    return Origin(name, _is_found(folder, base), adapter, bool(adapter) and (folder / adapter).is_dir())
+
+
+def _is_found(folder: Path, base: Base) -> bool:
+    if not base.hub_id:
+        return bool(base.path) and (folder / base.path).is_dir()
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(base.hub_id, CONFIG_FILE, revision=base.revision or None), str)
+
+
+def _why_no_undo(folder: Path, record: Record) -> str:
+    dtype = record.manifest.export.get("dtype")
+    if dtype != "keep":
+        return f"not possible: --dtype {dtype} rounded the base's values"
+    return "" if path_inside(folder, UNDO_FILE).is_file() else f"not possible: {UNDO_FILE} is missing"
+
+
+def _plan_pairs(plan: SurgeryPlan) -> _Pairs:
+    ranks = sorted({target.rank for target in plan.targets})
+    return [
+        ("method", f"{plan.method}, rank {', '.join(map(str, ranks))}"),
+        ("task", f"{plan.task}, loaded as {plan.architecture}"),
+        ("plan", plan.id),
+    ]
+
+
+def _plan_summary(plan: SurgeryPlan) -> dict[str, Any]:
+    return {
+        "id": plan.id,
+        "method": plan.method,
+        "task": plan.task,
+        "architecture": plan.architecture,
+        "spec": dict(plan.spec),
+        "trained_values": plan.trained_values,
+        "targets": [asdict(row) for row in target_rows(plan.targets)],
+        "whole": [asdict(target) for target in plan.whole],
+        "untouched": [asdict(entry) for entry in plan.untouched],
+    }
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _whether(name: str, *, is_there: bool) -> str:
+    return f"{name or 'not recorded'} ({'found' if is_there else 'not found'})"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"

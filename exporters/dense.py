@@ -16,16 +16,20 @@ import torch
 
 from surgery.checkpoint import (
     CHUNK_BYTES,
+    CONFIG_FILE,
     FLOAT_DTYPES,
     INDEX_FILE,
     RECORD_FILE,
+    TORCH_NAMES,
     WEIGHTS_FILE,
     Checkpoint,
     CheckpointWriter,
     TensorFile,
     TensorInfo,
     build_header,
+    read_json,
     read_range,
+    require_apart,
     require_disk,
     split_shards,
     tensor_bytes,
@@ -36,7 +40,7 @@ from surgery.checkpoint import (
     write_tensors,
 )
 from surgery.delta import ADAPTER_FILE, ColumnDelta, patched_chunks, require_base
-from surgery.errors import CheckError, RequestError
+from surgery.errors import BaseMismatchError, CheckError, RequestError
 from surgery.manifest import MERGED, UNDO_FILE, Base, Record, relative_path, versions
 from surgery.operate import Adapter, copy_small_files, find_base
 from surgery.plan import SurgeryPlan, Target, WholeTarget
@@ -130,11 +134,12 @@ def export(
     root = find_base(adapter.record, adapter.folder, base)
     checkpoint = Checkpoint.open(root)
     files = plan_files(checkpoint, adapter.plan, dtype, max_shard_bytes)
+    require_apart(out, [root, adapter.folder])
     require_targets(checkpoint, adapter.plan)
     sizes = [len(file.header) + sum(tensor_bytes(t.dtype, t.shape) for t in file.tensors) for file in files]
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
         require_disk(writer.path, sum(sizes) + (adapter.folder / ADAPTER_FILE).stat().st_size)
-        copy_small_files(checkpoint, writer.path, adapter.plan)
+        copy_small_files(checkpoint, writer.path, _with_dtype(checkpoint, adapter.plan, dtype))
         for file in files:
             write_tensors(writer.path / file.name, file.header, _file_chunks(checkpoint, adapter.delta, file))
         write_index(writer.path, files)
@@ -144,13 +149,34 @@ def export(
     return out
 
 
+def _with_dtype(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str) -> SurgeryPlan:
+    """The plan with config.json's dtype changed to the files', without which loaders would cast back."""
+    if dtype == KEEP or CONFIG_FILE not in checkpoint.small_files():
+        return plan
+    present = [key for key in ("dtype", "torch_dtype") if key in read_json(checkpoint.root / CONFIG_FILE)]
+    named = dict.fromkeys(present or ["dtype"], TORCH_NAMES[DTYPES[dtype]])
+    return replace(plan, config={**plan.config, **named})
+
+
 def require_targets(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
-    """The base has every target, as planned. Raises BaseMismatchError."""
+    """The base has every target, as planned, and the head that was replaced. Raises BaseMismatchError."""
     for target in plan.targets:
         info = checkpoint.get(target.weight)
         if info is None or info.shape != target.shape or info.dtype != target.dtype:
-            require_base(
-                replace(target, sha256="the plan's shape"), "another shape, dtype or none", str(checkpoint.root)
+            found = f"{info.dtype} {info.shape}" if info else "absent"
+            raise BaseMismatchError(
+                str(checkpoint.root),
+                f"{target.weight} is {found}",
+                expected=f"{target.dtype} {target.shape}, of the base this adapter was made for",
+                fix="Name the right base with --base",
+            )
+    for head in plan.whole:
+        if head.sha256 and (head.weight not in checkpoint or checkpoint.sha256(head.weight) != head.sha256):
+            raise BaseMismatchError(
+                str(checkpoint.root),
+                f"{head.weight} is absent or another",
+                expected="the base this adapter was made for",
+                fix="Name the right base with --base",
             )
 
 
@@ -160,7 +186,9 @@ def _file_chunks(checkpoint: Checkpoint, delta: ColumnDelta, file: OutFile) -> I
     for tensor in file.tensors:
         key = tensor.source or tensor.name
         if key in whole:
-            yield tensor_to_bytes(delta.whole[whole[key].parameter].stored(tensor.dtype))
+            values = delta.whole[whole[key].parameter].stored(tensor.dtype)
+            _require_fits(key, tensor.dtype, int((~torch.isfinite(values)).sum()))
+            yield tensor_to_bytes(values)
         elif key in targets:
             yield from _cast(_patched(checkpoint, delta, targets[key]), checkpoint[key], tensor.dtype)
         else:
@@ -183,14 +211,19 @@ def _cast(chunks: Iterator[memoryview], info: TensorInfo, dtype: str) -> Iterato
     for chunk in chunks:
         values = tensor_from_bytes(bytearray(chunk), info.dtype, (-1,))
         cast = values.to(torch_dtype(dtype))
-        if torch.isinf(cast).sum() > torch.isinf(values).sum():
-            raise CheckError(
-                info.name,
-                f"values too large for {dtype}",
-                expected="all values to fit",
-                fix="Keep the base's dtype, or choose bf16 or fp32",
-            )
+        _require_fits(info.name, dtype, int(torch.isinf(cast).sum() - torch.isinf(values).sum()))
         yield tensor_to_bytes(cast)
+
+
+def _require_fits(name: str, dtype: str, overflows: int) -> None:
+    """Raises CheckError where a cast made values infinite."""
+    if overflows:
+        raise CheckError(
+            name,
+            f"{overflows} values too large for {dtype}",
+            expected="all values to fit",
+            fix="Keep the base's dtype, or choose bf16 or fp32",
+        )
 
 
 def write_index(folder: Path, files: list[OutFile]) -> None:

@@ -54,6 +54,7 @@ class ColumnPatch:
         if dtype_name(self.original.dtype) != self.target.dtype:
             raise DamagedError(where, f"original {self.original.dtype}", expected=self.target.dtype)
         require_finite(where, self.values)
+        require_fits(where, self.stored())
 
     def stored(self) -> Tensor:
         """The values in the base's dtype: the one cast there is. (out, r)."""
@@ -73,6 +74,18 @@ def require_finite(where: str, values: Tensor) -> None:
             where,
             f"{bad} of {values.numel()} trained values are not finite",
             expected="finite values",
+            fix="Training diverged: lower the learning rate, or go back to an earlier checkpoint",
+        )
+
+
+def require_fits(where: str, stored: Tensor) -> None:
+    """Raises DamagedError where finite values became infinite in the base's dtype."""
+    bad = int((~torch.isfinite(stored)).sum())
+    if bad:
+        raise DamagedError(
+            where,
+            f"{bad} of {stored.numel()} trained values are too large for {dtype_name(stored.dtype)}",
+            expected="values that the base's dtype can hold",
             fix="Training diverged: lower the learning rate, or go back to an earlier checkpoint",
         )
 
@@ -106,6 +119,7 @@ class ColumnDelta:
                 found = f"shape {tuple(patch.values.shape)}"
                 raise DamagedError(f"adapter, {target.parameter}", found, expected=str(target.shape))
             require_finite(f"adapter, {target.parameter}", patch.values)
+            require_fits(f"adapter, {target.parameter}", patch.stored(target.dtype))
 
     @property
     def moved(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from surgery.checkpoint import RECORD_FILE, path_inside, read_json
 from surgery.errors import DamagedError, NotAModelError, RequestError
-from surgery.plan import SurgeryPlan
+from surgery.plan import SurgeryPlan, from_json
 
 SCHEMA = 1
 ADAPTER, MERGED = "adapter", "merged"
@@ -63,11 +63,11 @@ class Record:
     plan: SurgeryPlan
     manifest: Manifest
 
-    def to_json(self, previous: Mapping[str, Any] | None = None) -> str:
+    def to_json(self, previous: Record | None = None) -> str:
         """Readable JSON. `previous`: the record that holds while the new files are not all in place."""
         document = {"schema": SCHEMA, "kind": self.kind, "plan": self.plan.to_dict(), "manifest": asdict(self.manifest)}
         if previous:
-            document["previous"] = {key: value for key, value in previous.items() if key != "previous"}
+            document["previous"] = json.loads(previous.to_json())
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -92,12 +92,12 @@ def parse_record(document: Mapping[str, Any], where: str) -> Record:
             fix="Use the version of checkpoint-surgery that wrote it",
         )
     try:
-        fields = dict(document["manifest"])
-        fields["base"] = Base(**fields["base"])
-        fields["checks"] = tuple(Check(**check) for check in fields["checks"])
+        parts = dict(document["manifest"])
+        parts["base"] = from_json(Base, parts["base"])
+        parts["checks"] = tuple(from_json(Check, check) for check in parts["checks"])
         plan = SurgeryPlan.from_dict(document["plan"], where)
-        return Record(document["kind"], plan, Manifest(**fields))
-    except (TypeError, KeyError, AttributeError) as error:
+        return Record(document["kind"], plan, from_json(Manifest, parts))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise DamagedError(where, f"the record is malformed ({error})", expected="a whole record") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +25,7 @@ from surgery.checkpoint import (
     path_inside,
     read_json,
     replace_file,
+    require_apart,
     write_file,
 )
 from surgery.columns import generator_seed
@@ -65,11 +67,16 @@ class Stored:
 
 @dataclass
 class AttachedState:
-    """What an attached model remembers: its plan, the base's values of whole tensors, what was trainable before."""
+    """What an attached model remembers: its plan, the base's values, what was trainable before.
+
+    `originals`: of whole tensors, by parameter; `columns`: of trained columns, by module, as the base's file has them
+    (empty without a file) - the model may hold them in another dtype.
+    """
 
     plan: SurgeryPlan
     originals: dict[str, Tensor] = field(default_factory=dict)
     trainable_before: tuple[str, ...] = ()
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,8 @@ def _plan_whole(
             raise DamagedError("checkpoint", found, expected="a whole checkpoint", fix="Fetch it again, or name --task")
         return ()
     in_head = {n: p for n, p in model.named_parameters() if any(n.startswith(f"{head}.") for head in heads)}
-    dtype = next(iter(stored.values())).dtype
+    kinds = Counter(found.dtype for found in stored.values() if found.dtype in FLOAT_DTYPES)
+    dtype = kinds.most_common(1)[0][0] if kinds else "F32"
     result = []
     for name, parameter in sorted((new | in_head).items()):
         found_at = stored.get(name)
@@ -237,6 +245,7 @@ def apply(
     Raises: see plan_checkpoint; OutputExistsError; ResourceError.
     """
     root, base = find_model(model)
+    require_apart(Path(out), [root])
     checkpoint = Checkpoint.open(root)
     plan = plan_checkpoint(checkpoint, spec or PacaSpec(), task)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
@@ -329,7 +338,7 @@ def update_adapter(adapter: Adapter, delta: ColumnDelta, manifest: Manifest) -> 
     """
     data = delta.to_bytes()
     record = _record(delta, manifest, data)
-    previous = read_document(adapter.folder)
+    previous = open_adapter(adapter.folder).record  # what holds, also after an update that was cut short
     replace_file(adapter.folder / RECORD_FILE, record.to_json(previous))
     replace_file(adapter.folder / ADAPTER_FILE, data)
     replace_file(adapter.folder / RECORD_FILE, record.to_json())
@@ -339,25 +348,42 @@ def update_adapter(adapter: Adapter, delta: ColumnDelta, manifest: Manifest) -> 
 def open_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder and check it. Raises: NotAModelError, DamagedError, RequestError."""
     folder = Path(folder)
-    document = read_document(folder)
-    where, path = str(folder / RECORD_FILE), path_inside(folder, ADAPTER_FILE)
-    if document.get("kind") != ADAPTER:
-        raise NotAModelError(str(folder), f"a folder of kind {document.get('kind')!r}", expected="an adapter folder")
-    if not path.is_file():
-        raise DamagedError(str(folder), f"no {ADAPTER_FILE}", expected="an adapter folder", fix="Run apply again")
-    digest = file_sha256(path)
-    records = [parse_record(document, where)]
-    if document.get("previous"):
-        records.append(parse_record(document["previous"], where))
-    holding = [r for r in records if r.manifest.files.get(ADAPTER_FILE) == digest]
-    if not holding:
+    record = _holding_record(folder) or _holding_record(folder)  # an update may come between two reads
+    path = folder / ADAPTER_FILE
+    if record is None:
         raise DamagedError(
             str(path),
             "its digest is not the one recorded",
             expected="the file that was written",
             fix="Restore it from a copy or a training checkpoint, or run apply again",
         )
-    return Adapter(folder, holding[0], read_delta(path, holding[0].plan))
+    return Adapter(folder, record, read_delta(path, record.plan))
+
+
+def _holding_record(folder: Path) -> Record | None:
+    """The record whose digest the adapter file has: the one that stands there, or the one that it carries along."""
+    document = read_document(folder)
+    where, path = str(folder / RECORD_FILE), path_inside(folder, ADAPTER_FILE)
+    if document.get("kind") != ADAPTER:
+        raise NotAModelError(str(folder), f"a folder of kind {document.get('kind')!r}", expected="an adapter folder")
+    if not path.is_file():
+        raise DamagedError(str(folder), f"no {ADAPTER_FILE}", expected="an adapter folder", fix="Run apply again")
+    records = [parse_record(document, where)]
+    if isinstance(document.get("previous"), dict):
+        records.append(parse_record(document["previous"], where))
+    digest = file_sha256(path)
+    record = next((r for r in records if r.manifest.files.get(ADAPTER_FILE) == digest), None)
+    if record:
+        _require_spec(record.plan, where)
+    return record
+
+
+def _require_spec(plan: SurgeryPlan, where: str) -> None:
+    """The method is known and takes the plan's settings. Raises: RequestError, DamagedError."""
+    try:
+        lookup(METHODS, plan.method, where).spec_type(**plan.spec)
+    except TypeError as error:
+        raise DamagedError(where, f"the plan's spec is malformed ({error})", expected="a whole plan") from error
 
 
 # --- a model in memory
@@ -432,7 +458,8 @@ def attach_plan(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) 
         else {w.parameter: model.get_parameter(w.parameter).detach().cpu().clone() for w in plan.whole}
     )
     method.attach(model, plan, delta)
-    setattr(model, STATE, AttachedState(plan, originals, before))
+    columns = {module: patch.original for module, patch in delta.patches.items()} if delta else {}
+    setattr(model, STATE, AttachedState(plan, originals, before, columns))
     require_contract(model, plan)
 
 
@@ -475,7 +502,8 @@ def state_of(model: nn.Module) -> AttachedState:
 def collect(model: nn.Module) -> ColumnDelta:
     """What training has changed so far. Raises: RequestError, DamagedError where values are not finite."""
     state = state_of(model)
-    delta: ColumnDelta = lookup(METHODS, state.plan.method, "--method").collect(model, state.plan, state.originals)
+    originals = state.originals | state.columns
+    delta: ColumnDelta = lookup(METHODS, state.plan.method, "--method").collect(model, state.plan, originals)
     return delta
 
 
@@ -519,6 +547,7 @@ def save(model: nn.Module, out: str | Path, *, base: str | Path, overwrite: bool
     Raises: BaseMismatchError where the base's columns are not those the model started from; OutputExistsError.
     """
     root, origin = find_model(base)
+    require_apart(Path(out), [root])
     checkpoint = Checkpoint.open(root)
     delta = _bind(collect(model), model, checkpoint)
     if origin.path:
@@ -562,7 +591,9 @@ def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, s
             f"{weight} is not what the model started from",
             expected="the checkpoint the model was loaded from",
         )
-    return ColumnPatch(replace(target, sha256=digest), patch.columns, patch.values, original)
+    is_same = patch.values == patch.original.to(patch.values.dtype)  # unmoved: the file may say it more exactly
+    values = torch.where(is_same, original.to(patch.values.dtype), patch.values)
+    return ColumnPatch(replace(target, sha256=digest), patch.columns, values, original)
 
 
 def _live_config(model: nn.Module, checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, Any]:

@@ -5,12 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
 
+from surgery.checkpoint import FLOAT_DTYPES
 from surgery.errors import DamagedError, RequestError
 
 SCHEMA = 1
+
+T = TypeVar("T")
+_JSON_TYPES = {"str": str, "int": int, "Mapping[str, Any]": dict, "Mapping[str, str]": dict}
+
+
+def from_json(kind: type[T], entry: Mapping[str, Any]) -> T:
+    """A dataclass from a JSON object. Raises TypeError where a field is missing, surplus or of another type."""
+    for item in fields(kind):  # type: ignore[arg-type]  # every kind is one of our dataclasses
+        wanted = _JSON_TYPES.get(str(item.type))
+        if wanted and item.name in entry and type(entry[item.name]) is not wanted:
+            raise TypeError(f"{kind.__name__}.{item.name} is {entry[item.name]!r}")
+    return kind(**entry)
+
+
+def _require_float(name: str, dtype: str) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise DamagedError(f"target {name}", f"dtype {dtype!r}", expected=f"one of {', '.join(FLOAT_DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,7 @@ class Target:
                 f"rank {self.rank} of {self.in_features} inputs, input axis {self.input_axis}",
                 expected="a rank within the width and an axis of 0 or 1",
             )
+        _require_float(self.module, self.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,6 +79,11 @@ class WholeTarget:
     shape: tuple[int, ...]
     dtype: str
     sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if any(type(size) is not int or size < 0 for size in self.shape):
+            raise DamagedError(f"target {self.parameter}", f"shape {self.shape}", expected="sizes")
+        _require_float(self.parameter, self.dtype)
 
     @property
     def trained_values(self) -> int:
@@ -101,6 +125,9 @@ class SurgeryPlan:
         modules = [target.module for target in self.targets]
         if not modules or modules != sorted(set(modules)):
             raise DamagedError("plan", f"{len(modules)} targets", expected="a sorted list without repetition")
+        weights = [target.weight for target in self.targets] + [target.weight for target in self.whole]
+        if len(set(weights)) != len(weights):
+            raise DamagedError("plan", "two targets in one weight", expected="a weight for each")
 
     @property
     def trained_values(self) -> int:
@@ -136,13 +163,13 @@ class SurgeryPlan:
                 fix="Use the version of checkpoint-surgery that wrote it",
             )
         try:
-            fields = dict(document)
-            fields["targets"] = tuple(Target(**entry) for entry in document["targets"])
+            parts = dict(document)
+            parts["targets"] = tuple(from_json(Target, entry) for entry in document["targets"])
             whole = ({**entry, "shape": tuple(entry["shape"])} for entry in document["whole"])
-            fields["whole"] = tuple(WholeTarget(**entry) for entry in whole)
-            fields["untouched"] = tuple(Untouched(**entry) for entry in document["untouched"])
-            return cls(**fields)
-        except (TypeError, KeyError) as error:
+            parts["whole"] = tuple(from_json(WholeTarget, entry) for entry in whole)
+            parts["untouched"] = tuple(from_json(Untouched, entry) for entry in document["untouched"])
+            return from_json(cls, parts)
+        except (TypeError, KeyError, ValueError) as error:
             raise DamagedError(where, f"the plan is malformed ({error})", expected="a whole plan") from error
 
     def with_targets(self, targets: tuple[Target, ...], whole: tuple[WholeTarget, ...]) -> SurgeryPlan:

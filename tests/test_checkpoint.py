@@ -151,7 +151,7 @@ def put_index(folder: Path, weight_map: object) -> None:
     put(folder, json.dumps({"metadata": {}, "weight_map": weight_map}).encode(), "model.safetensors.index.json")
 
 
-# -------------------------------------------------------------------------------------------------------------- headers
+# --- headers
 
 
 def test_a_valid_file_gives_names_shapes_and_bytes(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_file_that_shrinks_while_read_is_damaged(tmp_path: Path) -> None:
         opened.sha256("b")
 
 
-# ----------------------------------------------------------------------------------------------------- folders, indexes
+# --- folders, indexes
 
 
 def shard(name: str, value: int = 0) -> bytes:
@@ -525,7 +525,7 @@ def test_small_files_are_carried_and_weights_are_not(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path).small_files() == carried
 
 
-# ------------------------------------------------------------------------------------------------------------ splitting
+# --- splitting
 
 
 @PROPERTY
@@ -565,7 +565,7 @@ def test_a_disk_too_small_is_said_before_writing(tmp_path: Path) -> None:
     assert caught.value.exit_code == 4
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# --- writing
 
 
 def beside(out: Path) -> list[str]:

@@ -329,12 +329,17 @@ def trainable_names(plan: SurgeryPlan) -> set[str]:
 
 
 def collect(model: nn.Module, plan: SurgeryPlan, originals: Mapping[str, Tensor]) -> ColumnDelta:
-    """Read back what training changed. `originals`: the base's tensors in place of whole ones, by parameter."""
+    """Read back what training changed.
+
+    `originals`: the base's tensors in place of whole ones, by parameter, and its columns (o, r), by module, where the
+    base's file is known.
+    """
     opened = layers(model)
     patches = {}
     for target in plan.targets:
         layer = opened[target.module]
-        original = layer.paca_original.detach().to(layer.paca_storage).cpu()
+        held = layer.paca_original.detach().to(layer.paca_storage).cpu()
+        original = originals.get(target.module, held)
         patches[target.module] = ColumnPatch(target, layer.paca_columns.cpu(), layer.trained_columns().cpu(), original)
     whole = {
         w.parameter: WholePatch(model.get_parameter(w.parameter).detach().cpu().clone(), originals.get(w.parameter))

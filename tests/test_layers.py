@@ -37,10 +37,14 @@ RANKS = {
     "surgery.delta": 3,
     "surgery.manifest": 3,
     "surgery.tokens": 3,
+    "surgery.table": 3,
     "surgery.methods.paca": 4,
     "surgery.data": 4,
     "surgery.operate": 5,
     "surgery.recipe": 6,
+    "surgery.compare": 6,
+    "surgery.doctor": 6,
+    "surgery.inspection": 6,
     "surgery.backends.local": 7,
     "surgery.train": 7,
     "surgery.verify": 7,
@@ -48,6 +52,7 @@ RANKS = {
     "exporters.undo": 9,
     "exporters.lora": 9,
     "surgery.workflow": 10,
+    "surgery.show": 11,
     "surgery": 11,  # the facade: it names what the modules below offer, and loads them on demand
     "surgery.cli": 12,
 }

@@ -244,6 +244,7 @@ def test_the_processor_s_bf16_is_read_from_its_flags(
 def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache below a file cannot be made; one that does not exist yet can."""
     (tmp_path / "file").write_text("")
+    (tmp_path / "file").chmod(0o700)  # executable as a folder is
     assert is_writable(tmp_path / "new" / "cache")
     assert not is_writable(tmp_path / "file" / "cache")
     assert not is_writable(tmp_path / "file")

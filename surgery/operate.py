@@ -608,11 +608,13 @@ def _live_config(model: nn.Module, checkpoint: Checkpoint, plan: SurgeryPlan) ->
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and the former mode again."""
-    was_training = model.training
+    """Eval mode without gradients, and the former modes of all its parts again."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        model.train(modes[0][1])
+        for module, was_training in modes:
+            module.training = was_training

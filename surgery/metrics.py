@@ -32,6 +32,11 @@ def metrics_for(task: str) -> Callable[[EvalPrediction], Metrics]:
     return _METRICS[_known(task)]
 
 
+def metric_names(task: str) -> tuple[str, ...]:
+    """The names that `metrics_for(task)` gives."""
+    return _NAMES[_known(task)]
+
+
 def preprocess_for(task: str) -> Callable[[Any, Tensor], Tensor]:
     """The trainer's `preprocess_logits_for_metrics`: keep token ids where there is one guess a token.
 
@@ -138,4 +143,11 @@ _PREPROCESS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "regression": keep_logits,
     "token-classification": best_token,
     "seq2seq": best_token,
+}
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "causal-lm": ("token_accuracy",),
+    "sequence-classification": ("accuracy", "f1", "matthews_correlation"),
+    "regression": ("spearman", "pearson"),
+    "token-classification": ("accuracy", "f1"),
+    "seq2seq": ("token_accuracy",),
 }

@@ -80,7 +80,7 @@ def training_arguments(
         bf16=autocast == "bf16",
         fp16=autocast == "fp16",
         logging_strategy="steps",
-        logging_steps=section.logging_steps,
+        logging_steps=min(section.logging_steps, steps),  # at least one line in the log
         logging_nan_inf_filter=False,
         eval_strategy="steps" if has_eval else "no",
         eval_steps=eval_steps if has_eval else None,

@@ -25,15 +25,16 @@ from typing import Any
 import safetensors.torch
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 
 from surgery.checkpoint import Checkpoint, file_sha256, fsync_path, read_header, read_json, replace_file, write_file
 from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
-from surgery.errors import DamagedError, InterruptedRunError, RecipeError, RequestError
+from surgery.delta import ADAPTER_FILE, ColumnDelta
+from surgery.errors import CheckError, DamagedError, InterruptedRunError, RecipeError, RequestError, closest
 from surgery.lookup import BACKENDS, METHODS
 from surgery.lookup import load as lookup
-from surgery.metrics import metrics_for, preprocess_for
+from surgery.metrics import metric_names, metrics_for, preprocess_for
 from surgery.operate import (
     Adapter,
     attach_plan,
@@ -50,7 +51,7 @@ from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TASKS, TaskSpec
 
 CHECKPOINTS, RUN_FILE, LOG_FILE = "checkpoints", "run.json", "training_log.jsonl"
-STATE_FILE = "state.safetensors"
+STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
 # Settings that change neither the result nor the schedule: a resumed run may have others.
 FREE_SETTINGS = ("logging_steps", "save_total_limit", "eval_batch_size", "threads", "device")
 
@@ -95,16 +96,33 @@ def train(
         torch.set_num_threads(settings.threads)
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     device = backend.choose_device(settings.device)
-    adapter = _for_task(open_adapter(folder), data, task or TaskSpec(), base)
-    run = _Run.describe(adapter, data, settings)
-    checkpoint = _where_to_start(adapter, run, resume=resume, overwrite=overwrite)
-    if checkpoint == FINISHED:
-        return _result_of(adapter)
-    tokenizer = read_tokenizer(adapter.folder)
-    prepared = prepare(data.spec(), task=adapter.plan.task, tokenizer=tokenizer, labels=_labels(adapter.plan))
-    root = find_base(adapter.record, adapter.folder, base)
     with _interruptible() as interruption:
+        adapter = open_adapter(folder)
+        anew = _for_task(adapter, data, task or TaskSpec(), base)
+        plan = anew.plan if anew else adapter.plan
+        run = _Run.describe(adapter, plan, data, settings)
+        checkpoint = _where_to_start(adapter, run, resume=resume, overwrite=overwrite)
+        if checkpoint == FINISHED:
+            return _result_of(adapter)
+        tokenizer = read_tokenizer(adapter.folder)
+        prepared = prepare(data.spec(), task=plan.task, tokenizer=tokenizer, labels=_labels(plan))
+        _require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
+        root = find_base(adapter.record, adapter.folder, base)
+        if anew:
+            adapter = update_adapter(adapter, anew, adapter.record.manifest)
         return _run(_Job(adapter, root, prepared, settings, backend, device, checkpoint, run), interruption)
+
+
+def _require_evaluation(settings: TrainSection, task: str, *, has_eval: bool) -> None:
+    """Early stopping has data to evaluate on, and looks at a metric that the task has. Raises: RecipeError."""
+    if not settings.early_stopping_patience:
+        return
+    if not has_eval:
+        raise RecipeError("train.early_stopping_patience", "no evaluation data", expected="data.eval or eval_fraction")
+    known, found = ("loss", *metric_names(task)), settings.metric_for_best
+    if found not in known:
+        fix = closest(found, known)
+        raise RecipeError("train.metric_for_best", repr(found), expected=f"one of {', '.join(known)}", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -131,11 +149,11 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
     trainer = _trainer(job, model, arguments, interruption)
+    if not job.checkpoint:
+        shutil.rmtree(folder, ignore_errors=True)
     job.run.write(folder)
     before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
-    interruption.is_training = True
-    outcome = trainer.train(resume_from_checkpoint=job.checkpoint or None)
-    interruption.is_training = False
+    loss = _go(trainer, job, steps, interruption)
     if interruption.requested:
         last = latest_checkpoint(folder)
         where = last.name if last else "no checkpoint"
@@ -150,7 +168,7 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         time.monotonic() - started,
         job.backend.peak_memory_bytes(job.device),
         job.device,
-        float(outcome.training_loss),
+        loss,
         before,
         after,
         tuple(prepared.report.lines()),
@@ -159,6 +177,27 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     update_adapter(adapter, collect(model), replace(adapter.record.manifest, training=training))
     job.run.write(folder, finished=True)
     return result
+
+
+def _go(trainer: Any, job: _Job, steps: int, interruption: Interruption) -> float:
+    """Train to the end, and return the mean loss of the steps done now (of those logged, where none was left)."""
+    if job.checkpoint and _is_complete(Path(job.checkpoint), steps, job.settings.early_stopping_patience):
+        trainer.state = TrainerState.load_from_json(str(Path(job.checkpoint) / TRAINER_FILE))
+        trainer.surgery_place_best()
+        read_state(trainer.model, job.adapter.plan, Path(trainer.state.best_model_checkpoint or job.checkpoint))
+        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        return sum(losses) / len(losses)
+    interruption.is_training = True
+    outcome = trainer.train(resume_from_checkpoint=job.checkpoint or None)
+    interruption.is_training = False
+    return float(outcome.training_loss)
+
+
+def _is_complete(checkpoint: Path, steps: int, patience: int | None) -> bool:
+    """Whether nothing is left to train: the run was stopped between its last step and its end."""
+    stored = read_json(checkpoint / TRAINER_FILE).get("stateful_callbacks", {}).get(StopEarly.__name__)
+    out_of_patience = bool(patience and stored and stored["attributes"][StopEarly.COUNTER] >= patience)
+    return out_of_patience or _step_of(checkpoint) >= steps
 
 
 def _result_of(adapter: Adapter) -> TrainResult:
@@ -191,8 +230,8 @@ def read_tokenizer(folder: Path) -> Any:
 # --- the task
 
 
-def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> Adapter:
-    """The adapter, planned for the task: a fresh one is planned anew where the task asks for another head."""
+def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> ColumnDelta | None:
+    """A fresh adapter's state planned anew where the task asks for another head; None where it stays as it is."""
     plan = adapter.plan
     name = task.name or plan.task
     if name == "features":
@@ -207,7 +246,7 @@ def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | P
         )
     labels = task.labels or (_labels(plan) if name == plan.task else ()) or inspect_labels(data.spec(), name)
     if name == plan.task and (not labels or labels == _labels(plan)):
-        return adapter
+        return None
     if adapter.record.manifest.training:
         raise RequestError(
             "--task",
@@ -217,8 +256,7 @@ def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | P
         )
     checkpoint = Checkpoint.open(find_base(adapter.record, adapter.folder, base))
     spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
-    delta = fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, TaskSpec(name, labels)))
-    return update_adapter(adapter, delta, adapter.record.manifest)
+    return fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, TaskSpec(name, labels)))
 
 
 def _labels(plan: SurgeryPlan) -> tuple[str, ...]:
@@ -259,21 +297,28 @@ FINISHED = "finished"
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run is: its plan, its settings, its data. Two runs with the same digest give the same result."""
+    """What a run is: its plan, its settings, its data. Two runs with the same digest give the same result.
+
+    `start`, the digest of the adapter file it began with, is no part of what the run is: it tells a second run with the
+    same settings from the first.
+    """
 
     plan: str
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
+    start: str = ""
 
     @classmethod
-    def describe(cls, adapter: Adapter, data: DataSection, settings: TrainSection) -> _Run:
+    def describe(cls, adapter: Adapter, plan: SurgeryPlan, data: DataSection, settings: TrainSection) -> _Run:
         kept = {k: v for k, v in settings.model_dump().items() if k not in FREE_SETTINGS}
         files = {name: file_sha256(Path(name)) for name in (*data.train, *data.eval) if Path(name).is_file()}
-        return cls(adapter.plan.id, kept, {**data.model_dump(), "sha256": files})
+        start = adapter.record.manifest.files[ADAPTER_FILE]
+        return cls(plan.id, kept, {**data.model_dump(), "sha256": files}, start)
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        parts = asdict(replace(self, start=""))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, folder: Path, *, finished: bool = False) -> None:
         folder.mkdir(exist_ok=True)
@@ -295,10 +340,14 @@ def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool
     folder = adapter.folder / CHECKPOINTS
     if resume not in ("auto", "no"):
         raise RequestError("--resume", repr(resume), expected="auto or no")
-    if resume == "auto" and adapter.record.manifest.training.get("run") == run.digest:
+    earlier = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    last_run = adapter.record.manifest.training.get("run")
+    # A run that was stopped between writing the adapter and saying so left another adapter than it began with.
+    is_done = bool(earlier) and earlier["digest"] == last_run and earlier.get("start") != run.start
+    is_open = bool(earlier) and not earlier["finished"] and not is_done
+    if resume == "auto" and last_run == run.digest and not is_open:
         return FINISHED
-    earlier = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else None
-    if earlier and not earlier.get("finished") and not overwrite:
+    if is_open and not overwrite:
         if resume == "no":
             raise RequestError(
                 str(folder),
@@ -316,7 +365,6 @@ def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool
             )
         last = latest_checkpoint(folder)
         return str(last) if last else ""
-    shutil.rmtree(folder, ignore_errors=True)
     return ""
 
 
@@ -354,8 +402,8 @@ class SurgeryCheckpoints:
         self.surgery_staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            self._name_best(folder, name)
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            self.state.best_model_checkpoint = None  # a path would not outlive a move: `best_global_step` says which
+            self.state.save_to_json(str(staging / name / TRAINER_FILE))
             for path in (staging / name).iterdir():
                 fsync_path(path)
             fsync_path(staging / name)
@@ -365,12 +413,19 @@ class SurgeryCheckpoints:
         finally:
             self.surgery_staging = None
             shutil.rmtree(staging, ignore_errors=True)
+        self.surgery_place_best()
         self._drop_old(folder)
 
-    def _name_best(self, folder: Path, name: str) -> None:
-        best = f"checkpoint-{self.state.best_global_step}"
-        is_there = best == name or (folder / best).is_dir()
-        self.state.best_model_checkpoint = str(folder / best) if self.state.best_global_step and is_there else None
+    def surgery_place_best(self) -> None:
+        """Tell the trainer's state where its best checkpoint lies now."""
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        keeps = self.args.load_best_model_at_end and self.state.best_global_step and best.is_dir()
+        self.state.best_model_checkpoint = str(best) if keeps else None
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """As the trainer's, but how often one evaluates does not change what dropout draws."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
 
     def _drop_old(self, folder: Path) -> None:
         kept = sorted(folder.glob("checkpoint-*"), key=_step_of)[-self.surgery_keep :]
@@ -416,11 +471,9 @@ def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
 def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption) -> Any:
     adapter, prepared, settings = job.adapter, job.prepared, job.settings
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
-    callbacks = [Progress(), LogFile(adapter.folder / LOG_FILE), StopWhenAsked(interruption)]
+    callbacks = [Progress(), LogFile(adapter.folder / LOG_FILE), StopWhenDiverged(), StopWhenAsked(interruption)]
     if settings.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
-    if settings.early_stopping_patience and prepared.eval is None:
-        raise RecipeError("train.early_stopping_patience", "no evaluation data", expected="data.eval or eval_fraction")
+        callbacks.append(StopEarly(settings.early_stopping_patience))
     task = adapter.plan.task
     trainer: Any = trainer_class(
         model=model,
@@ -452,14 +505,20 @@ def _first_evaluation(
 
 
 def _last_evaluation(trainer: Any, prepared: Prepared) -> dict[str, float]:
-    return _metrics(trainer.evaluate()) if prepared.eval is not None else {}
+    """The metrics of the state that is kept; as a rule it has been evaluated already."""
+    if prepared.eval is None:
+        return {}
+    state = trainer.state
+    kept = state.best_global_step if state.best_model_checkpoint else state.global_step
+    done = [entry for entry in state.log_history if entry["step"] == kept and "eval_loss" in entry]
+    return _metrics(done[-1] if done else trainer.evaluate())
 
 
 def _metrics(raw: Mapping[str, float]) -> dict[str, float]:
     """The metrics without the trainer's timings and without its prefix."""
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {name.removeprefix("eval_"): float(value) for name, value in raw.items()}
-    return {name: value for name, value in named.items() if name not in (*timings, "epoch")}
+    return {name: value for name, value in named.items() if name not in (*timings, "epoch", "step")}
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -488,13 +547,39 @@ class LogFile(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         lines = self.path.read_text().splitlines() if self.path.is_file() and state.global_step else []
-        kept = [line for line in _whole_lines(lines) if json.loads(line)["step"] <= state.global_step]
+        entries = ((line, json.loads(line)) for line in _whole_lines(lines))
+        kept = [line for line, e in entries if e["step"] <= state.global_step and "train_runtime" not in e]
         replace_file(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:  # noqa: ARG002
         entry = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 3), **logs}
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class StopWhenDiverged(TrainerCallback):  # type: ignore[misc]
+    """A loss that is no number stays one: every step after it would be for nothing."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:  # noqa: ARG002
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise CheckError(
+                "train",
+                f"the loss is not finite at step {state.global_step}",
+                expected="a number",
+                fix="Training diverged: lower the learning rate and start again with --overwrite",
+            )
+
+
+class StopEarly(EarlyStoppingCallback):  # type: ignore[misc]
+    """Early stopping that a resumed run takes up where it was."""
+
+    COUNTER = "early_stopping_patience_counter"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        if stored:
+            self.early_stopping_patience_counter = stored["attributes"][self.COUNTER]
 
 
 def _whole_lines(lines: list[str]) -> Iterator[str]:
@@ -527,7 +612,8 @@ class StopWhenAsked(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if self.interruption.requested:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            if not args.load_best_model_at_end:  # else this evaluation is one of those that decide
+                control.should_evaluate = False
 
 
 @contextmanager

@@ -1,0 +1,762 @@
+"""Training runs on tiny models: every task, what a run leaves behind, resuming, and what a run refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+import surgery.train
+from exporters.dense import export
+from surgery.checkpoint import Checkpoint, TensorFile
+from surgery.delta import ADAPTER_FILE, adapter_names
+from surgery.errors import (
+    BaseMismatchError,
+    CheckError,
+    DamagedError,
+    DataError,
+    InterruptedRunError,
+    RecipeError,
+    RequestError,
+    UnsupportedError,
+)
+from surgery.methods.paca import PacaSpec
+from surgery.operate import Adapter, apply, load, open_adapter
+from surgery.recipe import DataSection
+from surgery.survey import TASKS, TaskSpec
+from surgery.train import CHECKPOINTS, LOG_FILE, RUN_FILE, STATE_FILE, Progress, TrainResult, train
+from surgery.verify import load_merged, verify
+from tests.conftest import TinyModel, digest_folder
+from tests.examples import CASES, LABELLED, SCORED, Case, fast, write_rows
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained case: its base, its data, its adapter folder, what the run said."""
+
+    case: Case
+    base: Path
+    data: DataSection
+    folder: Path
+    result: TrainResult
+
+    def adapter(self) -> Adapter:
+        return open_adapter(self.folder)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def trained(request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Each case, trained once for all tests of this module."""
+    case: Case = request.param
+    root = tmp_path_factory.mktemp("trained")
+    base, data = tiny_model(case.family), case.write(root)
+    apply(base, root / "adapter", PacaSpec(rank=4))
+    result = train(root / "adapter", data, case.train_section(), task=case.spec())
+    return Trained(case, base, data, root / "adapter", result)
+
+
+# --- every task
+
+
+def test_the_loss_falls(trained: Trained) -> None:
+    """On what it was trained on, after a few steps, for every task, format and shape of rows."""
+    assert trained.result.after["loss"] < trained.result.before["loss"] - 0.01
+    assert trained.result.steps == 10
+
+
+def test_the_adapter_folder_holds_what_the_plan_says(trained: Trained) -> None:
+    """The adapter file has the plan's tensors and no other; the base's weights are nowhere in the folder."""
+    adapter = trained.adapter()
+    stored = TensorFile(trained.folder / ADAPTER_FILE).infos
+    assert set(stored) == adapter_names(adapter.plan)
+    values = sum(torch.Size(i.shape).numel() for n, i in stored.items() if n.endswith((".values", ".whole")))
+    assert values == adapter.plan.trained_values == trained.result.trained_values
+    weights = {path.name for path in trained.folder.rglob("*.safetensors")}
+    assert weights == {ADAPTER_FILE, STATE_FILE}
+    has_head = TASKS[trained.case.task].has_head
+    assert bool(adapter.plan.whole) == has_head
+
+
+def test_every_planned_layer_moved(trained: Trained) -> None:
+    """Training reached every target, and every head, that the plan names."""
+    delta = trained.adapter().delta
+    assert delta.moved == len(delta.plan.targets)
+    fresh = load(trained.folder, trainable=True)
+    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
+        *(f"{t.module}.paca_delta" for t in delta.plan.targets),
+        *(w.parameter for w in delta.plan.whole),
+    }
+
+
+def test_the_merged_checkpoint_loads_as_what_it_was_trained_to_be(trained: Trained, tmp_path: Path) -> None:
+    """`from_pretrained` finds every tensor under the task's own class, and the logits are the trained ones.
+
+    What it does not expect is what the base had for another task: a merge loses no tensor.
+    """
+    export(trained.adapter(), tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    model_class = getattr(transformers, config["architectures"][0])
+    model, info = model_class.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    former_head = "cls.predictions." if trained.case.family == "bert" else "lm_head."
+    assert all(name.startswith(former_head) for name in info["unexpected_keys"])
+    assert type(model).__name__ == trained.adapter().plan.architecture
+    checks = verify(tmp_path / "merged")
+    assert {check.result for check in checks.checks} == {"passed"}
+    assert checks.max_logit_difference == 0
+
+
+def test_heads_land_in_the_config(trained: Trained, tmp_path: Path) -> None:
+    """Class names by id, the problem's type and the architecture; a language model's config stays as it was."""
+    export(trained.adapter(), tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    base = json.loads((trained.base / "config.json").read_text())
+    task = trained.case.task
+    if not TASKS[task].has_head:
+        assert merged == base
+        return
+    labels = {
+        "labelled": ("animal", "person"),
+        "pairs": ("0", "1"),
+        "tagged": ("B", "O"),
+        "scored": ("LABEL_0",),
+    }[Path(trained.case.file).stem]
+    assert merged["id2label"] == {str(n): label for n, label in enumerate(labels)}
+    assert merged["label2id"] == {label: n for n, label in enumerate(labels)}
+    kind = {"regression": "regression", "sequence-classification": "single_label_classification"}
+    assert merged.get("problem_type") == kind.get(task)
+    assert merged["architectures"] != base["architectures"]
+    assert load_merged(tmp_path / "merged").config.num_labels == len(labels)
+
+
+def test_the_metrics_are_the_merged_models_own(trained: Trained, tmp_path: Path) -> None:
+    """Accuracy, F1, Matthews and Spearman as reported are those of the merged model, computed by hand, row by row."""
+    if trained.case.task not in ("sequence-classification", "regression"):
+        pytest.skip("rows of this task have no single label")
+    export(trained.adapter(), tmp_path / "merged")
+    model = load_merged(tmp_path / "merged").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    texts = [[row[key] for key in ("text", "sentence1", "sentence2") if key in row] for row in trained.case.rows]
+    with torch.no_grad():
+        logits = torch.cat([model(**tokenizer(*text, return_tensors="pt")).logits for text in texts])
+    after = trained.result.after
+    if trained.case.task == "regression":
+        expected = {"spearman": spearmanr(logits[:, 0].numpy(), [row["label"] for row in trained.case.rows])[0]}
+    else:
+        ids = [model.config.label2id[str(row["label"])] for row in trained.case.rows]
+        found = logits.argmax(-1).tolist()
+        expected = {"accuracy": accuracy_score(ids, found), "f1": f1_score(ids, found)}
+        expected["matthews_correlation"] = matthews_corrcoef(ids, found)
+    assert {name: after[name] for name in expected} == pytest.approx(expected)
+
+
+def test_the_log_has_a_line_for_each_logged_step(trained: Trained) -> None:
+    """`training_log.jsonl`: losses at 2, 4, .. 10, each line JSON with step, seconds and what was measured."""
+    lines = [json.loads(line) for line in (trained.folder / LOG_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10]
+    assert all({"step", "seconds"} <= set(line) for line in lines)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [10], "one evaluation, at the end"
+    assert lines[-1]["step"] == 10
+
+
+def test_checkpoints_hold_no_base(trained: Trained) -> None:
+    """Beside optimizer, schedule and generators a checkpoint holds the trained values once, in fp32."""
+    folder = trained.folder / CHECKPOINTS
+    checkpoints = sorted(folder.glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-10", "checkpoint-9"]
+    known = {STATE_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    values_bytes = 4 * trained.result.trained_values
+    for path in checkpoints:
+        assert {entry.name for entry in path.iterdir()} == known
+        header_bytes = 200 * (len(trained.adapter().delta.patches) + 4)
+        assert values_bytes < (path / STATE_FILE).stat().st_size < values_bytes + header_bytes
+        optimizer_bytes = (path / "optimizer.pt").stat().st_size
+        assert 2 * values_bytes < optimizer_bytes < 2 * values_bytes + 2000 * (len(trained.adapter().delta.patches) + 4)
+    assert json.loads((folder / RUN_FILE).read_text())["finished"] is True
+    assert not list(folder.glob(".*"))
+
+
+def test_a_finished_run_is_left_alone_with_resume_auto(trained: Trained) -> None:
+    """Nothing is written, and the result is the first one's."""
+    before = digest_folder(trained.folder)
+    again = train(trained.folder, trained.data, trained.case.train_section(), task=trained.case.spec(), resume="auto")
+    assert digest_folder(trained.folder) == before
+    assert again == trained.result
+
+
+# --- resuming (property 14)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train whose resumption must not show."""
+
+    name: str
+    case: Case
+    settings: dict[str, Any]
+    overrides: dict[str, object]
+
+
+_TEXT, _LABELS = CASES[0], CASES[6]
+_STEPS: dict[str, Any] = {"save_steps": 3, "batch_size": 3, "max_steps": 9}
+VARIANTS = (
+    Variant("plain", _TEXT, _STEPS, {}),
+    Variant("accumulation", _TEXT, {**_STEPS, "gradient_accumulation": 2}, {}),
+    Variant("recomputation", _TEXT, {**_STEPS, "gradient_checkpointing": True}, {"attention_dropout": 0.2}),
+    Variant("dropout", _LABELS, _STEPS, {"hidden_dropout_prob": 0.2}),
+    Variant("evaluation", _LABELS, {**_STEPS, "eval_steps": 2}, {"hidden_dropout_prob": 0.2}),
+    Variant(
+        "early-stopping",
+        _LABELS,
+        {**_STEPS, "eval_steps": 1, "early_stopping_patience": 3, "learning_rate": 0.05, "max_steps": 30},
+        {"hidden_dropout_prob": 0.2},
+    ),
+)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing handles it, nothing is saved."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, *, how: str) -> None:
+    """End the run at the end of a step: by a real signal, or as abruptly as an exception can."""
+    original = Progress.on_step_end
+
+    def on_step_end(self: Progress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            if how == "kill":
+                raise Killed
+            os.kill(os.getpid(), signal.Signals[how])
+
+    monkeypatch.setattr(Progress, "on_step_end", on_step_end)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variant, ready to be trained in any number of copies, and how it ends without interruption."""
+
+    variant: Variant
+    fresh: Path
+    data: DataSection
+    whole: Path
+    result: TrainResult
+
+    def run(self, folder: Path, **options: Any) -> TrainResult:
+        settings = fast(**self.variant.settings)
+        return train(folder, self.data, settings, task=self.variant.case.spec(), **options)
+
+    def copy(self, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(self.fresh, tmp_path / "adapter"))
+
+
+def make_setting(variant: Variant, tiny_model: TinyModel, root: Path) -> Setting:
+    """Adapters here name their base by an absolute path, so that copies of them find it."""
+    base = tiny_model(variant.case.family, overrides=variant.overrides)
+    (root / "model").symlink_to(base, target_is_directory=True)
+    data = variant.case.write(root)
+    apply(root / "model", root / "fresh" / "adapter", PacaSpec(rank=4))
+    record = root / "fresh" / "adapter" / "surgery.json"
+    document = json.loads(record.read_text())
+    document["manifest"]["base"]["path"] = str(base)
+    record.write_text(json.dumps(document))
+    shutil.copytree(root / "fresh" / "adapter", root / "whole")
+    setting = Setting(variant, root / "fresh" / "adapter", data, root / "whole", None)  # type: ignore[arg-type]
+    result = setting.run(root / "whole")
+    return Setting(variant, root / "fresh" / "adapter", data, root / "whole", result)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
+def setting(request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """Each variant, with its uninterrupted run."""
+    return make_setting(request.param, tiny_model, tmp_path_factory.mktemp("setting"))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """The plain variant, for what does not depend on how one trains."""
+    return make_setting(VARIANTS[0], tiny_model, tmp_path_factory.mktemp("plain"))
+
+
+def same_adapter(a: Path, b: Path) -> bool:
+    """Whether two folders hold the same trained values, bit for bit."""
+    return (a / ADAPTER_FILE).read_bytes() == (b / ADAPTER_FILE).read_bytes()
+
+
+def log_keys(folder: Path) -> list[tuple[int, str]]:
+    """(step, what) of every line of the log, timings aside."""
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    kinds = ("loss", "eval_loss", "train_loss")
+    return [(line["step"], next(kind for kind in kinds if kind in line)) for line in lines]
+
+
+@pytest.mark.parametrize(("step", "how"), ((2, "SIGTERM"), (4, "SIGINT"), (5, "kill"), (6, "SIGTERM")))
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    step: int, how: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: the adapter file, the number of steps and the metrics; and the log has each line once."""
+    folder = setting.copy(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, how=how)
+        with pytest.raises((InterruptedRunError, Killed)):
+            setting.run(folder)
+    assert same_adapter(folder, setting.fresh) or setting.variant.case.task != "causal-lm", "the adapter was touched"
+    resumed = setting.run(folder, resume="auto")
+    assert same_adapter(folder, setting.whole)
+    assert resumed.steps == setting.result.steps
+    assert (resumed.before, resumed.after) == (setting.result.before, setting.result.after)
+    not_waited_for = set() if how == "kill" or setting.variant.name == "early-stopping" else {(step, "eval_loss")}
+    assert log_keys(folder) == [line for line in log_keys(setting.whole) if line not in not_waited_for]
+
+
+def test_a_run_interrupted_twice_and_moved_resumes(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter folder may be moved between; the best checkpoint is found where it went."""
+    folder = setting.copy(tmp_path)
+    for step, how in ((4, "SIGTERM"), (5, "kill")):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, how=how)
+            with pytest.raises((InterruptedRunError, Killed)):
+                setting.run(folder, resume="auto")
+        folder = folder.rename(tmp_path / f"moved-{step}")
+    setting.run(folder, resume="auto")
+    assert same_adapter(folder, setting.whole)
+
+
+def test_the_trained_runs_differ(setting: Setting) -> None:
+    """What the equalities above compare is not the fresh adapter."""
+    assert not same_adapter(setting.fresh, setting.whole)
+
+
+def test_a_signal_in_the_last_step_loses_nothing(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run says it was interrupted, its last checkpoint is the end, and resuming finishes without a step."""
+    folder = setting.copy(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, setting.result.steps, how="SIGTERM")
+        with pytest.raises(InterruptedRunError, match=f"checkpoint-{setting.result.steps} is whole"):
+            setting.run(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_train_begin", _killed)
+        resumed = setting.run(folder, resume="auto")
+    assert (resumed.steps, resumed.after) == (setting.result.steps, setting.result.after)
+    assert resumed.loss > 0
+    assert same_adapter(folder, setting.whole)
+
+
+def _killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def interrupted(plain: Setting, tmp_path: Path, *, step: int = 4) -> Path:
+    """An adapter folder whose run was stopped."""
+    folder = plain.copy(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, step, how="SIGTERM")
+        with pytest.raises(InterruptedRunError) as caught:
+            plain.run(folder)
+    assert caught.value.exit_code == 130
+    assert f"checkpoint-{step} is whole" in str(caught.value)
+    return folder
+
+
+def test_an_interrupted_run_asks_for_a_decision(plain: Setting, tmp_path: Path) -> None:
+    """Without --resume it is neither continued nor thrown away; --overwrite throws it away."""
+    folder = interrupted(plain, tmp_path)
+    before = digest_folder(folder)
+    with pytest.raises(RequestError, match=r"an interrupted run.*--resume auto.*--overwrite") as caught:
+        plain.run(folder)
+    assert caught.value.exit_code == 2
+    assert digest_folder(folder) == before
+    plain.run(folder, overwrite=True)
+    assert same_adapter(folder, plain.whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    (
+        ({"learning_rate": 0.5}, "settings.learning_rate"),
+        ({"max_steps": 12, "seed": 3}, "settings.max_steps, settings.seed"),
+        ({"lr_scheduler": "cosine"}, "settings.lr_scheduler"),
+    ),
+)
+def test_other_settings_are_no_resumption(change: dict[str, Any], named: str, plain: Setting, tmp_path: Path) -> None:
+    """The error names each setting that differs, and nothing is lost by it."""
+    folder = interrupted(plain, tmp_path)
+    before = digest_folder(folder)
+    with pytest.raises(RequestError, match=f"other {named}, expected the same"):
+        train(folder, plain.data, fast(**{**_STEPS, **change}), resume="auto")
+    assert digest_folder(folder) == before
+
+
+def test_settings_that_change_no_result_may_change(plain: Setting, tmp_path: Path) -> None:
+    """How often it logs, how many checkpoints it keeps, how many rows it evaluates at once."""
+    folder = interrupted(plain, tmp_path)
+    free = {"logging_steps": 1, "save_total_limit": 1, "eval_batch_size": 2, "device": "cpu"}
+    train(folder, plain.data, fast(**{**_STEPS, **free}), resume="auto")
+    assert same_adapter(folder, plain.whole)
+    assert [path.name for path in (folder / CHECKPOINTS).glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+def test_other_data_is_no_resumption(plain: Setting, tmp_path: Path) -> None:
+    """Another limit of length, another file, or another content of the same file."""
+    folder = interrupted(plain, tmp_path)
+    source = Path(plain.data.train[0])
+    other = tmp_path / "other.txt"
+    other.write_text(source.read_text())
+    moved = plain.data.model_copy(update={"train": [str(other)]})
+    for data, named in ((plain.data.model_copy(update={"max_length": 32}), "data.max_length"), (moved, "data.train")):
+        with pytest.raises(RequestError, match=f"other {named}"):
+            train(folder, data, fast(**_STEPS), resume="auto")
+    text = source.read_text()
+    source.write_text(text.replace("fox", "cow"))
+    try:
+        with pytest.raises(RequestError, match=r"other data\.sha256"):
+            plain.run(folder, resume="auto")
+    finally:
+        source.write_text(text)
+    plain.run(folder, resume="auto")
+    assert same_adapter(folder, plain.whole)
+
+
+def test_another_plan_is_no_resumption(plain: Setting, tmp_path: Path) -> None:
+    """Checkpoints of one plan are no start for another's adapter."""
+    folder = interrupted(plain, tmp_path)
+    base = open_adapter(folder).record.manifest.base.path
+    apply(base, tmp_path / "second" / "adapter", PacaSpec(rank=2))
+    shutil.copytree(folder / CHECKPOINTS, tmp_path / "second" / "adapter" / CHECKPOINTS)
+    with pytest.raises(RequestError, match="other plan"):
+        plain.run(tmp_path / "second" / "adapter", resume="auto")
+
+
+@pytest.mark.parametrize("damage", ("no state", "other tensors", "truncated"))
+def test_a_damaged_checkpoint_is_refused(damage: str, plain: Setting, tmp_path: Path) -> None:
+    """Each is the documented error; the adapter keeps its state."""
+    folder = interrupted(plain, tmp_path)
+    path = folder / CHECKPOINTS / "checkpoint-4" / STATE_FILE
+    if damage == "no state":
+        path.unlink()
+    elif damage == "other tensors":
+        plan = open_adapter(folder).plan.id
+        path.write_bytes(safetensors.torch.save({"x": torch.zeros(2)}, {"plan": plan}))
+    else:
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DamagedError):
+        plain.run(folder, resume="auto")
+    assert same_adapter(folder, plain.fresh)
+
+
+def test_resume_auto_without_a_run_starts_one(plain: Setting, tmp_path: Path) -> None:
+    """So that a script may always give it."""
+    folder = plain.copy(tmp_path)
+    plain.run(folder, resume="auto")
+    assert same_adapter(folder, plain.whole)
+
+
+def test_resume_takes_auto_or_no(plain: Setting, tmp_path: Path) -> None:
+    """Anything else is a wrong request."""
+    with pytest.raises(RequestError, match=r"'yes'.*auto or no"):
+        plain.run(plain.copy(tmp_path), resume="yes")
+
+
+# --- a second training
+
+
+def test_a_second_training_goes_on_from_the_first(plain: Setting, tmp_path: Path) -> None:
+    """It starts where the first ended: its first evaluation equals the first run's last one."""
+    folder = plain.copy(tmp_path)
+    first = plain.run(folder)
+    second = plain.run(folder)
+    assert second.before == first.after
+    assert second.after["loss"] < first.after["loss"]
+    assert not same_adapter(folder, plain.whole)
+
+
+def test_an_interrupted_second_training_is_not_taken_for_the_first(plain: Setting, tmp_path: Path) -> None:
+    """With the very settings of the finished first run, --resume auto finishes the second."""
+    folder, reference = plain.copy(tmp_path), tmp_path / "reference"
+    plain.run(folder)
+    shutil.copytree(folder, reference)
+    plain.run(reference)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5, how="SIGTERM")
+        with pytest.raises(InterruptedRunError):
+            plain.run(folder)
+    plain.run(folder, resume="auto")
+    assert same_adapter(folder, reference)
+    before = digest_folder(folder)
+    plain.run(folder, resume="auto")
+    assert digest_folder(folder) == before
+
+
+def test_a_run_killed_after_its_last_write_is_finished(
+    plain: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is written, the run's own note of it is not: --resume auto does not train again."""
+    folder = plain.copy(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(surgery.train, "update_adapter", _then_killed(surgery.train.update_adapter))
+        with pytest.raises(Killed):
+            plain.run(folder)
+    assert same_adapter(folder, plain.whole)
+    plain.run(folder, resume="auto")
+    assert same_adapter(folder, plain.whole)
+
+
+def _then_killed(function: Any) -> Any:
+    def call(*args: Any) -> None:
+        function(*args)
+        raise Killed
+
+    return call
+
+
+# --- labels
+
+
+def classify(folder: Path, path: Path, *labels: str, **options: Any) -> TrainResult:
+    """Train a classifier on a file of rows."""
+    task = TaskSpec("sequence-classification", labels)
+    return train(folder, DataSection(train=[str(path)], max_length=64), fast(max_steps=3), task=task, **options)
+
+
+def test_labels_make_a_fresh_adapters_head_anew(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """As long as nothing was trained, the task and its classes can still be chosen, in the order given."""
+    rows = write_rows(tmp_path / "rows.jsonl", LABELLED)
+    apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
+    classify(tmp_path / "adapter", rows, "person", "animal", "ghost")
+    plan = open_adapter(tmp_path / "adapter").plan
+    assert plan.config["id2label"] == {"0": "person", "1": "animal", "2": "ghost"}
+    assert {w.parameter: w.shape for w in plan.whole}["classifier.weight"][0] == 3
+
+
+def test_a_trained_adapter_keeps_its_labels(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Other classes, another order or another task are refused; the same ones go on."""
+    rows = write_rows(tmp_path / "rows.jsonl", LABELLED)
+    folder = tmp_path / "adapter"
+    apply(tiny_model("bert"), folder, PacaSpec(rank=4))
+    classify(folder, rows)
+    before = digest_folder(folder)
+    for labels in (("person", "animal"), ("animal", "person", "ghost")):
+        with pytest.raises(RequestError, match=r"as trained so far\. Apply again"):
+            classify(folder, rows, *labels)
+    with pytest.raises(RequestError, match="as trained so far"):
+        train(folder, DataSection(train=[str(rows)]), fast(), task=TaskSpec("regression"))
+    assert digest_folder(folder) == before
+    classify(folder, rows, "animal", "person")
+    assert digest_folder(folder) != before
+
+
+def test_a_label_outside_the_given_ones_is_an_error(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """With file and line."""
+    rows = write_rows(tmp_path / "rows.jsonl", LABELLED)
+    apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
+    with pytest.raises(DataError, match=r"rows\.jsonl.*'animal'"):
+        classify(tmp_path / "adapter", rows, "person", "ghost")
+
+
+def test_a_task_that_the_model_cannot_have_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """A T5 has no masked head to tag with in this form; a base model has no task of its own."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"source": "a b", "target": "b a"}] * 8)
+    apply(tiny_model("llama"), tmp_path / "adapter", PacaSpec(rank=4))
+    with pytest.raises(UnsupportedError, match="no seq2seq model for llama"):
+        train(tmp_path / "adapter", DataSection(train=[str(path)]), fast(), task=TaskSpec("seq2seq"))
+    apply(tiny_model("bert"), tmp_path / "bert", PacaSpec(rank=4))
+    with pytest.raises(RequestError, match=r"BertForMaskedLM has no task of its own.*sequence-classification"):
+        train(tmp_path / "bert", DataSection(train=[str(path)]), fast())
+    apply(tiny_model("vit"), tmp_path / "vit", PacaSpec(rank=4))
+    with pytest.raises(RequestError, match="images cannot be read"):
+        train(tmp_path / "vit", DataSection(train=[str(path)]), fast())
+
+
+# --- dtypes
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("index", (0, 6, 11))
+def test_sixteen_bit_bases_train_and_merge(
+    dtype: torch.dtype, index: int, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Their dtype stays in the merged checkpoint, where every planned layer differs from the base."""
+    case = CASES[index]
+    base, data = tiny_model(case.family, dtype=dtype), case.write(tmp_path)
+    apply(base, tmp_path / "adapter", PacaSpec(rank=4))
+    result = train(tmp_path / "adapter", data, case.train_section(), task=case.spec())
+    assert result.after["loss"] < result.before["loss"]
+    adapter = open_adapter(tmp_path / "adapter")
+    assert adapter.delta.moved == len(adapter.plan.targets)
+    export(adapter, tmp_path / "merged")
+    dtypes = {info.dtype for name, info in Checkpoint.open(tmp_path / "merged").items()}
+    assert dtypes == {"BF16" if dtype == torch.bfloat16 else "F16"}
+    assert verify(tmp_path / "merged").max_logit_difference == 0
+
+
+def test_a_base_of_mixed_dtypes_trains_and_merges(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Each tensor keeps the dtype that it has in the base."""
+    base = Path(shutil.copytree(tiny_model("llama"), tmp_path / "mixed"))
+    tensors = safetensors.torch.load_file(base / "model.safetensors")
+    kinds = {"mlp": torch.bfloat16, "q_proj": torch.float16}
+    mixed = {n: t.to(next((k for part, k in kinds.items() if part in n), torch.float32)) for n, t in tensors.items()}
+    safetensors.torch.save_file(mixed, base / "model.safetensors", {"format": "pt"})
+    data = CASES[0].write(tmp_path)
+    apply(base, tmp_path / "adapter", PacaSpec(rank=4))
+    result = train(tmp_path / "adapter", data, fast())
+    assert result.after["loss"] < result.before["loss"]
+    export(open_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    before, after = Checkpoint.open(base), Checkpoint.open(tmp_path / "merged")
+    assert {n: i.dtype for n, i in after.items()} == {n: i.dtype for n, i in before.items()}
+    assert verify(tmp_path / "merged", numeric=False)
+
+
+# --- evaluation and early stopping
+
+
+def test_early_stopping_keeps_the_best_state(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The run ends early, and what the adapter holds is the evaluation with the smallest loss, not the last."""
+    data = _LABELS.write(tmp_path)
+    apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
+    settings = fast(max_steps=40, eval_steps=1, early_stopping_patience=2, learning_rate=0.3)
+    result = train(tmp_path / "adapter", data, settings, task=_LABELS.spec())
+    lines = [json.loads(line) for line in (tmp_path / "adapter" / LOG_FILE).read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert result.steps < 40
+    best = min(losses.values())
+    assert result.after["loss"] == best
+    assert losses[result.steps] > best
+
+
+def test_early_stopping_needs_data_to_evaluate_on(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The error names the key."""
+    data = CASES[0].write(tmp_path).model_copy(update={"eval": []})
+    apply(tiny_model("llama"), tmp_path / "adapter", PacaSpec(rank=4))
+    with pytest.raises(RecipeError, match=r"train\.early_stopping_patience: no evaluation data"):
+        train(tmp_path / "adapter", data, fast(early_stopping_patience=2))
+
+
+def test_a_metric_that_the_task_has_not_is_refused_before_training(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """With the nearest one; nothing was trained for it."""
+    data = _LABELS.write(tmp_path)
+    apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
+    settings = fast(early_stopping_patience=2, metric_for_best="acuracy", eval_on_start=False)
+    with pytest.raises(RecipeError, match=r"train\.metric_for_best.*'acuracy'.*'accuracy'"):
+        train(tmp_path / "adapter", data, settings, task=_LABELS.spec())
+    assert not (tmp_path / "adapter" / CHECKPOINTS).exists()
+
+
+def test_held_out_rows_are_evaluated(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """`eval_fraction` takes them from the training rows; without either nothing is evaluated."""
+    path = write_rows(tmp_path / "rows.jsonl", LABELLED)
+    apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
+    section = DataSection(train=[str(path)], eval_fraction=0.25)
+    task = _LABELS.spec()
+    result = train(tmp_path / "adapter", section, fast(eval_on_start=False), task=task)
+    assert result.before == {}
+    assert set(result.after) == {"loss", "accuracy", "f1", "matthews_correlation"}
+    assert "eval: 9 rows" in " ".join(result.data)
+    second = train(tmp_path / "adapter", DataSection(train=[str(path)]), fast(), task=task)
+    assert (second.before, second.after) == ({}, {})
+
+
+# --- what goes wrong
+
+
+def test_data_without_loss_tokens_are_an_error(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Every answer lies behind the limit of length: nothing is trained, the folder is as it was."""
+    rows = [{"prompt": "a question " * 30, "completion": "yes"}] * 4
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    apply(tiny_model("llama"), tmp_path / "adapter", PacaSpec(rank=4))
+    before = digest_folder(tmp_path / "adapter")
+    with pytest.raises(DataError, match="no token that carries loss"):
+        train(tmp_path / "adapter", DataSection(train=[str(path)], max_length=16), fast())
+    assert digest_folder(tmp_path / "adapter") == before
+
+
+@pytest.mark.parametrize("index", (0, 6))
+def test_a_run_that_diverges_says_so_and_changes_nothing(index: int, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """A loss that is no number ends the run with exit code 3 at the step it shows; the adapter keeps its old state."""
+    case = CASES[index]
+    data = case.write(tmp_path)
+    task = TaskSpec(case.task, ("animal", "person") if index else ())
+    apply(tiny_model(case.family), tmp_path / "adapter", PacaSpec(rank=4), task=task)
+    before = (tmp_path / "adapter" / ADAPTER_FILE).read_bytes()
+    with pytest.raises(CheckError, match=r"(?i)not finite.*learning rate") as caught:
+        train(tmp_path / "adapter", data, fast(learning_rate=1e38, max_steps=50), task=case.spec())
+    assert caught.value.exit_code == 3
+    assert (tmp_path / "adapter" / ADAPTER_FILE).read_bytes() == before
+    open_adapter(tmp_path / "adapter")
+    result = train(tmp_path / "adapter", data, fast(), task=case.spec(), overwrite=True)
+    assert result.after["loss"] < result.before["loss"]
+
+
+def test_a_changed_base_is_refused(plain: Setting, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Another base of the same shape under the recorded name, or none: exit code 4, nothing written."""
+    folder = plain.copy(tmp_path)
+    with pytest.raises(BaseMismatchError) as caught:
+        plain.run(folder, base=tiny_model("llama", seed=1))
+    assert caught.value.exit_code == 4
+    assert same_adapter(folder, plain.fresh)
+    record = json.loads((folder / "surgery.json").read_text())
+    record["manifest"]["base"]["path"] = "nowhere"
+    (folder / "surgery.json").write_text(json.dumps(record))
+    with pytest.raises(BaseMismatchError, match=r"'nowhere' is not there.*--base"):
+        plain.run(folder)
+    assert same_adapter(folder, plain.fresh)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(plain: Setting, tmp_path: Path) -> None:
+    """Text cannot be read without one."""
+    folder = plain.copy(tmp_path)
+    for path in (*folder.glob("tokenizer*"), *folder.glob("chat_template*")):
+        path.unlink()
+    with pytest.raises(RequestError, match="tokenizer does not load"):
+        plain.run(folder)
+
+
+def test_a_cuda_device_that_is_not_there_is_unsupported(plain: Setting, tmp_path: Path) -> None:
+    """Exit code 5, before anything is read."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UnsupportedError, match="--device cuda"):
+        train(plain.copy(tmp_path), plain.data, fast(device="cuda"))
+
+
+def test_signals_are_given_back(plain: Setting, tmp_path: Path) -> None:
+    """After a run, a signal does what it did before."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    plain.run(plain.copy(tmp_path))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_same_run_twice_gives_the_same_bytes(plain: Setting, tmp_path: Path) -> None:
+    """And another seed gives others."""
+    folder = plain.copy(tmp_path)
+    plain.run(folder)
+    assert same_adapter(folder, plain.whole)
+    shutil.rmtree(folder)
+    train(plain.copy(tmp_path), plain.data, fast(**_STEPS, seed=1))
+    assert not same_adapter(folder, plain.whole)
+
+
+def test_epochs_count_the_last_smaller_batch(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """36 rows, 8 a batch, 2 batches a step: 5 batches, 3 steps an epoch."""
+    path = write_rows(tmp_path / "rows.csv", SCORED)
+    apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
+    settings = fast(max_steps=None, epochs=2, gradient_accumulation=2)
+    result = train(tmp_path / "adapter", DataSection(train=[str(path)]), settings, task=TaskSpec("regression"))
+    assert result.steps == 6
+    lines = [json.loads(line) for line in (tmp_path / "adapter" / LOG_FILE).read_text().splitlines()]
+    assert lines[-1]["epoch"] == 2

@@ -25,6 +25,7 @@ from surgery.checkpoint import (
     CheckpointWriter,
     build_header,
     file_sha256,
+    require_apart,
     require_disk,
     tensor_bytes,
     tensor_to_bytes,
@@ -153,6 +154,7 @@ def export(
     Raises: RequestError for settings that mean nothing here; BaseMismatchError, OutputExistsError, ResourceError.
     """
     _refuse_settings(dtype, max_shard_bytes)
+    require_apart(out, [adapter.folder])
     recorded, name = _locate(adapter, out, base)
     plan, rank = adapter.plan, padded_rank(max(target.rank for target in adapter.plan.targets))
     entries = weight_entries(plan, rank)
@@ -182,6 +184,7 @@ def _locate(adapter: Adapter, out: Path, base: str | Path | None) -> tuple[Base,
     if base is None and recorded.hub_id:
         return recorded, recorded.hub_id
     root, found = find_model(base if base is not None else find_base(adapter.record, adapter.folder))
+    require_apart(out, [root])
     _require_base(Checkpoint.open(root), adapter.plan)
     if found.hub_id:
         return found, found.hub_id

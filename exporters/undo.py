@@ -23,6 +23,7 @@ from surgery.checkpoint import (
     path_inside,
     read_header,
     read_range,
+    require_apart,
     require_disk,
     write_file,
     write_tensors,
@@ -43,6 +44,7 @@ def undo(merged: Path, out: Path, *, overwrite: bool = False) -> Path:
     changed the dtype; DamagedError, PathEscapeError: a file that lies; CheckError: the result is not the base.
     """
     record = read_record(merged, MERGED)
+    require_apart(out, [merged])
     _require_kept_dtype(merged, record)
     stored = _open_undo(merged, record.plan)
     checkpoint = Checkpoint.open(merged)

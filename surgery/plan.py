@@ -134,8 +134,9 @@ class SurgeryPlan:
         return sum(t.trained_values for t in self.targets) + sum(w.trained_values for w in self.whole)
 
     def merged_name(self, base_name: str) -> str:
-        """What a tensor of the base is called in the merged checkpoint."""
-        return base_name if base_name.startswith(self.prefix) else self.prefix + base_name
+        """What a tensor of the base is called in the merged checkpoint; a head stands outside the prefix."""
+        is_head = any(head.weight == head.parameter == base_name for head in self.whole)
+        return base_name if is_head or base_name.startswith(self.prefix) else self.prefix + base_name
 
     @property
     def id(self) -> str:

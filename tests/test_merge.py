@@ -285,7 +285,7 @@ def test_merged_folders_compute_what_the_adapter_computes(
     assert not torch.allclose(mine, logits_of(built(base, family), family))
 
 
-@pytest.mark.parametrize("kind", ("bare", "masked", "sharded", "with old names"))
+@pytest.mark.parametrize("kind", ("bare", "masked", "sharded", "with old names", "with a head"))
 def test_a_new_head_lands_in_the_merged_folder(kind: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     """An encoder without `bert.` before its names, or with it, becomes a classifier that loads with nothing missing."""
     base = encoder_base(kind, tiny_model, tmp_path)
@@ -298,7 +298,8 @@ def test_a_new_head_lands_in_the_merged_folder(kind: str, tiny_model: TinyModel,
     assert {name for name in info["unexpected_keys"] if not name.startswith("cls.")} == set()
     assert model.config.id2label == {0: "bad", 1: "fine", 2: "good"}
     assert torch.equal(model.classifier.weight, adapter.delta.whole["classifier.weight"].values)
-    expected = {f"{adapter.plan.prefix}{name}" for name in Checkpoint.open(base)} | set(adapter.delta.whole)
+    kept = {name for name in Checkpoint.open(base) if not name.startswith("classifier.")}
+    expected = {f"{adapter.plan.prefix}{name}" for name in kept} | set(adapter.delta.whole)
     assert set(Checkpoint.open(merged)) == expected
     inputs = sample_inputs("bert")
     with torch.no_grad():
@@ -320,6 +321,9 @@ def encoder_base(kind: str, tiny_model: TinyModel, tmp_path: Path) -> Path:
                 tensors[new] = tensors.pop(name)
 
         rewrite(tmp_path / "base", rename)
+    elif kind == "with a head":  # beside a backbone without a prefix, as some converters write it
+        head = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
+        rewrite(tmp_path / "base", lambda tensors: tensors.update(head))
     return tmp_path / "base"
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from exporters import dense
+from exporters import dense, lora
 from exporters.undo import undo
 from surgery import checkpoint as files
 from surgery import operate
@@ -505,11 +505,16 @@ def test_what_is_read_is_never_overwritten(tiny_model: TinyModel, tmp_path: Path
             lambda out: apply(base, out, RANK_4, overwrite=True),
             lambda out: save(model, out, base=base, overwrite=True),
             lambda out: dense.export(adapter, out, overwrite=True),
+            lambda out: lora.export(adapter, out, overwrite=True),
         ):
             with pytest.raises(RequestError, match="would be replaced"):
                 write(out)
+    for export in (dense.export, lora.export):
+        with pytest.raises(RequestError, match="would be replaced"):
+            export(adapter, adapter.folder, overwrite=True)
+    merged = dense.export(adapter, tmp_path / "merged")
     with pytest.raises(RequestError, match="would be replaced"):
-        dense.export(adapter, adapter.folder, overwrite=True)
+        undo(merged, merged, overwrite=True)
     assert digest_folder(tmp_path / "work") == before
 
 

@@ -24,6 +24,7 @@ from surgery.checkpoint import (
     WEIGHTS_FILE,
     Checkpoint,
     CheckpointWriter,
+    StreamWriter,
     TensorFile,
     TensorInfo,
     build_header,
@@ -39,7 +40,7 @@ from surgery.checkpoint import (
     write_file,
     write_tensors,
 )
-from surgery.delta import ADAPTER_FILE, ColumnDelta, patched_chunks, require_base
+from surgery.delta import ADAPTER_FILE, ColumnDelta, WholePatch, count_not_finite, patched_chunks, require_base
 from surgery.errors import BaseMismatchError, CheckError, RequestError
 from surgery.manifest import MERGED, UNDO_FILE, Base, Record, relative_path, versions
 from surgery.operate import Adapter, copy_small_files, find_base
@@ -140,8 +141,9 @@ def export(
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
         require_disk(writer.path, sum(sizes) + (adapter.folder / ADAPTER_FILE).stat().st_size)
         copy_small_files(checkpoint, writer.path, _with_dtype(checkpoint, adapter.plan, dtype))
-        for file in files:
-            write_tensors(writer.path / file.name, file.header, _file_chunks(checkpoint, adapter.delta, file))
+        with StreamWriter() as stream:
+            for file in files:
+                stream.write(writer.path / file.name, file.header, _pieces(checkpoint, adapter.delta, file))
         write_index(writer.path, files)
         write_undo(writer.path / UNDO_FILE, checkpoint, adapter)
         record = _record(adapter, root, out, dtype, files, hub=base is None)
@@ -180,19 +182,28 @@ def require_targets(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
             )
 
 
-def _file_chunks(checkpoint: Checkpoint, delta: ColumnDelta, file: OutFile) -> Iterator[bytes | memoryview]:
+def _pieces(
+    checkpoint: Checkpoint, delta: ColumnDelta, file: OutFile
+) -> Iterator[tuple[int, Iterator[bytes | memoryview]]]:
+    """Each tensor of a file: its offset behind the header, and its bytes."""
     targets = {target.weight: target for target in delta.plan.targets}
     whole = {target.weight: target for target in delta.plan.whole}
+    offset = 0
     for tensor in file.tensors:
         key = tensor.source or tensor.name
         if key in whole:
-            values = delta.whole[whole[key].parameter].stored(tensor.dtype)
-            _require_fits(key, tensor.dtype, int((~torch.isfinite(values)).sum()))
-            yield tensor_to_bytes(values)
+            yield offset, _whole(delta.whole[whole[key].parameter], tensor)
         elif key in targets:
-            yield from _cast(_patched(checkpoint, delta, targets[key]), checkpoint[key], tensor.dtype)
+            yield offset, _cast(_patched(checkpoint, delta, targets[key]), checkpoint[key], tensor.dtype)
         else:
-            yield from _cast(checkpoint.chunks(key), checkpoint[key], tensor.dtype)
+            yield offset, _cast(checkpoint.chunks(key), checkpoint[key], tensor.dtype)
+        offset += tensor_bytes(tensor.dtype, tensor.shape)
+
+
+def _whole(patch: WholePatch, tensor: OutTensor) -> Iterator[bytes]:
+    values = patch.stored(tensor.dtype)
+    _require_fits(tensor.name, tensor.dtype, count_not_finite(values))
+    yield tensor_to_bytes(values)
 
 
 def _patched(checkpoint: Checkpoint, delta: ColumnDelta, target: Target) -> Iterator[memoryview]:

@@ -15,8 +15,11 @@ import re
 import shutil
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,8 @@ CONFIG_FILE = "config.json"
 RECORD_FILE = "surgery.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 CHUNK_BYTES = 8 << 20
+WRITERS = 2
+FLUSH_BYTES = 64 << 20
 
 # Bits per value, and torch's name where torch has the type (the rest are copied, never read).
 DTYPE_BITS = {
@@ -462,22 +467,71 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 
 def write_tensors(path: Path, header: bytes, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a safetensors file from its header and its data in order, and force it to disk.
+    """Write a safetensors file from its header and its data in order, and force it to disk."""
+    with StreamWriter() as writer:
+        writer.write(path, header, [(0, chunks)])
 
-    Each chunk is handed to the disk while the next is prepared, and dropped from the page cache: a merge of any size
-    leaves the machine's memory as it found it.
+
+class StreamWriter:
+    """Writes safetensors files from pieces made on the fly. On leaving, all of them are on the disk.
+
+    Two threads make and write pieces; a third forces what is written to disk meanwhile, and each file as a whole while
+    the next one is made. A merge takes a digest of every byte it reads, which a copy does not: this is where it
+    catches up.
     """
-    with path.open("wb", buffering=0) as file:
-        file.write(header)
-        done = position = len(header)
+
+    def __enter__(self) -> StreamWriter:
+        self._makers, self._flusher = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(1)
+        self._flushed: list[Future[None]] = []
+        self._turn = threading.Lock()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._makers.shutdown()
+        self._flusher.shutdown()
+        if kind is None:
+            for result in self._flushed:
+                result.result()
+
+    def write(self, path: Path, header: bytes, pieces: Iterable[tuple[int, Iterable[bytes | memoryview]]]) -> None:
+        """One file. `pieces`: (offset behind the header, chunks of bytes) each."""
+        file = path.open("wb", buffering=0)
+        made: list[Future[None]] = []
+        try:
+            file.write(header)
+            for offset, chunks in pieces:
+                start = len(header) + offset
+                made.append(self._makers.submit(self._write_piece, file.fileno(), start, chunks))
+            for result in made:
+                result.result()
+        finally:
+            for result in made:
+                result.cancel()
+            wait(made)  # no thread may write to a file that is closed
+            self._flushed.append(self._flusher.submit(_flush_and_close, file))
+
+    def _write_piece(self, descriptor: int, offset: int, chunks: Iterable[bytes | memoryview]) -> None:
+        unflushed = 0
         for chunk in chunks:
-            view = memoryview(chunk)
-            while view:
-                view = view[file.write(view) :]
-            position += len(chunk)
-            if position - done >= CHUNK_BYTES and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), done, position - done, os.POSIX_FADV_DONTNEED)
-                done = position
+            self._write_chunk(descriptor, offset, chunk)
+            offset += len(chunk)
+            unflushed += len(chunk)
+            if unflushed >= FLUSH_BYTES:
+                self._flushed.append(self._flusher.submit(os.fdatasync, descriptor))
+                unflushed = 0
+
+    def _write_chunk(self, descriptor: int, offset: int, chunk: bytes | memoryview) -> None:
+        view = memoryview(chunk)
+        while view:
+            with self._turn:  # the kernel would have the threads wait for the file's lock by spinning
+                count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+
+def _flush_and_close(file: FileIO) -> None:
+    with file:
         os.fsync(file.fileno())
 
 

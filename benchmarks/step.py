@@ -1,0 +1,208 @@
+"""One training step of PaCA beside the frozen floor and PEFT's LoRA, and what each keeps for backward.
+
+    python benchmarks/step.py                       the figures of docs/performance.md
+    python benchmarks/step.py --device cuda --shape llama-8b --dtype bf16 --batch 2 --tokens 2048
+
+The variants hold the same weights and take turns step by step, in an order that changes every round, so that a noisy
+machine hurts all alike. The floor is a frozen forward with input gradients: what any method on a frozen model must do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import surgery
+
+SHAPES = {
+    "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12,
+              "num_key_value_heads": 12, "vocab_size": 32000},
+    "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "vocab_size": 256},
+    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build(shape: str, dtype: torch.dtype, device: str) -> Any:
+    """A Llama of random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(**SHAPES[shape], attn_implementation="sdpa", use_cache=False)).to(dtype)
+
+
+def as_floor(model: Any, rank: int) -> Any:  # noqa: ARG001  every variant is made the same way
+    """Frozen; the embeddings' output asks for a gradient, which then flows through every layer."""
+    model.requires_grad_(requires_grad=False)
+    model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())
+    return model
+
+
+def as_paca(model: Any, rank: int) -> Any:
+    """PaCA on all linear layers."""
+    surgery.attach(model, surgery.PacaSpec(rank=rank))
+    return model
+
+
+def as_lora(model: Any, rank: int) -> Any:
+    """PEFT's LoRA on the same layers, without dropout."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def as_full(model: Any, rank: int) -> Any:  # noqa: ARG001
+    """All weights train."""
+    return model
+
+
+VARIANTS: dict[str, Callable[[Any, int], Any]] = {
+    "floor": as_floor, "paca": as_paca, "lora": as_lora, "full": as_full,
+}  # fmt: skip
+
+
+def optimizer_of(model: Any) -> torch.optim.Optimizer | None:
+    """Fused AdamW over what trains; none for the floor."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer | None, ids: Tensor) -> None:
+    """Forward, backward, optimizer."""
+    model(input_ids=ids, labels=ids).loss.backward()
+    if optimizer:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def saved_bytes(model: Any, ids: Tensor) -> int:
+    """Bytes of distinct storages kept for backward that are neither parameters nor buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage is freed and its address used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    total = sum(kept.values())
+    del loss, alive
+    return total
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Non-reentrant, under the name that this version of transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def measure(arguments: argparse.Namespace, *, checkpointing: bool) -> dict[str, Any]:
+    """Seconds a step by variant, taking turns."""
+    device, dtype = arguments.device, DTYPES[arguments.dtype]
+    base = build(arguments.shape, dtype, device)
+    ids = torch.randint(0, base.config.vocab_size, (arguments.batch, arguments.tokens), device=device)
+    models = {name: VARIANTS[name](copy.deepcopy(base), arguments.rank).train() for name in arguments.variants}
+    del base
+    result: dict[str, Any] = {"saved_bytes": {name: saved_bytes(model, ids) for name, model in models.items()}}
+    gc.collect()
+    for model in models.values():
+        if checkpointing:
+            enable_checkpointing(model)
+    optimizers = {name: optimizer_of(model) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    order = random.Random(0)
+    for round_number in range(arguments.warmup + arguments.rounds):
+        for name in order.sample(list(models), len(models)):
+            wait(device)
+            started = time.perf_counter()
+            step(models[name], optimizers[name], ids)
+            wait(device)
+            if round_number >= arguments.warmup:
+                seconds[name].append(time.perf_counter() - started)
+    result["seconds"] = seconds
+    result["trained"] = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}
+    return result
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """Median and quartiles of the ratios round by round."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})"
+
+
+def report(result: dict[str, Any], title: str) -> list[str]:
+    """The table of one measurement."""
+    seconds = result["seconds"]
+    lines = [title, f"{'variant':8} {'trained':>12} {'median s':>9} {'to the floor':>24} {'saved bytes':>14} {'to floor':>9}"]
+    for name, times in seconds.items():
+        saved = result["saved_bytes"][name]
+        lines.append(
+            f"{name:8} {result['trained'][name]:>12,} {statistics.median(times):>9.4f} "
+            f"{ratio(times, seconds['floor']):>24} {saved:>14,} {saved / result['saved_bytes']['floor']:>9.3f}"
+        )
+    if "lora" in seconds:
+        lines.append(f"paca to lora: {ratio(seconds['paca'], seconds['lora'])}")
+    return lines
+
+
+def main() -> None:
+    """Measure with and without gradient checkpointing, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["floor", "paca", "lora"])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpointing", choices=("both", "yes", "no"), default="both")
+    parser.add_argument("--json", type=Path, help="write the raw figures there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
+    print(f"{arguments.shape}, {arguments.dtype}, {arguments.batch} x {arguments.tokens} tokens, rank {arguments.rank}, "
+          f"torch {torch.__version__}, {device}")  # fmt: skip
+    raw = {}
+    wanted = {"both": (False, True), "yes": (True,), "no": (False,)}[arguments.checkpointing]
+    for checkpointing in wanted:
+        raw[f"checkpointing={checkpointing}"] = result = measure(arguments, checkpointing=checkpointing)
+        title = "with gradient checkpointing" if checkpointing else "without gradient checkpointing"
+        print("\n".join(report(result, f"\n{title} (saved bytes are those without it)")))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(raw, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -483,6 +483,16 @@ def test_backward_keeps_the_floor_and_r_channels_of_each_input(family: str, inpu
     assert extra == {32: expected, 64: expected}
 
 
+@pytest.mark.parametrize("kind", ("linear", "conv1d"))
+def test_nothing_else_is_held_until_backward(kind: str) -> None:
+    """What the node holds besides saved tensors is the weight itself, not a copy of it."""
+    model = Layers(kind, bias=True)
+    attach(model, PacaSpec(rank=3))
+    node: Any = model.first(torch.randn(4, 6)).grad_fn
+    held = [value for value in vars(node).values() if isinstance(value, Tensor)]
+    assert [tensor.data_ptr() for tensor in held] == [model.first.weight.data_ptr()]
+
+
 def test_a_group_gathers_once(llama: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fourteen layers with eight distinct inputs gather eight times a forward, and keep nothing afterwards."""
     calls: Counter[str] = Counter()

@@ -500,7 +500,7 @@ class StreamWriter:
         file = path.open("wb", buffering=0)
         made: list[Future[None]] = []
         try:
-            file.write(header)
+            self._write_chunk(file.fileno(), 0, header)
             for offset, chunks in pieces:
                 start = len(header) + offset
                 made.append(self._makers.submit(self._write_piece, file.fileno(), start, chunks))

@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from surgery.checkpoint import (
     DTYPE_BITS,
     Checkpoint,
     CheckpointWriter,
+    StreamWriter,
     build_header,
     parse_size,
     read_header,
@@ -777,6 +778,45 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@PROPERTY
+@given(sizes=st.lists(st.lists(st.integers(0, 40), max_size=4), max_size=6))
+def test_pieces_land_where_they_belong(sizes: list[list[int]], scratch: Path) -> None:
+    """Whatever the pieces and their chunks, a file is its header and its data in order; so is the next one."""
+    pieces = [[os.urandom(size) for size in piece] for piece in sizes]
+    starts = [sum(map(sum, sizes[:number])) for number in range(len(sizes))]
+    header = b"header"
+    with StreamWriter() as writer:
+        for name in ("one", "two"):
+            writer.write(scratch / name, header, list(zip(starts, pieces, strict=True)))
+    for name in ("one", "two"):
+        assert (scratch / name).read_bytes() == header + b"".join(b"".join(piece) for piece in pieces)
+
+
+def test_a_piece_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    """An exception in one piece reaches the caller, whatever the others do."""
+
+    def broken() -> Iterator[bytes]:
+        yield b"ab"
+        raise DamagedError("a tensor", "it is not what it was")
+
+    pieces: list[tuple[int, Iterable[bytes]]] = [(0, [b"abc"]), (3, broken()), (9, [b"x"] * 9)]
+    with pytest.raises(DamagedError), StreamWriter() as writer:
+        writer.write(tmp_path / "x", b"header", pieces)
+
+
+@pytest.mark.parametrize("call", ("fsync", "fdatasync"))
+def test_a_disk_that_fails_later_is_an_error(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk refuses in the background, the caller learns before the file counts as written."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(module.os, call, fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write_tensors(tmp_path / "x", b"header", [b"abc", b"def"])
 
 
 def test_a_full_disk_leaves_nothing(full_disk: Path) -> None:

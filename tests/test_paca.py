@@ -362,6 +362,17 @@ def test_loaded_state_shows_at_once(assign: bool, tiny_model: TinyModel, llama: 
     assert not torch.equal(mine, base)
 
 
+def test_loading_plain_weights_keeps_the_trained_columns(
+    tiny_model: TinyModel, llama: Any, inputs: dict[str, Tensor]
+) -> None:
+    """The base's state dict loaded over an attached model overwrites `weight`; the next forward writes it anew."""
+    train_steps(llama, torch.optim.AdamW(trainable(llama), lr=0.02))
+    expected = logits_of(llama, inputs)
+    llama.load_state_dict(built(tiny_model("llama")).state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(llama(**inputs).logits, expected)
+
+
 def test_two_models_do_not_disturb_each_other(tiny_model: TinyModel, inputs: dict[str, Tensor]) -> None:
     """Trained in turns they end as they do trained one after the other."""
     ends = []

@@ -385,9 +385,9 @@ def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name of a torch dtype."""
+    """safetensors' name of a torch dtype; torch's own for one that is not read here."""
     short = str(dtype).removeprefix("torch.")
-    return next(name for name, torch_name in TORCH_NAMES.items() if torch_name == short)
+    return next((name for name, torch_name in TORCH_NAMES.items() if torch_name == short), short)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from exporters import dense
 from surgery.checkpoint import Checkpoint
-from surgery.errors import DamagedError, RequestError, SelectorError
+from surgery.errors import DamagedError, RequestError, SelectorError, UnsupportedError
 from surgery.methods import paca
 from surgery.methods.paca import PacaLayer, PacaSpec
 from surgery.operate import attach, collect, detach, evaluating, load, open_adapter, plan_checkpoint, save
@@ -581,6 +581,15 @@ def test_attaching_changes_no_logit_no_mode_and_no_random_state(
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not calls
     assert torch.equal(logits_of(model, inputs), before)
+
+
+def test_parameters_of_other_types_do_not_stand_in_the_way() -> None:
+    """An fp8 parameter elsewhere in the model is left alone; an fp8 layer that is asked for is unsupported."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[1].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UnsupportedError, match="float8_e4m3fn"):
+        attach(model, PacaSpec(rank=2))
+    assert [target.module for target in attach(model, PacaSpec(rank=2, targets=("0",))).targets] == ["0"]
 
 
 @pytest.mark.parametrize("device", ("meta", "cpu"))

@@ -6,7 +6,7 @@ READY := $(VENV)/.complete
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TESTS ?= tests
 
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo test test-fast lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test       set up .venv, lint, type-check and run every test"
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       write docs/cli.md from the commands' help"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove .venv, caches and build outputs"
 	@echo "PYTHON=python3.12 picks the interpreter that .venv is made with."
@@ -43,6 +44,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python docs/make_cli.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

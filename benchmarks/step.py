@@ -35,6 +35,7 @@ SHAPES = {
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
+HEADINGS = f"{'variant':8} {'trained':>12} {'median s':>9} {'to the floor':>24} {'saved bytes':>14} {'to floor':>9}"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -112,7 +113,8 @@ def saved_bytes(model: Any, ids: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids).loss
     total = sum(kept.values())
-    del loss, alive
+    alive.clear()
+    del loss
     return total
 
 
@@ -162,7 +164,7 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 def report(result: dict[str, Any], title: str) -> list[str]:
     """The table of one measurement."""
     seconds = result["seconds"]
-    lines = [title, f"{'variant':8} {'trained':>12} {'median s':>9} {'to the floor':>24} {'saved bytes':>14} {'to floor':>9}"]
+    lines = [title, HEADINGS]
     for name, times in seconds.items():
         saved = result["saved_bytes"][name]
         lines.append(
@@ -192,8 +194,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    print(f"{arguments.shape}, {arguments.dtype}, {arguments.batch} x {arguments.tokens} tokens, rank {arguments.rank}, "
-          f"torch {torch.__version__}, {device}")  # fmt: skip
+    sizes = (
+        f"{arguments.shape}, {arguments.dtype}, {arguments.batch} x {arguments.tokens} tokens, rank {arguments.rank}"
+    )
+    print(f"{sizes}, torch {torch.__version__}, {device}")
     raw = {}
     wanted = {"both": (False, True), "yes": (True,), "no": (False,)}[arguments.checkpointing]
     for checkpointing in wanted:

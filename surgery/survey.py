@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -214,13 +215,13 @@ def find_heads(model: Any, *, has_head: bool) -> tuple[str, ...]:
 
 
 def _trace_inputs(model: Any) -> dict[str, Tensor]:
-    tokens = torch.zeros((1, TRACE_TOKENS), dtype=torch.long, device="meta")
     config = model.config
     if model.main_input_name == "pixel_values":
         size = config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": torch.zeros((1, config.num_channels, height, width), device="meta")}
-    inputs = {"input_ids": tokens}
+        return {"pixel_values": torch.zeros((1, config.num_channels, height, width))}
+    tokens = torch.zeros((1, TRACE_TOKENS), dtype=torch.long)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
     return inputs
@@ -229,7 +230,7 @@ def _trace_inputs(model: Any) -> dict[str, Tensor]:
 def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str]:
     """Each linear layer's group: the first name among the layers fed by the same tensor objects.
 
-    One forward of a twin's base model (heads may look at values, which meta tensors have not) on the meta device. A
+    One forward of a twin's base model (heads may look at values) with fake tensors, which have sizes and no values. A
     model that cannot be traced, or a layer that was not reached, shares with no one.
     """
     seen: dict[str, list[Tensor]] = {site.module: [] for site in sites}
@@ -243,8 +244,8 @@ def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str
             twin.get_submodule(name).register_forward_pre_hook(watch(name))
         prefix = base_prefix(twin)
         base = twin.get_submodule(prefix) if prefix else twin
-        with torch.no_grad(), quiet_loading():
-            base(**_trace_inputs(base))
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet_loading():
+            base.to_empty(device="cpu")(**_trace_inputs(base))
     except Exception:  # noqa: BLE001  any failure of foreign code in a dry run means: no sharing, and nothing else
         seen = {name: [] for name in seen}
     groups: dict[tuple[int, ...], str] = {}
@@ -258,14 +259,13 @@ def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str
 def _meta_twin(model: Any) -> Any:
     """The same model on the meta device, so that tracing leaves mode, hooks and settings of the model alone.
 
-    In implementations that run there: others look at the mask's values, or take bf16 only.
+    In implementations that can be traced: others look at the mask's values or at how tokens are routed.
     """
     with torch.device("meta"), quiet_loading():
-        twin = type(model)(copy.deepcopy(model.config)).eval()
-        twin.set_attn_implementation("eager")
+        twin = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager")  # noqa: SLF001
         if TRANSFORMERS_5:
             twin.set_experts_implementation("batched_mm")
-    return twin
+    return twin.eval()
 
 
 def list_untouched(model: nn.Module, touched: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[Untouched, ...]:

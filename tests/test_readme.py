@@ -1,0 +1,83 @@
+"""The README's examples run as they stand, and the generated pages are fresh."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TinyModel
+
+
+def blocks(root: Path, language: str) -> list[str]:
+    """The README's code blocks in one language."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> Path:
+    """A folder with what the README speaks of: model/, train.jsonl, eval.jsonl, recipe.yaml."""
+    folder = tmp_path_factory.mktemp("workshop")
+    shutil.copytree(tiny_model("llama"), folder / "model")
+    rows = [{"prompt": f"a{n} ", "completion": f"b{n % 7}"} for n in range(64)]
+    for name, part in (("train", rows[:48]), ("eval", rows[48:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that has to succeed."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs_in_its_order(workshop: Path, project_root: Path) -> None:
+    """A reader can paste the shell examples one after another, and the undone folder is the base."""
+    lines = [line for block in blocks(project_root, "bash") for line in block.splitlines()]
+    assert len(lines) >= 9
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[0] == "surgery"
+        run([sys.executable, "-W", "error", "-m", "surgery.cli", *words[1:]], workshop)
+    for path in (workshop / "model").iterdir():
+        assert (workshop / "model-again" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_every_python_example_of_the_readme_runs(workshop: Path, project_root: Path) -> None:
+    """The Python examples form one script."""
+    script = "\n".join(blocks(project_root, "python"))
+    assert "surgery.attach" in script
+    run([sys.executable, "-W", "error", "-c", script], workshop)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_readme_runs_as_its_first_line_says(workshop: Path, project_root: Path) -> None:
+    """The recipe, its name and its command stand in one block."""
+    (text,) = blocks(project_root, "yaml")
+    name, command = text.splitlines()[0].removeprefix("# ").split("; ")
+    (workshop / name).write_text(text)
+    run([sys.executable, "-W", "error", "-m", "surgery.cli", *shlex.split(command)[1:]], workshop)
+    assert (workshop / "merged" / "model.safetensors").is_file()
+
+
+def test_the_page_of_commands_is_what_the_commands_say(project_root: Path) -> None:
+    """docs/cli.md is generated, and regenerated when a command changes."""
+    run([sys.executable, "docs/make_cli.py", "--check"], project_root)
+
+
+def test_every_link_of_the_pages_leads_somewhere(project_root: Path) -> None:
+    """Relative links in the README and in docs/ name files that exist."""
+    pages = [project_root / "README.md", project_root / "CONTRIBUTING.md", *(project_root / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

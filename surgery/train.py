@@ -27,7 +27,17 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 
-from surgery.checkpoint import Checkpoint, file_sha256, fsync_path, read_header, read_json, replace_file, write_file
+from surgery.checkpoint import (
+    RECORD_FILE,
+    Checkpoint,
+    file_sha256,
+    fsync_path,
+    read_header,
+    read_json,
+    replace_file,
+    require_disk,
+    write_file,
+)
 from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, ColumnDelta
@@ -52,6 +62,7 @@ from surgery.survey import TASKS, TaskSpec
 
 CHECKPOINTS, RUN_FILE, LOG_FILE = "checkpoints", "run.json", "training_log.jsonl"
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
+CHECKPOINT_BYTES = 16  # of each trained value: itself, AdamW's two moments, and as much again for all else
 # Settings that change neither the result nor the schedule: a resumed run may have others.
 FREE_SETTINGS = ("logging_steps", "save_total_limit", "eval_batch_size", "threads", "device")
 
@@ -149,8 +160,9 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
     trainer = _trainer(job, model, arguments, interruption)
+    _remove_leftovers(adapter.folder)
     if not job.checkpoint:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_whole(folder)
     job.run.write(folder)
     before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
     loss = _go(trainer, job, steps, interruption)
@@ -174,7 +186,9 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         tuple(prepared.report.lines()),
     )
     training = {**asdict(result), "adapter": "", "settings": settings.model_dump(), "run": job.run.digest}
-    update_adapter(adapter, collect(model), replace(adapter.record.manifest, training=training))
+    delta = collect(model)
+    require_disk(adapter.folder, sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE)))
+    update_adapter(adapter, delta, replace(adapter.record.manifest, training=training))
     job.run.write(folder, finished=True)
     return result
 
@@ -198,6 +212,27 @@ def _is_complete(checkpoint: Path, steps: int, patience: int | None) -> bool:
     stored = read_json(checkpoint / TRAINER_FILE).get("stateful_callbacks", {}).get(StopEarly.__name__)
     out_of_patience = bool(patience and stored and stored["attributes"][StopEarly.COUNTER] >= patience)
     return out_of_patience or _step_of(checkpoint) >= steps
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs were writing, or removing, in an adapter folder."""
+    for path in (*folder.glob(".*.partial"), *folder.glob(f"{CHECKPOINTS}/.*.partial")):
+        pid = path.name.rsplit(".", 2)[1]
+        if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder, if it is there: whoever is killed in between leaves no half of it under its name."""
+    aside = partial_beside(folder)
+    if folder.exists():
+        folder.rename(aside)
+        shutil.rmtree(aside)
+
+
+def partial_beside(path: Path) -> Path:
+    """Where something is put together, or taken apart, that is not to be seen in part."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _result_of(adapter: Adapter) -> TrainResult:
@@ -396,9 +431,8 @@ class SurgeryCheckpoints:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir)
-        staging, name = folder / f".partial-{os.getpid()}", f"checkpoint-{self.state.global_step}"
-        for stale in folder.glob(".partial-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        name = f"checkpoint-{self.state.global_step}"
+        staging = partial_beside(folder / "saving")
         self.surgery_staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -407,9 +441,12 @@ class SurgeryCheckpoints:
             for path in (staging / name).iterdir():
                 fsync_path(path)
             fsync_path(staging / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
+            remove_whole(folder / name)
             (staging / name).rename(folder / name)
             fsync_path(folder)
+        except (OSError, RuntimeError):  # the latter is how torch.save says that the disk is full
+            require_disk(folder, self.surgery_plan.trained_values * CHECKPOINT_BYTES)
+            raise
         finally:
             self.surgery_staging = None
             shutil.rmtree(staging, ignore_errors=True)
@@ -431,7 +468,7 @@ class SurgeryCheckpoints:
         kept = sorted(folder.glob("checkpoint-*"), key=_step_of)[-self.surgery_keep :]
         for path in folder.glob("checkpoint-*"):
             if path not in kept and str(path) != self.state.best_model_checkpoint:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_whole(path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
         if self.args.should_save and output_dir:

@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from surgery.checkpoint import (
+    FLOAT_DTYPES,
     RECORD_FILE,
     Checkpoint,
     TensorFile,
     TensorInfo,
+    dtype_name,
     file_sha256,
     replace_file,
     tensor_from_bytes,
@@ -43,6 +45,7 @@ PROMPTS = (
     "7, 14, 21, 28,",
 )
 RANDOM_TOKENS = 24
+EXPORT_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 LOGITS_BYTES_FACTOR = 1.3  # loading needs the weights and, for a while, one more shard's worth
 
 
@@ -139,10 +142,19 @@ def _check_names(sides: _Sides) -> Check:
             expected="the base's tensors and new heads",
         )
     heads = {w.weight for w in plan.whole}
-    for name, info in sides.base.items():
-        if name not in heads and sides.merged[plan.merged_name(name)].shape != info.shape:
-            raise CheckError(name, "another shape than in the base", expected=str(info.shape))
+    wanted = {n: (i.shape, _exported_dtype(sides, i.dtype)) for n, i in sides.base.items() if n not in heads}
+    wanted |= {w.weight: (w.shape, _exported_dtype(sides, w.dtype)) for w in plan.whole}
+    for name, (shape, dtype) in wanted.items():
+        info = sides.merged[plan.merged_name(name)]
+        if (info.shape, info.dtype) != (shape, dtype):
+            raise CheckError(name, f"{info.dtype} {list(info.shape)}", expected=f"{dtype} {list(shape)}")
     return Check("names", "passed", f"all {len(sides.base)} tensors of the base are there, {len(heads)} trained whole")
+
+
+def _exported_dtype(sides: _Sides, dtype: str) -> str:
+    """What the export made of a tensor's dtype."""
+    cast = EXPORT_DTYPES.get(sides.record.manifest.export.get("dtype", "keep"), dtype)
+    return cast if dtype in FLOAT_DTYPES else dtype
 
 
 def _chunk_pairs(sides: _Sides, name: str) -> Iterator[tuple[int, bytes | memoryview, bytes | memoryview]]:
@@ -203,6 +215,8 @@ def _check_targets(sides: _Sides) -> list[Check]:
             if differs != bool((bits_of(stored) != bits_of(_original(sides, target).to(stored.dtype))).any()):
                 raise CheckError(target.weight, "it equals the base", expected="the trained columns")
         moved, unmoved = moved + differs, unmoved + (not differs)
+    if sides.adapter:
+        _check_heads(sides, sides.adapter)
     detail = f"{moved} layers differ from the base in planned columns only"
     if unmoved:
         detail += f"; {unmoved} equal it: training did not move them, or rounding to the base's dtype undid it"
@@ -210,6 +224,16 @@ def _check_targets(sides: _Sides) -> list[Check]:
     if not sides.adapter:
         values = Check("trained columns", "not run", sides.why_no_adapter)
     return [Check("planned columns", "passed", detail), values]
+
+
+def _check_heads(sides: _Sides, adapter: Adapter) -> None:
+    """What was trained whole is what was trained. Raises: CheckError."""
+    for target in sides.record.plan.whole:
+        written = sides.merged.read_tensor(sides.record.plan.merged_name(target.weight))
+        stored = adapter.delta.whole[target.parameter].stored(dtype_name(written.dtype))
+        if not torch.equal(bits_of(stored), bits_of(written)):
+            found = "it is not what was trained"
+            raise CheckError(target.weight, found, expected="the adapter's values", fix="Export again")
 
 
 def bits_of(tensor: Tensor) -> Tensor:

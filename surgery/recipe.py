@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,14 @@ from surgery.survey import TaskSpec
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as everyone who writes a learning rate expects."""
+    """YAML in which `1e-3` is a number, as everyone who writes a learning rate expects, and no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -36,7 +43,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class PacaSection(_Section):
@@ -222,12 +229,17 @@ def check(model: type[Any], document: dict[str, Any], where: str) -> Any:
                 expected=f"one of {', '.join(siblings)}",
                 fix=closest(str(first["loc"][-1]), siblings),
             ) from error
-        found = "missing" if first["type"] == "missing" else repr(first["input"])
-        raise RecipeError(where, f"{key}: {found}", expected=_plain(first["msg"])) from error
+        if first["type"] == "missing":
+            raise RecipeError(where, f"{key} is missing", expected="it to be given") from error
+        raise RecipeError(where, f"{key}: {first['input']!r}", expected=_plain(first)) from error
 
 
-def _plain(message: str) -> str:
-    return message[:1].lower() + message[1:].removesuffix(".")
+def _plain(entry: Mapping[str, Any]) -> str:
+    """What pydantic expected, as the end of a sentence that begins with `expected`."""
+    if entry["type"] == "model_type":
+        return "a section with keys of its own"
+    message = str(entry["msg"]).removeprefix("Input should be ").removesuffix(".")
+    return f"a number {message}" if message.startswith(("greater", "less")) else message[:1].lower() + message[1:]
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -147,6 +147,7 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
     Raises: whatever a step raises; OutputExistsError for a folder that another plan made.
     """
     skipped = []
+    lookup(METHODS, recipe.method, "method")
     folder = Path(recipe.adapter) if recipe.adapter else default_adapter_folder(recipe.model)
     if overwrite or not folder.exists():
         say(f"apply: {recipe.model} -> {folder}")
@@ -183,7 +184,6 @@ def _run_of(folder: Path) -> Any:
 def _require_same_plan(recipe: Recipe, folder: Path) -> None:
     """The adapter there was planned as the recipe asks. Raises: OutputExistsError."""
     adapter = open_adapter(folder)
-    lookup(METHODS, recipe.method, "method")
     task = recipe.task_spec()
     if adapter.plan.whole and not task.labels:
         task = TaskSpec(task.name, tuple(adapter.plan.config.get("id2label", {}).values()))

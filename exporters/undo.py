@@ -37,7 +37,7 @@ _HEADER, _FILE = "header:", "file:"
 _KEEP = "keep"
 
 
-def undo(merged: Path, out: Path, *, overwrite: bool = False) -> Path:
+def undo(merged: Path, out: Path) -> Path:
     """Write the base of a merged folder into `out`, which appears whole or not at all.
 
     Raises: NotAModelError, RequestError: not a merged folder, or one that cannot be undone; UnsupportedError: the merge
@@ -48,7 +48,7 @@ def undo(merged: Path, out: Path, *, overwrite: bool = False) -> Path:
     _require_kept_dtype(merged, record)
     stored = _open_undo(merged, record.plan)
     checkpoint = Checkpoint.open(merged)
-    with CheckpointWriter(out, overwrite=overwrite) as writer:
+    with CheckpointWriter(out) as writer:
         limit_bytes = checkpoint.size_bytes + stored.path.stat().st_size  # a head of the base may be the larger one
         require_disk(writer.path, limit_bytes)
         for file in _names(stored, _HEADER):

@@ -16,6 +16,7 @@ import shutil
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -346,16 +347,29 @@ def _is_small(path: Path) -> bool:
 
 
 class TensorFile:
-    """One safetensors file, checked and opened by its header: tensors are read one at a time."""
+    """One safetensors file, checked and opened by its header: tensors are read one at a time.
+
+    The file stays open: should another take its place meanwhile, all tensors still come from the one that was opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
         self.header = read_header(path)
         self.infos = {info.name: info for info in self.header.tensors}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, copied into memory."""
-        return read_tensor(self.path, self.infos[name])
+        info = self.infos[name]
+        data = bytearray(info.size_bytes)
+        position = 0
+        while position < len(data):
+            count = os.preadv(self._descriptor, [memoryview(data)[position:]], info.begin + position)
+            if not count:
+                raise DamagedError(str(self.path), "it ended while being read", expected="a file that does not change")
+            position += count
+        return tensor_from_bytes(data, info.dtype, info.shape)
 
 
 def tensor_from_bytes(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -600,7 +614,7 @@ class CheckpointWriter:
         self.path = self.out.parent / f".{self.out.name}.{socket.gethostname()}.{os.getpid()}.partial"
 
     def __enter__(self) -> CheckpointWriter:
-        if os.path.lexists(self.out) and not self.overwrite:
+        if os.path.lexists(self.out) and not (self.overwrite and self._may_be_replaced()):
             raise self._exists()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(self.out)
@@ -621,7 +635,18 @@ class CheckpointWriter:
             shutil.rmtree(self.path, ignore_errors=True)
             _writing.discard(self.path.absolute())
 
+    def _may_be_replaced(self) -> bool:
+        """A folder that one of our commands made, or an empty one: nothing else is ever deleted."""
+        return self.out.is_dir() and ((self.out / RECORD_FILE).is_file() or not any(self.out.iterdir()))
+
     def _exists(self) -> OutputExistsError:
+        if self.overwrite:
+            return OutputExistsError(
+                str(self.out),
+                f"it has no {RECORD_FILE}",
+                expected="a folder that surgery made",
+                fix="Remove it yourself",
+            )
         return OutputExistsError(
             str(self.out), "it exists", expected="a new folder", fix="Choose another with -o or give --overwrite"
         )
@@ -649,4 +674,4 @@ class CheckpointWriter:
         except OSError:
             aside.rename(self.out)
             raise
-        shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
+        aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)

@@ -74,7 +74,7 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a folder that surgery made.")
 BASE = click.option("--base", help="The base's folder or hub id, where it is not where it was.")
 OUT = click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write.")
 FOLDER = click.Path(path_type=Path)
@@ -331,18 +331,17 @@ def verify(
     \b
     surgery verify model-paca-merged/
     """
-    from surgery import verify as checks
+    from surgery.verify import verify as run_checks
 
-    result = checks.verify(merged, adapter=adapter, base=base, prompts=prompts, numeric=not no_numeric)
+    result = run_checks(merged, adapter=adapter, base=base, prompts=prompts, numeric=not no_numeric)
     show(result.lines(), result, as_json=as_json)
 
 
 @cli.command()
 @click.argument("merged", type=FOLDER)
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
-@OVERWRITE
 @JSON
-def undo(merged: Path, *, out: Path, overwrite: bool, as_json: bool) -> None:
+def undo(merged: Path, *, out: Path, as_json: bool) -> None:
     """Give back the base that MERGED was made from, byte for byte.
 
     \b
@@ -350,7 +349,7 @@ def undo(merged: Path, *, out: Path, overwrite: bool, as_json: bool) -> None:
     """
     from surgery import workflow
 
-    folder = workflow.undo(merged, out, overwrite=overwrite)
+    folder = workflow.undo(merged, out)
     show([f"Wrote {folder}: the base, byte for byte."], {"out": str(folder)}, as_json=as_json)
 
 

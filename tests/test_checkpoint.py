@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from surgery import checkpoint as module
 from surgery.checkpoint import (
     DTYPE_BITS,
+    RECORD_FILE,
     Checkpoint,
     CheckpointWriter,
     StreamWriter,
@@ -625,6 +626,7 @@ def test_what_exists_is_never_overwritten_silently(kind: str, tmp_path: Path) ->
 def test_overwriting_replaces_all_of_it(tmp_path: Path) -> None:
     """With overwrite=True the old folder is gone, files that the new one lacks included."""
     out = put(tmp_path / "out", b"old", "old").parent
+    put(out, b"{}", RECORD_FILE)
     with CheckpointWriter(out, overwrite=True) as writer:
         (writer.path / "new").write_text("new")
         assert (out / "old").exists()
@@ -632,9 +634,23 @@ def test_overwriting_replaces_all_of_it(tmp_path: Path) -> None:
     assert beside(out) == ["out"]
 
 
+def test_only_a_folder_of_ours_is_overwritten(tmp_path: Path) -> None:
+    """overwrite=True deletes what surgery made, or an empty folder, and nothing else: no folder, no file of others."""
+    out = put(tmp_path / "out", b"mine", "thesis").parent
+    for path in (out, out / "thesis"):
+        with pytest.raises(OutputExistsError, match="Remove it yourself"), CheckpointWriter(path, overwrite=True):
+            pass
+    assert (out / "thesis").read_bytes() == b"mine"
+    (tmp_path / "empty").mkdir()
+    with CheckpointWriter(tmp_path / "empty", overwrite=True) as writer:
+        (writer.path / "new").write_text("new")
+    assert (tmp_path / "empty" / "new").exists()
+
+
 def test_overwriting_a_link_leaves_its_target(tmp_path: Path) -> None:
     """The link is replaced, not what it points to."""
     target = put(tmp_path / "target", b"mine", "x").parent
+    put(target, b"{}", RECORD_FILE)
     (tmp_path / "out").symlink_to(target)
     with CheckpointWriter(tmp_path / "out", overwrite=True) as writer:
         (writer.path / "new").write_text("new")
@@ -645,6 +661,7 @@ def test_overwriting_a_link_leaves_its_target(tmp_path: Path) -> None:
 def test_a_failed_overwrite_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception while writing, or in the very rename, leaves the old folder under its name."""
     out = put(tmp_path / "out", b"old", "old").parent
+    put(out, b"{}", RECORD_FILE)
     with pytest.raises(RuntimeError), CheckpointWriter(out, overwrite=True):
         raise RuntimeError
     rename = Path.rename

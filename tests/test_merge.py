@@ -24,7 +24,7 @@ from exporters import dense, lora
 from exporters.undo import undo
 from surgery import checkpoint as files
 from surgery import operate
-from surgery.checkpoint import Checkpoint, tensor_to_bytes
+from surgery.checkpoint import RECORD_FILE, Checkpoint, tensor_to_bytes
 from surgery.delta import ColumnDelta
 from surgery.errors import (
     BaseMismatchError,
@@ -488,7 +488,10 @@ def test_an_existing_output_is_refused_and_can_be_replaced(llama_adapter: Adapte
     (tmp_path / "merged" / "mine").write_text("mine")
     with pytest.raises(OutputExistsError):
         dense.export(llama_adapter, tmp_path / "merged")
+    with pytest.raises(OutputExistsError, match="Remove it yourself"):  # no folder of ours
+        dense.export(llama_adapter, tmp_path / "merged", overwrite=True)
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine"]
+    (tmp_path / "merged" / RECORD_FILE).write_text("{}")
     dense.export(llama_adapter, tmp_path / "merged", overwrite=True)
     assert not (tmp_path / "merged" / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]

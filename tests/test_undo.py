@@ -161,17 +161,14 @@ def test_folders_that_are_no_merge_are_refused(tiny_model: TinyModel, tmp_path: 
     assert not (tmp_path / "base").exists()
 
 
-def test_an_existing_folder_is_overwritten_only_when_told(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """An output that exists is refused, and replaced on request."""
-    base = tiny_model("llama")
-    merge(base, tmp_path)
+def test_an_existing_folder_is_never_overwritten(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """An output that exists is refused and stays as it was."""
+    merge(tiny_model("llama"), tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "mine.txt").write_text("mine")
     with pytest.raises(OutputExistsError):
         undo(tmp_path / "merged", tmp_path / "base")
     assert contents(tmp_path / "base") == {"mine.txt": b"mine"}
-    undo(tmp_path / "merged", tmp_path / "base", overwrite=True)
-    assert contents(tmp_path / "base") == contents(base)
 
 
 def test_a_merge_that_was_edited_is_found_out(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ class PacaLayer(nn.Module):
     Freshness: the columns in `weight` are rewritten before a forward when since the last time a backward went through
     this layer, any optimizer stepped, the mode or the device changed, state was loaded or the parameter was written
     through autograd's eyes. A bare `.data` write in eval mode shows none of these signs: call `refresh` after one.
+    A backward belongs before the step that follows its forward: one that comes after the next refresh sees the new
+    columns in its input gradient, where plain torch would raise.
     """
 
     weight: Any
@@ -232,6 +234,10 @@ class PacaLayer(nn.Module):
         self.paca_pending = self.paca_pending or mode != self.training
         super().train(mode)
         return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.refresh_if_stale()
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -6,6 +6,8 @@ What stands here is loaded on demand, so that importing the package loads neithe
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import Any
 
 __version__ = "0.1.0"
@@ -40,3 +42,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Facade(types.ModuleType):
+    """The package itself. Loading a submodule sets it as an attribute here, over the function of the same name.
+
+    `surgery.train(...)` and `surgery.verify(...)` are the functions all the same; the modules are reached by
+    `from surgery.train import ...`.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_hiding = isinstance(value, types.ModuleType) and _NAMES.get(name) == value.__name__
+        super().__setattr__(name, getattr(value, name) if is_hiding else value)
+
+
+sys.modules[__name__].__class__ = _Facade

@@ -37,7 +37,9 @@ class ExportResult:
 def default_adapter_folder(model: str) -> Path:
     """`model/` -> `model-paca` beside it; a hub id's last part -> here."""
     path = Path(model)
-    return path.with_name(f"{path.resolve().name}-paca") if path.is_dir() else Path(f"{model.rsplit('/', 1)[-1]}-paca")
+    if not path.is_dir():
+        return Path(f"{model.rsplit('/', 1)[-1]}-paca")
+    return _beside(path, "paca")
 
 
 def find_adapter(folder: str | Path | None, *, here: Path | None = None) -> Path:
@@ -68,9 +70,13 @@ def _is_adapter(folder: Path) -> bool:
 
 def default_export_folder(adapter: Path, format_name: str) -> Path:
     """`<adapter>-merged`, or `<adapter>-<format>`, beside the adapter."""
-    full = adapter.resolve()
-    suffix = "merged" if format_name == "safetensors" else format_name
-    return (adapter if adapter.name not in ("", ".", "..") else full).with_name(f"{full.name}-{suffix}")
+    return _beside(adapter, "merged" if format_name == "safetensors" else format_name)
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    """`folder-suffix`, beside it; `.` and `..` are called what they are."""
+    full = folder.resolve()
+    return (folder if folder.name not in ("", "..") else full).with_name(f"{full.name}-{suffix}")
 
 
 def export(  # noqa: PLR0913  the options of one command, all by keyword
@@ -121,9 +127,9 @@ def _shard_bytes(text: str | None) -> int | None:
         raise RequestError("--max-shard-size", str(error), expected="a size such as 5GB") from error
 
 
-def undo(merged: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+def undo(merged: str | Path, out: str | Path) -> Path:
     """The base of a merged folder, byte for byte. Raises: see exporters.undo."""
-    written: Path = resolve(UNDO)(Path(merged), Path(out), overwrite=overwrite)
+    written: Path = resolve(UNDO)(Path(merged), Path(out))
     return written
 
 

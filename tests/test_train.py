@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import transformers
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-import surgery.train
 from exporters.dense import export
 from surgery.checkpoint import Checkpoint, TensorFile
 from surgery.delta import ADAPTER_FILE, adapter_names
@@ -32,7 +32,7 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.methods.paca import PacaSpec
-from surgery.operate import Adapter, apply, load, open_adapter
+from surgery.operate import Adapter, apply, load, open_adapter, update_adapter
 from surgery.recipe import DataSection
 from surgery.survey import TASKS, TaskSpec
 from surgery.train import CHECKPOINTS, LOG_FILE, RUN_FILE, STATE_FILE, Progress, TrainResult, train
@@ -509,7 +509,7 @@ def test_a_run_killed_after_its_last_write_is_finished(
     """The adapter is written, the run's own note of it is not: --resume auto does not train again."""
     folder = plain.copy(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(surgery.train, "update_adapter", _then_killed(surgery.train.update_adapter))
+        patch.setattr(sys.modules[train.__module__], "update_adapter", _then_killed(update_adapter))
         with pytest.raises(Killed):
             plain.run(folder)
     assert same_adapter(folder, plain.whole)

@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python recipes/quickstart/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python recipes/quickstart/demo.py  # threads that wait do not spin
 
 test: lint
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)

@@ -8,7 +8,25 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see of the table below
+    from surgery.methods.paca import PacaSpec as PacaSpec
+    from surgery.operate import apply as apply
+    from surgery.operate import attach as attach
+    from surgery.operate import collect as collect
+    from surgery.operate import detach as detach
+    from surgery.operate import load as load
+    from surgery.operate import plan_checkpoint as plan_checkpoint
+    from surgery.operate import save as save
+    from surgery.recipe import DataSection as DataSection
+    from surgery.recipe import TrainSection as TrainSection
+    from surgery.survey import TaskSpec as TaskSpec
+    from surgery.train import train as train
+    from surgery.verify import verify as verify
+    from surgery.workflow import export as export
+    from surgery.workflow import run as run
+    from surgery.workflow import undo as undo
 
 __version__ = "0.1.0"
 

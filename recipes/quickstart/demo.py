@@ -23,13 +23,11 @@ from task import Row, answer, exact_match, read_rows, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
-from surgery.operate import apply
 from surgery.recipe import Recipe, read_recipe
-from surgery.train import TrainResult, train
-from surgery.verify import verify
-from surgery.workflow import export
+from surgery.train import TrainResult
 
 HERE = Path(__file__).resolve().parent
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB on Linux
@@ -92,13 +90,13 @@ def run_demo(recipe: Recipe, out: Path) -> Outcome:
     with watch.stage("measure the base"):
         before = score(base, rows, title="base")
     with watch.stage("apply"):
-        apply(base, adapter, recipe.paca.spec(), task=recipe.task_spec())
+        surgery.apply(base, adapter, recipe.paca.spec(), task=recipe.task_spec())
     with watch.stage("train"):
-        training = train(adapter, recipe.data, recipe.train)
+        training = surgery.train(adapter, recipe.data, recipe.train)
     with watch.stage("export merged"):
-        export(adapter, merged, format="safetensors", check=False)
+        surgery.export(adapter, merged, format="safetensors", check=False)
     with watch.stage("verify"):
-        verification = verify(merged, prompts=[row["prompt"] for row in rows[:16]])
+        verification = surgery.verify(merged, prompts=[row["prompt"] for row in rows[:16]])
     with watch.stage("measure the merged"):
         after = score(merged, rows, title="merged")
     if verification.max_logit_difference is None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -439,15 +441,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: run, turn every error into one line and its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verbose = any(flag in arguments[:2] for flag in ("-v", "--verbose"))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         cli.main(args=arguments, prog_name="surgery", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        _explain_usage(error)
         sys.exit(RequestError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail(InterruptedRunError("surgery", "interrupted"), verbose=verbose)
+    except _Stopped:
+        _fail(InterruptedRunError("surgery", "stopped by SIGTERM"), verbose=verbose)
     except SurgeryError as error:
         _fail(error, verbose=verbose)
     except BrokenPipeError:
@@ -455,6 +460,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except Exception as error:  # noqa: BLE001  the one place where the unexpected becomes one line
         _fail(_unexpected(error), verbose=verbose)
+
+
+class _Stopped(BaseException):
+    """A scheduler asked to stop. Like Ctrl-C it passes through whatever handles errors."""
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise _Stopped
+
+
+def _explain_usage(error: click.ClickException) -> None:
+    """One line, with the way to the help; the help itself for a command line that names no command."""
+    text = error.format_message()
+    if "\n" in text:
+        click.echo(text, err=True)
+        return
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    name = context.command_path if context else "surgery"
+    click.echo(f"Error: {name}: {text.removesuffix('.')}. See `{name} --help`.", err=True)
 
 
 def _unexpected(error: Exception) -> SurgeryError:

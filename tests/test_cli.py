@@ -1,0 +1,401 @@
+"""The command line: help, one JSON document, one line for an error, and the documented exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from surgery import operate
+from surgery.cli import cli, main
+from surgery.delta import ADAPTER_FILE
+from surgery.methods.paca import PacaSpec
+from tests.conftest import TinyModel, digest_folder
+from tests.examples import TEXTS
+from tests.trained import make_adapter
+
+COMMANDS = tuple(sorted(cli.commands))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call the console script's function, as the script does; what reaches either stream is seen, by any means."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+
+    def call(*arguments: object) -> Ended:
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        found = capfd.readouterr()
+        return Ended(code, found.out, found.err)
+
+    return call
+
+
+@pytest.fixture
+def work(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with `model`, `text.txt`, and a trained adapter `model-paca`."""
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    make_adapter(tmp_path / "model", tmp_path / "model-paca", PacaSpec(rank=4))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+QUICK = ("max_steps=2", "batch_size=2", "max_length=32")
+
+
+# --- help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_an_example(name: str) -> None:
+    """The example is a whole command line; every option says what it does."""
+    shown = CliRunner().invoke(cli, [name, "--help"])
+    assert shown.exit_code == 0
+    assert f"\n  surgery {name}" in shown.output
+    command = cli.commands[name]
+    assert command.get_short_help_str(200)
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+            assert parameter.help.endswith(".") or parameter.help.endswith(":"), parameter.help
+    assert "--json" in shown.output
+
+
+def test_the_commands_are_those_promised() -> None:
+    """The list of the design: more may come, none may go."""
+    assert {"apply", "train", "export", "verify", "undo", "inspect", "diff", "run", "doctor"} <= set(COMMANDS)
+
+
+def test_help_of_the_whole(run: Run) -> None:
+    """Every command is listed, -h is --help, and the version is the package's."""
+    ended = run("-h")
+    assert ended.code == 0
+    assert all(f"\n  {name} " in ended.out for name in COMMANDS)
+    assert run("--version").out.startswith("surgery, version 0.1")
+
+
+# --- JSON
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) -> None:
+    """On standard output, for every command; a second `json.loads` would find nothing left."""
+    recipe = {
+        "model": "model", "adapter": "run-adapter", "data": {"train": ["text.txt"], "max_length": 32},
+        "train": {"max_steps": 2}, "paca": {"rank": 2},
+    }  # fmt: skip
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments: dict[str, list[object]] = {
+        "apply": ["apply", "model", "-o", "new", "-r", "2"],
+        "train": ["train", "model-paca", "--data", "text.txt", *QUICK],
+        "export": ["export", "--merge"],
+        "verify": ["verify", "model-paca-merged"],
+        "undo": ["undo", "model-paca-merged", "-o", "again"],
+        "inspect": ["inspect", "model-paca"],
+        "diff": ["diff", "model", "model"],
+        "run": ["run", "recipe.yaml"],
+        "doctor": ["doctor"],
+        "settings": ["settings"],
+    }
+    if name in ("verify", "undo"):
+        assert run("export", "--merge").code == 0
+    ended = run(*arguments[name], "--json")
+    assert ended.code == 0, ended.err
+    document = json.loads(ended.out)
+    assert document
+    assert ended.out == json.dumps(document, indent=2) + "\n"
+
+
+def test_json_of_a_failure_is_empty(work: Path, run: Run) -> None:
+    """Whoever parses standard output looks at the exit code first."""
+    ended = run("verify", "model-paca", "--json")
+    assert (ended.code, ended.out) == (2, "")
+
+
+def test_json_holds_what_the_text_says(work: Path, run: Run) -> None:
+    """Numbers as numbers."""
+    document = json.loads(run("train", "model-paca", "--data", "text.txt", *QUICK, "--json").out)
+    assert (document["steps"], document["device"]) == (2, "cpu")
+    assert document["trained_values"] == operate.open_adapter(work / "model-paca").plan.trained_values
+    document = json.loads(run("export", "--merge", "--json").out)
+    assert document["verification"]["max_logit_difference"] == 0
+    assert {check["result"] for check in document["verification"]["checks"]} == {"passed"}
+
+
+# --- errors and exit codes
+
+
+def damage(work: Path) -> None:
+    """Cut the adapter file short."""
+    path = work / "model-paca" / ADAPTER_FILE
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+ERRORS: tuple[tuple[int, str, str], ...] = (
+    (2, "apply nothing/", "Error: nothing/: no such folder, expected a model folder or a hub id"),
+    (2, "apply model -r 99", "Error: --rank"),
+    (2, "apply model --targets q_prj", "Error: --targets: 'q_prj' matches no linear layer"),
+    (2, "apply model --method pacca", "Error: --method: unknown name 'pacca'"),
+    (2, "apply model --task nonsense", "Error: --task: unknown task 'nonsense'"),
+    (2, "apply model --rank-pattern q_proj", "Error: --rank-pattern: 'q_proj', expected PATTERN=RANK"),
+    (2, "apply model", "Error: model-paca: it exists"),
+    (2, "apply model --alpha -1", "Error: --alpha: -1.0, expected a positive number."),
+    (2, "train model-paca", "Error: data.train: found no file"),
+    (2, "train model-paca --data nothing.jsonl", "Error: nothing.jsonl: "),
+    (2, "train model-paca --data text.txt learning_rat=1", "Error: override: unknown key 'learning_rat'"),
+    (2, "train model-paca --data text.txt max_steps=0", "Error: settings: train.max_steps: 0, expected"),
+    (2, "train model-paca --resume maybe", "Error: surgery train: Invalid value for '--resume'"),
+    (2, "export", "Error: export: --format safetensors without --merge"),
+    (2, "export --merge --format lora", "Error: export: --merge with --format lora"),
+    (2, "export --merge --nonsense", "Error: surgery export: No such option '--nonsense'"),
+    (2, "verify", "Error: surgery verify: Missing argument 'MERGED'. See `surgery verify --help`."),
+    (2, "verify model", "Error: model: no surgery.json"),
+    (2, "nonsense", "Error: surgery: No such command 'nonsense'"),
+    (2, "run nothing.yaml", "Error: nothing.yaml: it cannot be read"),
+    (2, "undo model-paca -o x", "Error: model-paca: a folder of kind 'adapter'"),
+    (2, "inspect nothing", "Error: nothing: "),
+    (4, "export --merge --base other", "Error: other: "),
+    (5, "train model-paca --data text.txt --device cuda", "Error: --device cuda: "),
+    (5, "apply model --task seq2seq -o new", "Error: --task seq2seq: transformers has no seq2seq model for llama"),
+)
+
+
+@pytest.mark.parametrize(("code", "line", "begins"), ERRORS, ids=lambda value: str(value).replace(" ", "_")[:40])
+def test_an_error_is_one_line_and_its_exit_code(
+    code: int, line: str, begins: str, work: Path, run: Run, tiny_model: TinyModel
+) -> None:
+    """On standard error, without a traceback; standard output stays empty, and so does the folder."""
+    if "cuda" in line:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+    (work / "other").symlink_to(tiny_model("llama", seed=1), target_is_directory=True)
+    before = digest_folder(work)
+    ended = run(*line.split())
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err.startswith(begins), ended.err
+    assert ended.err.count("\n") == 1
+    assert ended.err.endswith(".\n")
+    assert digest_folder(work) == before
+
+
+def test_a_check_that_does_not_hold_is_exit_code_3(work: Path, run: Run) -> None:
+    """A merged folder with one bit turned over."""
+    assert run("export", "--merge").code == 0
+    path = work / "model-paca-merged" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    ended = run("verify", "model-paca-merged")
+    assert (ended.code, ended.out) == (3, "")
+    assert ended.err.startswith("Error: ")
+    assert ended.err.count("\n") == 1
+
+
+def test_a_damaged_adapter_is_exit_code_4(work: Path, run: Run) -> None:
+    """It is refused before anything is written."""
+    damage(work)
+    ended = run("export", "--merge")
+    assert (ended.code, ended.out, ended.err.count("\n")) == (4, "", 1)
+    assert not (work / "model-paca-merged").exists()
+
+
+def test_the_unexpected_is_exit_code_1_and_one_line(work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newlines in foreign messages do not break the line; -v shows where."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("first\nsecond")
+
+    monkeypatch.setattr(operate, "apply", fail)
+    ended = run("apply", "model", "-o", "new")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == "Error: surgery: ZeroDivisionError: first second. surgery -v shows where.\n"
+    ended = run("-v", "apply", "model", "-o", "new")
+    assert ended.code == 1
+    assert "Traceback (most recent call last)" in ended.err
+    assert ended.err.rstrip().splitlines()[-1].startswith("Error: surgery: ZeroDivisionError")
+
+
+def test_an_error_of_the_system_names_the_file(work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operating system says, as it says it."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(operate, "apply", fail)
+    ended = run("apply", "model", "-o", "new")
+    assert ended.code == 1
+    assert ended.err.startswith("Error: surgery: [Errno 28] No space left on device: 'somewhere'.")
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, click.Abort))
+def test_ctrl_c_is_exit_code_130(
+    error: type[BaseException], work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(operate, "apply", fail)
+    ended = run("apply", "model", "-o", "new")
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err.lstrip("\n") == "Error: surgery: interrupted.\n", "below what the terminal shows of the key"
+
+
+def test_verbose_shows_a_traceback_and_the_same_last_line(work: Path, run: Run) -> None:
+    """And the same exit code."""
+    plain, verbose = run("verify", "model-paca"), run("-v", "verify", "model-paca")
+    assert plain.code == verbose.code == 2
+    assert "Traceback" not in plain.err
+    assert "Traceback" in verbose.err
+    assert verbose.err.endswith(plain.err)
+
+
+# --- quiet
+
+
+def test_quiet_is_silent_on_standard_error(work: Path, run: Run) -> None:
+    """No bar, no remark, no line of transformers'; the result is still printed, and an error still is said."""
+    for arguments in (
+        ("apply", "model", "-o", "new"), ("train", "model-paca", "--data", "text.txt", *QUICK),
+        ("export", "model-paca", "--merge"), ("verify", "model-paca-merged"), ("undo", "model-paca-merged", "-o", "again"), ("inspect", "model-paca"),
+    ):  # fmt: skip
+        ended = run("-q", *arguments)
+        assert (ended.code, ended.err) == (0, ""), arguments
+        assert ended.out.strip()
+    assert run("-q", "verify", "model").err.startswith("Error: ")
+
+
+def test_a_result_is_all_that_standard_output_gets(work: Path, run: Run) -> None:
+    """With a bar on a terminal or without: nothing of it is on standard output."""
+    ended = run("train", "model-paca", "--data", "text.txt", *QUICK)
+    assert ended.code == 0
+    assert "step" not in ended.out.splitlines()[0]
+    assert "\r" not in ended.out
+    assert "Next: surgery export model-paca --merge" in ended.out
+
+
+# --- apply --plan and the rest
+
+
+def test_a_plan_touches_nothing(work: Path, run: Run) -> None:
+    """It prints layers, values and needs; the folder is as it was, with an output that exists already, too."""
+    before = digest_folder(work)
+    text, document = run("apply", "model", "--plan"), run("apply", "model", "--plan", "--json")
+    assert (text.code, document.code) == (0, 0)
+    assert digest_folder(work) == before
+    assert "model.layers.*.mlp.down_proj" in text.out
+    assert "trained values" in text.out
+    assert set(json.loads(document.out)) == {"plan", "need"}
+
+
+def test_apply_takes_lists_patterns_and_ranks(work: Path, run: Run) -> None:
+    """Commas, repetition and `re:` patterns, whose commas are their own."""
+    targets = ("--targets", "*.q_proj, *.k_proj", "--targets", "re:.*(v|o)_proj{1,1}", "--exclude", "model.layers.1.*")
+    ended = run("apply", "model", "-o", "new", "-r", "4", *targets, "--rank-pattern", "*.v_proj=2", "--json")
+    assert ended.code == 0, ended.err
+    planned = {t["module"]: t["rank"] for t in json.loads(ended.out)["plan"]["targets"]}
+    assert planned == {f"model.layers.0.self_attn.{n}_proj": 2 if n == "v" else 4 for n in "qkvo"}
+
+
+def test_train_takes_a_recipe_and_overrides_it(work: Path, run: Run) -> None:
+    """Flags over the recipe, `key=value` over flags."""
+    document = {"model": "model", "data": {"train": ["text.txt"], "max_length": 32}, "train": {"max_steps": 9}}
+    (work / "recipe.yaml").write_text(yaml.safe_dump(document))
+    ended = run("train", "model-paca", "-c", "recipe.yaml", "max_steps=2", "--json")
+    assert json.loads(ended.out)["steps"] == 2
+    ended = run("train", "model-paca", "-c", "recipe.yaml", "--device", "cpu", "max_steps=3", "--json")
+    assert json.loads(ended.out)["steps"] == 3
+
+
+def test_settings_lists_every_key(run: Run) -> None:
+    """Keys with defaults; what a recipe may say."""
+    lines = run("settings").out.splitlines()
+    assert any(line.split()[:2] == ["paca.rank", "16"] for line in lines)
+    assert any(line.split()[:2] == ["train.learning_rate", "0.001"] for line in lines)
+
+
+def test_from_apply_to_undo(work: Path, run: Run) -> None:
+    """Every step by the names that the one before it suggested."""
+    shutil.rmtree(work / "model-paca")
+    assert "Next: surgery train model-paca --data FILE" in run("apply", "model", "-r", "4").out
+    assert "Next: surgery export model-paca --merge" in run("train", "model-paca", "--data", "text.txt", *QUICK).out
+    assert "Wrote model-paca-merged" in run("export", "model-paca", "--merge").out
+    assert "passed   logits" in run("verify", "model-paca-merged").out
+    assert "byte for byte" in run("undo", "model-paca-merged", "-o", "again").out
+    assert digest_folder(work / "again") == digest_folder(work / "model")
+    assert run("diff", "model", "again").code == 0
+
+
+# --- real processes
+
+
+def test_a_real_process_gives_one_document_and_nothing_else(work: Path, project_root: Path) -> None:
+    """Warnings, bars and logs of every library that is loaded go elsewhere, or nowhere."""
+    command = [sys.executable, "-m", "surgery.cli", "train", "model-paca", "--data", "text.txt", *QUICK, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(project_root)}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=work)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["steps"] == 2
+    assert "Warning" not in ended.stderr
+    assert "Writing model shards" not in ended.stderr
+
+
+def test_a_stopped_export_leaves_nothing(work: Path, project_root: Path) -> None:
+    """SIGTERM while it writes or checks: exit code 130, one line, no output and no part of one."""
+    before = digest_folder(work)
+    environment = {**os.environ, "PYTHONPATH": str(project_root)}
+    command = [sys.executable, "-m", "surgery.cli", "export", "--merge"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=work)
+    end = time.monotonic() + 60
+    while not list(work.glob(".model-paca-merged.*/*")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "Error: surgery: stopped by SIGTERM.\n")
+    assert digest_folder(work) == before
+
+
+def test_a_closed_pipe_is_no_error_message(work: Path, project_root: Path) -> None:
+    """`surgery settings | head -1` ends without a word."""
+    environment = {**os.environ, "PYTHONPATH": str(project_root)}
+    line = f"{sys.executable} -m surgery.cli settings | head -c 1"
+    ended = subprocess.run(line, shell=True, capture_output=True, text=True, check=False, env=environment)  # noqa: S602
+    assert ended.stderr == ""

@@ -206,7 +206,6 @@ class PacaLayer(nn.Module):
     def refresh(self) -> None:
         """Write the trained columns into the weight."""
         values = self.trained_columns().to(self.paca_storage).to(self.weight.dtype)
-        values = torch.where(self.paca_delta == 0, self.paca_original, values)
         write_columns(self.weight.data, self.paca_columns, values, self.input_axis)
         self.paca_pending, self.paca_seen = False, self._signs()
 

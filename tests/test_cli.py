@@ -293,7 +293,8 @@ def test_quiet_is_silent_on_standard_error(work: Path, run: Run) -> None:
     """No bar, no remark, no line of transformers'; the result is still printed, and an error still is said."""
     for arguments in (
         ("apply", "model", "-o", "new"), ("train", "model-paca", "--data", "text.txt", *QUICK),
-        ("export", "model-paca", "--merge"), ("verify", "model-paca-merged"), ("undo", "model-paca-merged", "-o", "again"), ("inspect", "model-paca"),
+        ("export", "model-paca", "--merge"), ("verify", "model-paca-merged"),
+        ("undo", "model-paca-merged", "-o", "again"), ("inspect", "model-paca"),
     ):  # fmt: skip
         ended = run("-q", *arguments)
         assert (ended.code, ended.err) == (0, ""), arguments

@@ -14,37 +14,34 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoint import (
-    CHUNK_BYTES,
-    CONFIG_FILE,
-    FLOAT_DTYPES,
-    INDEX_FILE,
-    RECORD_FILE,
-    TORCH_NAMES,
-    WEIGHTS_FILE,
-    Checkpoint,
-    CheckpointWriter,
-    StreamWriter,
-    TensorFile,
-    TensorInfo,
-    build_header,
-    read_json,
-    read_range,
-    require_apart,
-    require_disk,
-    split_shards,
-    tensor_bytes,
-    tensor_from_bytes,
-    tensor_to_bytes,
-    torch_dtype,
-    write_file,
-    write_tensors,
-)
+from surgery.checkpoint import CONFIG_FILE, INDEX_FILE, RECORD_FILE, WEIGHTS_FILE, Checkpoint, read_json
 from surgery.delta import ADAPTER_FILE, ColumnDelta, WholePatch, count_not_finite, patched_chunks, require_base
 from surgery.errors import BaseMismatchError, CheckError, RequestError
 from surgery.manifest import MERGED, UNDO_FILE, Base, Record, relative_path, versions
 from surgery.operate import Adapter, copy_small_files, find_base
 from surgery.plan import SurgeryPlan, Target, WholeTarget
+from surgery.tensorfile import (
+    CHUNK_BYTES,
+    FLOAT_DTYPES,
+    TORCH_NAMES,
+    TensorFile,
+    TensorInfo,
+    build_header,
+    read_range,
+    tensor_bytes,
+    tensor_from_bytes,
+    tensor_to_bytes,
+    torch_dtype,
+)
+from surgery.writing import (
+    CheckpointWriter,
+    StreamWriter,
+    require_apart,
+    require_disk,
+    split_shards,
+    write_file,
+    write_tensors,
+)
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 KEEP = "keep"

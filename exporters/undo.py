@@ -14,24 +14,13 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    Header,
-    TensorFile,
-    TensorInfo,
-    path_inside,
-    read_header,
-    read_range,
-    require_apart,
-    require_disk,
-    write_file,
-    write_tensors,
-)
+from surgery.checkpoint import Checkpoint, path_inside
 from surgery.delta import ColumnPatch, patched_chunks
 from surgery.errors import CheckError, DamagedError, RequestError, UnsupportedError
 from surgery.manifest import MERGED, UNDO_FILE, Base, Record, read_record
 from surgery.plan import SurgeryPlan, Target, WholeTarget
+from surgery.tensorfile import Header, TensorFile, TensorInfo, read_header, read_range
+from surgery.writing import CheckpointWriter, require_apart, require_disk, write_file, write_tensors
 
 _HEADER, _FILE = "header:", "file:"
 _KEEP = "keep"

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.checkpoint import DTYPE_BITS, TORCH_NAMES, Checkpoint, TensorInfo, read_range, tensor_from_bytes
+from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import RequestError
 from surgery.table import align, ranges
+from surgery.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo, read_range, tensor_from_bytes
 
 IDENTICAL, VALUES, DTYPE, SHAPE, ONLY_A, ONLY_B = "identical", "values", "dtype", "shape", "only in A", "only in B"
 _SHOWN_CHARACTERS = 60

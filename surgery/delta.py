@@ -19,9 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from surgery.checkpoint import Checkpoint, TensorFile, dtype_name, torch_dtype
+from surgery.checkpoint import Checkpoint
 from surgery.errors import BaseMismatchError, DamagedError
 from surgery.plan import SurgeryPlan, Target
+from surgery.tensorfile import TensorFile, dtype_name, torch_dtype
 
 ADAPTER_FILE = "adapter.safetensors"
 

@@ -13,21 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoint import (
-    CONFIG_FILE,
-    FLOAT_DTYPES,
-    RECORD_FILE,
-    Checkpoint,
-    CheckpointWriter,
-    TensorInfo,
-    dtype_name,
-    file_sha256,
-    path_inside,
-    read_json,
-    replace_file,
-    require_apart,
-    write_file,
-)
+from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json
 from surgery.columns import generator_seed
 from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, WholePatch, bytes_sha256, read_delta, read_target
@@ -51,6 +37,8 @@ from surgery.survey import (
     survey,
     trace_groups,
 )
+from surgery.tensorfile import FLOAT_DTYPES, TensorInfo, dtype_name, file_sha256
+from surgery.writing import CheckpointWriter, replace_file, require_apart, write_file
 
 STATE = "surgery_state"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]

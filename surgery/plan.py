@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from surgery.checkpoint import FLOAT_DTYPES
 from surgery.errors import DamagedError, RequestError
+from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
 

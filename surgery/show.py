@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from surgery.checkpoint import Checkpoint, tensor_bytes
+from surgery.checkpoint import Checkpoint
 from surgery.plan import SurgeryPlan
+from surgery.tensorfile import tensor_bytes
 from surgery.train import TrainResult
 from surgery.workflow import ExportResult, RunResult
 

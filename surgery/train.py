@@ -27,17 +27,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 
-from surgery.checkpoint import (
-    RECORD_FILE,
-    Checkpoint,
-    file_sha256,
-    fsync_path,
-    read_header,
-    read_json,
-    replace_file,
-    require_disk,
-    write_file,
-)
+from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, ColumnDelta
@@ -59,6 +49,8 @@ from surgery.operate import (
 from surgery.plan import SurgeryPlan
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TASKS, TaskSpec
+from surgery.tensorfile import file_sha256, read_header
+from surgery.writing import fsync_path, replace_file, require_disk, write_file
 
 CHECKPOINTS, RUN_FILE, LOG_FILE = "checkpoints", "run.json", "training_log.jsonl"
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"

@@ -17,19 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from surgery.checkpoint import (
-    FLOAT_DTYPES,
-    RECORD_FILE,
-    Checkpoint,
-    TensorFile,
-    TensorInfo,
-    dtype_name,
-    file_sha256,
-    replace_file,
-    tensor_from_bytes,
-    tensor_to_bytes,
-    torch_dtype,
-)
+from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.compat import TRANSFORMERS_5, quiet_loading
 from surgery.delta import ADAPTER_FILE, bits
 from surgery.errors import CheckError, DamagedError, SurgeryError
@@ -37,6 +25,17 @@ from surgery.manifest import MERGED, UNDO_FILE, Check, Record, read_record
 from surgery.operate import Adapter, attach_plan, evaluating, find_base, load_base_model, open_adapter
 from surgery.plan import Target
 from surgery.survey import class_for, read_config
+from surgery.tensorfile import (
+    FLOAT_DTYPES,
+    TensorFile,
+    TensorInfo,
+    dtype_name,
+    file_sha256,
+    tensor_from_bytes,
+    tensor_to_bytes,
+    torch_dtype,
+)
+from surgery.writing import replace_file
 
 PROMPTS = (
     "Once upon a time there was a little girl who",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import RECORD_FILE, Checkpoint, parse_size
+from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError
 from surgery.lookup import EXPORTERS, METHODS, UNDO, resolve
 from surgery.lookup import load as lookup
@@ -19,6 +19,7 @@ from surgery.recipe import Recipe
 from surgery.survey import TaskSpec
 from surgery.train import TrainResult, train
 from surgery.verify import Verification, verify
+from surgery.writing import parse_size
 
 VERIFIED_FORMATS = ("safetensors",)
 

@@ -20,22 +20,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery import checkpoint as module
-from surgery.checkpoint import (
-    DTYPE_BITS,
-    RECORD_FILE,
-    Checkpoint,
-    CheckpointWriter,
-    StreamWriter,
-    build_header,
-    parse_size,
-    read_header,
-    replace_file,
-    require_disk,
-    split_shards,
-    tensor_bytes,
-    write_tensors,
-)
+from surgery import checkpoint, writing
+from surgery import tensorfile as module
+from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import (
     DamagedError,
     NotAModelError,
@@ -43,6 +30,16 @@ from surgery.errors import (
     PathEscapeError,
     ResourceError,
     SurgeryError,
+)
+from surgery.tensorfile import DTYPE_BITS, build_header, read_header, tensor_bytes
+from surgery.writing import (
+    CheckpointWriter,
+    StreamWriter,
+    parse_size,
+    replace_file,
+    require_disk,
+    split_shards,
+    write_tensors,
 )
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
@@ -283,7 +280,7 @@ def test_rows_come_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     data = bytes(range(84))
     write_tensors(tmp_path / "model.safetensors", build_header(layout, {}), [data])
     for buffer in (1, 12, 13, 25, 1000):
-        monkeypatch.setattr(module, "CHUNK_BYTES", buffer)
+        monkeypatch.setattr(checkpoint, "CHUNK_BYTES", buffer)
         parts = [(first, bytes(chunk)) for first, chunk in Checkpoint.open(tmp_path).row_chunks("w")]
         assert all(len(chunk) % 12 == 0 for _, chunk in parts)
         assert b"".join(chunk for _, chunk in parts) == data
@@ -679,7 +676,7 @@ def test_a_failed_overwrite_keeps_the_old_folder(tmp_path: Path, monkeypatch: py
 
 WAITING_WRITER = """
 import sys
-from surgery.checkpoint import CheckpointWriter
+from surgery.writing import CheckpointWriter
 from surgery.errors import OutputExistsError
 try:
     with CheckpointWriter(sys.argv[1]) as writer:
@@ -778,7 +775,7 @@ def test_replacing_a_file_that_cannot_be_written_keeps_the_old(tmp_path: Path, m
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", fail)
+    monkeypatch.setattr(writing.os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
         replace_file(path, b"new")
     assert (path.read_bytes(), [p.name for p in tmp_path.iterdir()]) == (b"old", ["x"])
@@ -830,8 +827,8 @@ def test_a_disk_that_fails_later_is_an_error(call: str, tmp_path: Path, monkeypa
     def fail(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(module, "FLUSH_BYTES", 1)
-    monkeypatch.setattr(module.os, call, fail)
+    monkeypatch.setattr(writing, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(writing.os, call, fail)
     with pytest.raises(OSError, match="Input/output"):
         write_tensors(tmp_path / "x", b"header", [b"abc", b"def"])
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from exporters.dense import export
 from surgery import compare as module
-from surgery.checkpoint import build_header
 from surgery.compare import DTYPE, IDENTICAL, ONLY_A, ONLY_B, SHAPE, VALUES, TensorComparison, compare
 from surgery.errors import DamagedError, NotAModelError, RequestError
 from surgery.methods.paca import PacaSpec
+from surgery.tensorfile import build_header
 from tests.conftest import TinyModel
 from tests.trained import make_adapter
 

@@ -24,15 +24,17 @@ RANKS = {
     "surgery.backends": 0,  # as surgery.methods
     "exporters": 0,  # as surgery.methods
     "surgery.arrow": 1,
-    "surgery.checkpoint": 1,
+    "surgery.tensorfile": 1,
     "surgery.columns": 1,
     "surgery.compat": 1,
     "surgery.lookup": 1,
     "surgery.metrics": 1,
     "surgery.rows": 1,
+    "surgery.checkpoint": 2,
     "surgery.select": 2,
     "surgery.plan": 2,
     "surgery.formats": 2,
+    "surgery.writing": 3,
     "surgery.survey": 3,
     "surgery.delta": 3,
     "surgery.manifest": 3,

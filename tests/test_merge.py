@@ -22,9 +22,9 @@ from torch import Tensor
 
 from exporters import dense, lora
 from exporters.undo import undo
-from surgery import checkpoint as files
 from surgery import operate
-from surgery.checkpoint import RECORD_FILE, Checkpoint, tensor_to_bytes
+from surgery import writing as files
+from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ColumnDelta
 from surgery.errors import (
     BaseMismatchError,
@@ -39,6 +39,7 @@ from surgery.errors import (
 from surgery.methods.paca import PacaSpec
 from surgery.operate import Adapter, apply, attach, collect, load, open_adapter, save, update_adapter
 from surgery.survey import TaskSpec
+from surgery.tensorfile import tensor_to_bytes
 from tests.conftest import TinyModel, digest_folder
 from tests.tiny import FAMILIES, sample_inputs
 from tests.trained import make_adapter

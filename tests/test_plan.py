@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporters import dense
-from surgery.checkpoint import Checkpoint, build_header
+from surgery.checkpoint import Checkpoint
 from surgery.errors import (
     DamagedError,
     NotAModelError,
@@ -33,6 +33,7 @@ from surgery.methods.paca import PacaSpec, planned_columns
 from surgery.operate import open_adapter, plan_checkpoint
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
 from surgery.survey import TaskSpec
+from surgery.tensorfile import build_header
 from tests.conftest import TinyModel, digest_folder
 from tests.tiny import FAMILIES
 

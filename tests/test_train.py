@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from exporters.dense import export
-from surgery.checkpoint import Checkpoint, TensorFile
+from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE, adapter_names
 from surgery.errors import (
     BaseMismatchError,
@@ -35,6 +35,7 @@ from surgery.methods.paca import PacaSpec
 from surgery.operate import Adapter, apply, load, open_adapter, update_adapter
 from surgery.recipe import DataSection
 from surgery.survey import TASKS, TaskSpec
+from surgery.tensorfile import TensorFile
 from surgery.train import CHECKPOINTS, LOG_FILE, RUN_FILE, STATE_FILE, Progress, TrainResult, train
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel, digest_folder

@@ -23,12 +23,12 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from surgery.checkpoint import dtype_name, torch_dtype
 from surgery.columns import choose_columns, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch
 from surgery.errors import RequestError
 from surgery.plan import SurgeryPlan, Target
 from surgery.select import ALL_LINEAR
+from surgery.tensorfile import dtype_name, torch_dtype
 
 
 @dataclass(frozen=True)

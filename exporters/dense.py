@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from surgery.adapter import Adapter, copy_small_files, find_base
 from surgery.checkpoint import CONFIG_FILE, INDEX_FILE, RECORD_FILE, WEIGHTS_FILE, Checkpoint, read_json
 from surgery.delta import ADAPTER_FILE, ColumnDelta, WholePatch, count_not_finite, patched_chunks, require_base
 from surgery.errors import BaseMismatchError, CheckError, RequestError
 from surgery.manifest import MERGED, UNDO_FILE, Base, Record, relative_path, versions
-from surgery.operate import Adapter, copy_small_files, find_base
 from surgery.plan import SurgeryPlan, Target, WholeTarget
 from surgery.tensorfile import (
     CHUNK_BYTES,

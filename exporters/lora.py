@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from exporters.dense import KEEP, Exporter, require_targets
+from surgery.adapter import Adapter, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, require_base
 from surgery.errors import RequestError
 from surgery.manifest import Base, Record, relative_path, versions
-from surgery.operate import Adapter, find_base, find_model
 from surgery.plan import SurgeryPlan
 from surgery.tensorfile import build_header, file_sha256, tensor_bytes, tensor_to_bytes
 from surgery.writing import CheckpointWriter, require_apart, require_disk, write_file, write_tensors

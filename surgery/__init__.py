@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # what type checkers and editors see of the table below
     from surgery.operate import collect as collect
     from surgery.operate import detach as detach
     from surgery.operate import load as load
-    from surgery.operate import plan_checkpoint as plan_checkpoint
     from surgery.operate import save as save
+    from surgery.planning import plan_checkpoint as plan_checkpoint
     from surgery.recipe import DataSection as DataSection
     from surgery.recipe import TrainSection as TrainSection
     from surgery.survey import TaskSpec as TaskSpec
@@ -40,7 +40,7 @@ _NAMES = {
     "collect": "surgery.operate",
     "detach": "surgery.operate",
     "load": "surgery.operate",
-    "plan_checkpoint": "surgery.operate",
+    "plan_checkpoint": "surgery.planning",
     "save": "surgery.operate",
     "train": "surgery.train",
     "verify": "surgery.verify",

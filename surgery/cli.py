@@ -160,8 +160,10 @@ def apply(
     """
     from surgery import operate, table, workflow
     from surgery import show as showing
+    from surgery.adapter import find_model
     from surgery.checkpoint import Checkpoint
     from surgery.lookup import METHODS, load
+    from surgery.planning import plan_checkpoint
     from surgery.survey import TaskSpec
 
     spec = load(METHODS, method, "--method").spec_type(
@@ -176,8 +178,8 @@ def apply(
     wanted = TaskSpec(task, split_list([labels]))
     folder = out or workflow.default_adapter_folder(model)
     if plan_only:
-        checkpoint = Checkpoint.open(operate.find_model(model)[0])
-        plan = operate.plan_checkpoint(checkpoint, spec, wanted)
+        checkpoint = Checkpoint.open(find_model(model)[0])
+        plan = plan_checkpoint(checkpoint, spec, wanted)
         lines = [*table.plan_lines(plan), "", *showing.need_lines(checkpoint, plan)]
         show(lines, {"plan": plan.to_dict(), "need": showing.needs(checkpoint, plan)}, as_json=as_json)
         return

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.adapter import open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json
 from surgery.errors import NotAModelError
 from surgery.manifest import ADAPTER, MERGED, UNDO_FILE, Base, Check, Record, parse_record, read_document
-from surgery.operate import open_adapter
 from surgery.plan import SurgeryPlan
 from surgery.table import align, plan_lines, size_text, target_rows
 

@@ -27,6 +27,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 
+from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
@@ -35,18 +36,9 @@ from surgery.errors import CheckError, DamagedError, InterruptedRunError, Recipe
 from surgery.lookup import BACKENDS, METHODS
 from surgery.lookup import load as lookup
 from surgery.metrics import metric_names, metrics_for, preprocess_for
-from surgery.operate import (
-    Adapter,
-    attach_plan,
-    collect,
-    find_base,
-    fresh_delta,
-    load_base_model,
-    open_adapter,
-    plan_checkpoint,
-    update_adapter,
-)
+from surgery.operate import attach_plan, collect, load_base_model
 from surgery.plan import SurgeryPlan
+from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import file_sha256, read_header

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from surgery.adapter import Adapter, find_base, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.compat import TRANSFORMERS_5, quiet_loading
 from surgery.delta import ADAPTER_FILE, bits
 from surgery.errors import CheckError, DamagedError, SurgeryError
 from surgery.manifest import MERGED, UNDO_FILE, Check, Record, read_record
-from surgery.operate import Adapter, attach_plan, evaluating, find_base, load_base_model, open_adapter
+from surgery.operate import attach_plan, evaluating, load_base_model
 from surgery.plan import Target
 from surgery.survey import class_for, read_config
 from surgery.tensorfile import (

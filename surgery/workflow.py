@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError
 from surgery.lookup import EXPORTERS, METHODS, UNDO, resolve
 from surgery.lookup import load as lookup
 from surgery.manifest import ADAPTER, MERGED, read_document, read_record
-from surgery.operate import Adapter, apply, find_model, open_adapter, plan_checkpoint
+from surgery.operate import apply
 from surgery.plan import SurgeryPlan
+from surgery.planning import plan_checkpoint
 from surgery.recipe import Recipe
 from surgery.survey import TaskSpec
 from surgery.train import TrainResult, train

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from surgery.adapter import find_base, open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE
-from surgery.operate import find_base, open_adapter
 from surgery.recipe import DataSection
 from surgery.train import CHECKPOINTS, STATE_FILE, train
 from surgery.workflow import export

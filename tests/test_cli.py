@@ -20,6 +20,7 @@ import yaml
 from click.testing import CliRunner
 
 from surgery import operate
+from surgery.adapter import open_adapter
 from surgery.cli import cli, main
 from surgery.delta import ADAPTER_FILE
 from surgery.methods.paca import PacaSpec
@@ -149,7 +150,7 @@ def test_json_holds_what_the_text_says(work: Path, run: Run) -> None:
     """Numbers as numbers."""
     document = json.loads(run("train", "model-paca", "--data", "text.txt", *QUICK, "--json").out)
     assert (document["steps"], document["device"]) == (2, "cpu")
-    assert document["trained_values"] == operate.open_adapter(work / "model-paca").plan.trained_values
+    assert document["trained_values"] == open_adapter(work / "model-paca").plan.trained_values
     document = json.loads(run("export", "--merge", "--json").out)
     assert document["verification"]["max_logit_difference"] == 0
     assert {check["result"] for check in document["verification"]["checks"]} == {"passed"}

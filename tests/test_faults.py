@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from surgery.adapter import open_adapter
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import OutputExistsError, ResourceError
 from surgery.methods.paca import PacaSpec
-from surgery.operate import apply, open_adapter
+from surgery.operate import apply
 from surgery.recipe import DataSection
 from surgery.train import CHECKPOINTS, LOG_FILE, STATE_FILE, train
 from surgery.workflow import export

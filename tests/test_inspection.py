@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from exporters import dense, lora
+from surgery.adapter import Adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import DamagedError, NotAModelError, SurgeryError
 from surgery.inspection import Inspection, inspect
 from surgery.manifest import UNDO_FILE, Base
 from surgery.methods.paca import PacaSpec
-from surgery.operate import Adapter, apply, update_adapter
+from surgery.operate import apply
 from surgery.survey import TaskSpec
 from surgery.table import plan_lines
 from surgery.verify import verify

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from exporters import dense, lora
 from exporters.undo import undo
-from surgery import operate
+from surgery import adapter as adapters
 from surgery import writing as files
+from surgery.adapter import Adapter, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ColumnDelta
 from surgery.errors import (
@@ -37,7 +38,7 @@ from surgery.errors import (
     SurgeryError,
 )
 from surgery.methods.paca import PacaSpec
-from surgery.operate import Adapter, apply, attach, collect, load, open_adapter, save, update_adapter
+from surgery.operate import apply, attach, collect, load, save
 from surgery.survey import TaskSpec
 from surgery.tensorfile import tensor_to_bytes
 from tests.conftest import TinyModel, digest_folder
@@ -546,7 +547,7 @@ def test_a_failure_at_any_write_leaves_nothing(
     places = {
         "fsync": [(files.os, "fsync")],
         "rename": [(Path, "rename")],
-        "write_file": [(dense, "write_file"), (operate, "write_file")],
+        "write_file": [(dense, "write_file"), (adapters, "write_file")],
     }[operation]  # fmt: skip
     failures = 0
     for write in (lambda: apply(base, tmp_path / "out", RANK_4), lambda: dense.export(adapter, tmp_path / "out")):
@@ -620,7 +621,7 @@ KILLED_EXPORTS = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from exporters import dense
-from surgery.operate import open_adapter
+from surgery.adapter import open_adapter
 from tests.conftest import digest_folder
 
 work, rounds = Path(sys.argv[1]), int(sys.argv[2])
@@ -675,7 +676,7 @@ def cut_short(adapter: Adapter, delta: ColumnDelta, after: int, monkeypatch: pyt
     """Update an adapter, and die when `after` of the three replacements are done."""
     calls: list[int] = []
     with monkeypatch.context() as patched:
-        patched.setattr(operate, "replace_file", failing_at(after + 1, operate.replace_file, calls))
+        patched.setattr(adapters, "replace_file", failing_at(after + 1, adapters.replace_file, calls))
         with suppress(OSError):
             update_adapter(adapter, delta, replace(adapter.record.manifest, training={"state": after}))
 
@@ -707,7 +708,7 @@ def test_a_reader_in_the_middle_of_an_update_finds_a_state(
     """An update that happens between reading the record and the adapter file is no damage."""
     adapter = apply(tiny_model("llama"), tmp_path / "adapter", RANK_4)
     delta = moved_by(adapter, 1.0)
-    real, calls = operate.file_sha256, []
+    real, calls = adapters.file_sha256, []
 
     def interfere(path: Path) -> str:
         calls.append(path)
@@ -715,7 +716,7 @@ def test_a_reader_in_the_middle_of_an_update_finds_a_state(
             update_adapter(adapter, delta, adapter.record.manifest)
         return real(path)
 
-    monkeypatch.setattr(operate, "file_sha256", interfere)
+    monkeypatch.setattr(adapters, "file_sha256", interfere)
     assert open_adapter(tmp_path / "adapter").delta.to_bytes() == delta.to_bytes()
 
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from exporters import dense
+from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.errors import DamagedError, RequestError, SelectorError, UnsupportedError
 from surgery.methods import paca
 from surgery.methods.paca import PacaLayer, PacaSpec
-from surgery.operate import attach, collect, detach, evaluating, load, open_adapter, plan_checkpoint, save
+from surgery.operate import attach, collect, detach, evaluating, load, save
+from surgery.planning import plan_checkpoint
 from tests.conftest import TinyModel
 from tests.tiny import FAMILIES, build_model, sample_inputs
 

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporters import dense
+from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.errors import (
     DamagedError,
@@ -30,8 +31,8 @@ from surgery.errors import (
 )
 from surgery.manifest import read_record
 from surgery.methods.paca import PacaSpec, planned_columns
-from surgery.operate import open_adapter, plan_checkpoint
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
+from surgery.planning import plan_checkpoint
 from surgery.survey import TaskSpec
 from surgery.tensorfile import build_header
 from tests.conftest import TinyModel, digest_folder

@@ -9,8 +9,8 @@ import pytest
 
 from surgery.checkpoint import Checkpoint
 from surgery.methods.paca import PacaSpec
-from surgery.operate import plan_checkpoint
 from surgery.plan import SurgeryPlan, Target, Untouched
+from surgery.planning import plan_checkpoint
 from surgery.survey import TaskSpec
 from surgery.table import align, describe, fold, plan_lines, ranges, target_rows
 from tests.conftest import TinyModel

@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from exporters.dense import export
+from surgery.adapter import Adapter, open_adapter, update_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE, adapter_names
 from surgery.errors import (
@@ -32,7 +33,7 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.methods.paca import PacaSpec
-from surgery.operate import Adapter, apply, load, open_adapter, update_adapter
+from surgery.operate import apply, load
 from surgery.recipe import DataSection
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile

@@ -14,6 +14,7 @@ import transformers
 
 from exporters.dense import export
 from exporters.undo import undo
+from surgery.adapter import Adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import (
     CheckError,
@@ -27,7 +28,6 @@ from surgery.errors import (
 )
 from surgery.manifest import UNDO_FILE
 from surgery.methods.paca import PacaSpec
-from surgery.operate import Adapter
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile, build_header, tensor_to_bytes
 from tests.conftest import TinyModel

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from exporters.dense import export
+from surgery.adapter import Adapter
 from surgery.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import BaseMismatchError, CheckError, DamagedError, NotAModelError, SurgeryError
 from surgery.manifest import UNDO_FILE
 from surgery.methods.paca import PacaSpec
-from surgery.operate import Adapter
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.verify import load_merged, verify

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from surgery.adapter import Adapter, update_adapter
 from surgery.columns import generator_seed
 from surgery.delta import ColumnDelta
 from surgery.manifest import Manifest
 from surgery.methods.paca import PacaSpec
-from surgery.operate import Adapter, apply, update_adapter
+from surgery.operate import apply
 from surgery.survey import TaskSpec
 
 

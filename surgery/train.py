@@ -10,29 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import signal
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import safetensors.torch
 import torch
-from tqdm.auto import tqdm
-from transformers import AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
+from transformers import AutoTokenizer, PrinterCallback, TrainerState
 
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, ColumnDelta
-from surgery.errors import CheckError, DamagedError, InterruptedRunError, RecipeError, RequestError, closest
+from surgery.errors import InterruptedRunError, RecipeError, RequestError, closest
 from surgery.lookup import BACKENDS, METHODS
 from surgery.lookup import load as lookup
 from surgery.metrics import metric_names, metrics_for, preprocess_for
@@ -41,12 +33,27 @@ from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TASKS, TaskSpec
-from surgery.tensorfile import file_sha256, read_header
-from surgery.writing import fsync_path, replace_file, require_disk, write_file
+from surgery.tensorfile import file_sha256
+from surgery.trainer import (
+    CHECKPOINTS,
+    TRAINER_FILE,
+    Interruption,
+    LogFile,
+    Progress,
+    StopEarly,
+    StopWhenAsked,
+    StopWhenDiverged,
+    SurgeryCheckpoints,
+    interruptible,
+    latest_checkpoint,
+    read_state,
+    remove_leftovers,
+    remove_whole,
+    step_of,
+)
+from surgery.writing import replace_file, require_disk
 
-CHECKPOINTS, RUN_FILE, LOG_FILE = "checkpoints", "run.json", "training_log.jsonl"
-STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
-CHECKPOINT_BYTES = 16  # of each trained value: itself, AdamW's two moments, and as much again for all else
+RUN_FILE, LOG_FILE = "run.json", "training_log.jsonl"
 # Settings that change neither the result nor the schedule: a resumed run may have others.
 FREE_SETTINGS = ("logging_steps", "save_total_limit", "eval_batch_size", "threads", "device")
 
@@ -91,7 +98,7 @@ def train(
         torch.set_num_threads(settings.threads)
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     device = backend.choose_device(settings.device)
-    with _interruptible() as interruption:
+    with interruptible() as interruption:
         adapter = open_adapter(folder)
         anew = _for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
@@ -144,7 +151,7 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
     trainer = _trainer(job, model, arguments, interruption)
-    _remove_leftovers(adapter.folder)
+    remove_leftovers(adapter.folder)
     if not job.checkpoint:
         remove_whole(folder)
     job.run.write(folder)
@@ -195,28 +202,7 @@ def _is_complete(checkpoint: Path, steps: int, patience: int | None) -> bool:
     """Whether nothing is left to train: the run was stopped between its last step and its end."""
     stored = read_json(checkpoint / TRAINER_FILE).get("stateful_callbacks", {}).get(StopEarly.__name__)
     out_of_patience = bool(patience and stored and stored["attributes"][StopEarly.COUNTER] >= patience)
-    return out_of_patience or _step_of(checkpoint) >= steps
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs were writing, or removing, in an adapter folder."""
-    for path in (*folder.glob(".*.partial"), *folder.glob(f"{CHECKPOINTS}/.*.partial")):
-        pid = path.name.rsplit(".", 2)[1]
-        if pid == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def remove_whole(folder: Path) -> None:
-    """Remove a folder, if it is there: whoever is killed in between leaves no half of it under its name."""
-    aside = partial_beside(folder)
-    if folder.exists():
-        folder.rename(aside)
-        shutil.rmtree(aside)
-
-
-def partial_beside(path: Path) -> Path:
-    """Where something is put together, or taken apart, that is not to be seen in part."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    return out_of_patience or step_of(checkpoint) >= steps
 
 
 def _result_of(adapter: Adapter) -> TrainResult:
@@ -387,106 +373,7 @@ def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool
     return ""
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-    return max(found, key=_step_of, default=None)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.split("-")[1])
-
-
 # --- the trainer
-
-
-class SurgeryCheckpoints:
-    """Mixed into a backend's Trainer: checkpoints hold what trains and not the base, and appear by rename."""
-
-    surgery_plan: SurgeryPlan
-    surgery_keep: int
-    surgery_staging: str | None = None
-    args: Any
-    model: Any
-    state: Any
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self.surgery_staging or super()._get_output_dir(trial)  # type: ignore[misc]
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        staging = partial_beside(folder / "saving")
-        self.surgery_staging = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            self.state.best_model_checkpoint = None  # a path would not outlive a move: `best_global_step` says which
-            self.state.save_to_json(str(staging / name / TRAINER_FILE))
-            for path in (staging / name).iterdir():
-                fsync_path(path)
-            fsync_path(staging / name)
-            remove_whole(folder / name)
-            (staging / name).rename(folder / name)
-            fsync_path(folder)
-        except (OSError, RuntimeError):  # the latter is how torch.save says that the disk is full
-            require_disk(folder, self.surgery_plan.trained_values * CHECKPOINT_BYTES)
-            raise
-        finally:
-            self.surgery_staging = None
-            shutil.rmtree(staging, ignore_errors=True)
-        self.surgery_place_best()
-        self._drop_old(folder)
-
-    def surgery_place_best(self) -> None:
-        """Tell the trainer's state where its best checkpoint lies now."""
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        keeps = self.args.load_best_model_at_end and self.state.best_global_step and best.is_dir()
-        self.state.best_model_checkpoint = str(best) if keeps else None
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """As the trainer's, but how often one evaluates does not change what dropout draws."""
-        with torch.random.fork_rng(devices=[]):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
-
-    def _drop_old(self, folder: Path) -> None:
-        kept = sorted(folder.glob("checkpoint-*"), key=_step_of)[-self.surgery_keep :]
-        for path in folder.glob("checkpoint-*"):
-            if path not in kept and str(path) != self.state.best_model_checkpoint:
-                remove_whole(path)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
-        if self.args.should_save and output_dir:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            write_state(self.model, self.surgery_plan, Path(output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        read_state(model or self.model, self.surgery_plan, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        read_state(self.model, self.surgery_plan, Path(self.state.best_model_checkpoint))
-
-
-def write_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
-    """Every trainable parameter, exactly as it is."""
-    names = lookup(METHODS, plan.method, "--method").trainable_names(plan)
-    tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in sorted(names)}
-    write_file(folder / STATE_FILE, safetensors.torch.save(tensors, {"plan": plan.id}))
-
-
-def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
-    """The inverse of `write_state`. Raises: DamagedError, RequestError for a state of another plan."""
-    path = folder / STATE_FILE
-    if not path.is_file():
-        raise DamagedError(str(folder), f"no {STATE_FILE}", expected="a training checkpoint")
-    if read_header(path).metadata.get("plan") != plan.id:
-        raise RequestError(str(path), "the state of another plan", expected=f"plan {plan.id}")
-    tensors = safetensors.torch.load(path.read_bytes())
-    names = lookup(METHODS, plan.method, "--method").trainable_names(plan)
-    if set(tensors) != names:
-        raise DamagedError(str(path), "its tensors are not the plan's", expected=f"{len(names)} tensors")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)
 
 
 def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption) -> Any:
@@ -540,120 +427,3 @@ def _metrics(raw: Mapping[str, float]) -> dict[str, float]:
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {name.removeprefix("eval_"): float(value) for name, value in raw.items()}
     return {name: value for name, value in named.items() if name not in (*timings, "epoch", "step")}
-
-
-class Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar on standard error."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, disable=None)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:  # noqa: ARG002
-        if hasattr(self, "bar") and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.bar.close()
-
-
-class LogFile(TrainerCallback):  # type: ignore[misc]
-    """`training_log.jsonl`: what the trainer logs, a line each. A resumed run drops the lines it will write again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.started = time.monotonic()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        lines = self.path.read_text().splitlines() if self.path.is_file() and state.global_step else []
-        entries = ((line, json.loads(line)) for line in _whole_lines(lines))
-        kept = [line for line, e in entries if e["step"] <= state.global_step and "train_runtime" not in e]
-        replace_file(self.path, "".join(f"{line}\n" for line in kept))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:  # noqa: ARG002
-        entry = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 3), **logs}
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-class StopWhenDiverged(TrainerCallback):  # type: ignore[misc]
-    """A loss that is no number stays one: every step after it would be for nothing."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:  # noqa: ARG002
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise CheckError(
-                "train",
-                f"the loss is not finite at step {state.global_step}",
-                expected="a number",
-                fix="Training diverged: lower the learning rate and start again with --overwrite",
-            )
-
-
-class StopEarly(EarlyStoppingCallback):  # type: ignore[misc]
-    """Early stopping that a resumed run takes up where it was."""
-
-    COUNTER = "early_stopping_patience_counter"
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        stored = state.stateful_callbacks.get(type(self).__name__)
-        if stored:
-            self.early_stopping_patience_counter = stored["attributes"][self.COUNTER]
-
-
-def _whole_lines(lines: list[str]) -> Iterator[str]:
-    """A killed run may have left half a line at the end."""
-    for line in lines:
-        try:
-            json.loads(line)
-        except ValueError:
-            return
-        yield line
-
-
-# --- signals
-
-
-@dataclass
-class Interruption:
-    """Whether someone asked to stop, and whether a step is running that should end first."""
-
-    requested: bool = False
-    is_training: bool = False
-
-
-class StopWhenAsked(TrainerCallback):  # type: ignore[misc]
-    """Saves and stops at the end of the step in which a signal came."""
-
-    def __init__(self, interruption: Interruption) -> None:
-        self.interruption = interruption
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if self.interruption.requested:
-            control.should_save = control.should_training_stop = True
-            if not args.load_best_model_at_end:  # else this evaluation is one of those that decide
-                control.should_evaluate = False
-
-
-@contextmanager
-def _interruptible() -> Iterator[Interruption]:
-    """SIGINT and SIGTERM end the step, save, and stop; a second one, or one outside training, stops at once."""
-    interruption = Interruption()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if interruption.requested or not interruption.is_training:
-            raise InterruptedRunError("train", f"stopped by {signal.Signals(number).name}", fix="Start it again")
-        interruption.requested = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr)  # noqa: T201
-
-    try:
-        earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs it handles signals
-        earlier = {}
-    try:
-        yield interruption
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

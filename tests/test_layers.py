@@ -50,6 +50,7 @@ RANKS = {
     "surgery.doctor": 7,
     "surgery.inspection": 7,
     "surgery.backends.local": 8,
+    "surgery.trainer": 7,
     "surgery.train": 8,
     "surgery.verify": 8,
     "exporters.dense": 9,

@@ -37,7 +37,8 @@ from surgery.operate import apply, load
 from surgery.recipe import DataSection
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile
-from surgery.train import CHECKPOINTS, LOG_FILE, RUN_FILE, STATE_FILE, Progress, TrainResult, train
+from surgery.train import CHECKPOINTS, LOG_FILE, RUN_FILE, TrainResult, train
+from surgery.trainer import STATE_FILE, Progress
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import CASES, LABELLED, SCORED, Case, fast, write_rows

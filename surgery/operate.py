@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from surgery.adapter import (
 from surgery.checkpoint import Checkpoint
 from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
-from surgery.errors import BaseMismatchError, CheckError, DamagedError, RequestError
+from surgery.errors import BaseMismatchError, CheckError, DamagedError, RequestError, ResourceError
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
@@ -38,7 +39,7 @@ from surgery.survey import (
     own_architecture,
     read_config,
 )
-from surgery.tensorfile import dtype_name
+from surgery.tensorfile import dtype_name, tensor_bytes
 from surgery.writing import CheckpointWriter, require_apart
 
 STATE = "surgery_state"
@@ -87,10 +88,25 @@ def apply(
 # --- a model in memory
 
 
+def require_memory(root: Path, dtype: torch.dtype | None) -> None:
+    """The weights fit into the memory that is free. Raises: ResourceError."""
+    infos = Checkpoint.open(root).values()
+    needed = sum(tensor_bytes(dtype_name(dtype) if dtype else info.dtype, info.shape) for info in infos)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            str(root),
+            f"{free:,} bytes of memory are free",
+            expected=f"{needed:,} bytes for the weights",
+            fix="Use a machine with more; export and verify --no-numeric need a few tens of MB only",
+        )
+
+
 def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None = None) -> Any:
     """The base under the plan's class, on the CPU, in the checkpoint's dtype or in `dtype`. Raises: DamagedError."""
     config = configured(read_config(root), plan.config)
     model_class = class_for(config, plan.task)
+    require_memory(root, dtype)
     wanted = {"dtype" if TRANSFORMERS_5 else "torch_dtype": dtype or "auto"}
     with quiet_loading():
         model, info = model_class.from_pretrained(

@@ -6,21 +6,13 @@ from collections.abc import Mapping
 
 from surgery.checkpoint import Checkpoint
 from surgery.plan import SurgeryPlan
+from surgery.table import size_text
 from surgery.tensorfile import tensor_bytes
 from surgery.train import TrainResult
 from surgery.workflow import ExportResult, RunResult
 
 MASTER_BYTES = 4  # float32, like the gradient and AdamW's two moments
 OPTIMIZER_COPIES = 4
-
-
-def size(count_bytes: float) -> str:
-    """`1.07 MB`: decimal units."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count_bytes < 1000:
-            return f"{count_bytes:.0f} {unit}" if unit == "bytes" else f"{count_bytes:.2f} {unit}"
-        count_bytes /= 1000
-    return f"{count_bytes:.2f} TB"
 
 
 def needs(checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, int]:
@@ -38,7 +30,7 @@ def needs(checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, int]:
 
 def need_lines(checkpoint: Checkpoint, plan: SurgeryPlan) -> list[str]:
     """What `needs` says, in words."""
-    need = {name: size(count) for name, count in needs(checkpoint, plan).items()}
+    need = {name: size_text(count) for name, count in needs(checkpoint, plan).items()}
     return [
         f"apply reads {need['apply_reads']} and writes {need['adapter']}",
         f"train holds {need['training_memory']} (weights, columns, gradients, AdamW) plus activations",
@@ -61,14 +53,15 @@ def result_lines(result: TrainResult) -> list[str]:
         *(f"data: {line}" for line in result.data),
         *_metric_lines(result.before, result.after),
         f"{result.steps} steps on {result.device} in {result.seconds:.1f} s, mean loss {result.loss:.4f}",
-        f"{result.trained_values:,} trained values, peak memory {size(result.peak_memory_bytes)}",
+        f"{result.trained_values:,} trained values, peak memory {size_text(result.peak_memory_bytes)}",
     ]
 
 
 def export_lines(result: ExportResult) -> list[str]:
     """An export."""
     checks = result.verification.lines() if result.verification else []
-    return [f"Wrote {result.out}: {size(result.size_bytes)} in {result.seconds:.1f} s", *checks]
+    notes = [f"note: {note}" for note in result.notes]
+    return [f"Wrote {result.out}: {size_text(result.size_bytes)} in {result.seconds:.1f} s", *checks, *notes]
 
 
 def run_lines(result: RunResult) -> list[str]:

@@ -13,7 +13,7 @@ from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError
 from surgery.lookup import EXPORTERS, METHODS, UNDO, resolve
 from surgery.lookup import load as lookup
-from surgery.manifest import ADAPTER, MERGED, read_document, read_record
+from surgery.manifest import ADAPTER, MERGED, parse_record, read_document, read_record
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
@@ -28,13 +28,17 @@ VERIFIED_FORMATS = ("safetensors",)
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export wrote. `verification` is None where it was not asked for, or the format has none."""
+    """What an export wrote.
+
+    `verification` is None where it was not asked for, or the format has none; `notes`: what its users must know.
+    """
 
     out: Path
     format: str
     seconds: float
     size_bytes: int
     verification: Verification | None
+    notes: tuple[str, ...] = ()
 
 
 def default_adapter_folder(model: str) -> Path:
@@ -118,7 +122,8 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
         check=wanted,
     )
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return ExportResult(target, format, time.monotonic() - started, size, held[0] if held else None)
+    notes = parse_record(read_document(target), str(target)).manifest.export.get("notes", ())
+    return ExportResult(target, format, time.monotonic() - started, size, held[0] if held else None, tuple(notes))
 
 
 def _shard_bytes(text: str | None) -> int | None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,9 +18,10 @@ from exporters.dense import export
 from surgery.adapter import Adapter
 from surgery.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.delta import ADAPTER_FILE
-from surgery.errors import BaseMismatchError, CheckError, DamagedError, NotAModelError, SurgeryError
+from surgery.errors import BaseMismatchError, CheckError, DamagedError, NotAModelError, ResourceError, SurgeryError
 from surgery.manifest import UNDO_FILE
 from surgery.methods.paca import PacaSpec
+from surgery.operate import load
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.verify import load_merged, verify
@@ -372,3 +374,13 @@ def test_a_merge_that_lacks_a_weight_does_not_load(merged: Path) -> None:
     a_tensor_lost(merged)
     with pytest.raises(CheckError, match=r"transformers misses 'model\.norm\.weight'"):
         load_merged(merged)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_loaded(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading says what it needs and what is free, exit code 4."""
+    adapter = merged.parent / "adapter"
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(ResourceError, match="1,000 bytes of memory are free"):
+        load(adapter)

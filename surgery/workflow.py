@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
-from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError
+from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
 from surgery.lookup import EXPORTERS, METHODS, UNDO, resolve
 from surgery.lookup import load as lookup
 from surgery.manifest import ADAPTER, MERGED, parse_record, read_document, read_record
@@ -105,6 +105,9 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     started = time.monotonic()
     exporter = lookup(EXPORTERS, format, "--format")
     opened = open_adapter(adapter)
+    if not isinstance(opened.delta, exporter.accepts):
+        kinds = " or ".join(kind.__name__ for kind in exporter.accepts)
+        raise UnsupportedError(f"--format {format}", f"a {type(opened.delta).__name__}", expected=f"a {kinds}")
     target = Path(out) if out else default_export_folder(opened.folder, format)
     held: list[Verification] = []
 

@@ -6,14 +6,16 @@ import json
 import shutil
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import surgery
+from exporters import dense
 from surgery import workflow
 from surgery.checkpoint import RECORD_FILE, Checkpoint
-from surgery.errors import CheckError, NotAModelError, OutputExistsError, RequestError
+from surgery.errors import CheckError, NotAModelError, OutputExistsError, RequestError, UnsupportedError
 from surgery.methods.paca import PacaSpec
 from surgery.verify import Verification
 from surgery.workflow import default_adapter_folder, default_export_folder, export, find_adapter, undo
@@ -202,3 +204,14 @@ def test_the_facade_names_what_it_offers() -> None:
     assert set(surgery.__all__) <= set(dir(surgery))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         surgery.nonsense  # noqa: B018
+
+
+def test_an_exporter_refuses_by_type_what_it_cannot_write(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an exporter accepts is a type in its record; anything else is exit code 5 and writes nothing."""
+    make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    monkeypatch.setattr(dense, "EXPORTER", replace(dense.EXPORTER, accepts=(str,)))
+    with pytest.raises(UnsupportedError, match="a ColumnDelta, expected a str"):
+        surgery.export(tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -143,7 +143,8 @@ def export(
                 stream.write(writer.path / file.name, file.header, _pieces(checkpoint, adapter.delta, file))
         write_index(writer.path, files)
         write_undo(writer.path / UNDO_FILE, checkpoint, adapter)
-        record = _record(adapter, root, out, dtype, files, hub=base is None)
+        settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "files": [file.name for file in files]}
+        record = _record(adapter, root, out, settings, hub=base is None)
         write_file(writer.path / RECORD_FILE, record.to_json())
     return out
 
@@ -264,12 +265,11 @@ def write_undo(path: Path, checkpoint: Checkpoint, adapter: Adapter) -> None:
     write_tensors(path, build_header(entries, {}), chunks())
 
 
-def _record(adapter: Adapter, root: Path, out: Path, dtype: str, files: list[OutFile], *, hub: bool) -> Record:
+def _record(adapter: Adapter, root: Path, out: Path, settings: dict[str, Any], *, hub: bool) -> Record:
     recorded = adapter.record.manifest
     base = recorded.base if hub and recorded.base.hub_id else Base(path=relative_path(root, out))
     source = {"path": relative_path(adapter.folder, out), "sha256": recorded.files[ADAPTER_FILE]}
-    export_settings = {"dtype": dtype, "files": [file.name for file in files]}
-    manifest = replace(recorded, base=base, versions=versions(), files={}, adapter=source, export=export_settings)
+    manifest = replace(recorded, base=base, versions=versions(), files={}, adapter=source, export=settings)
     return Record(MERGED, adapter.plan, manifest)
 
 

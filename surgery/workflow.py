@@ -13,17 +13,19 @@ from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
 from surgery.lookup import EXPORTERS, METHODS, UNDO, resolve
 from surgery.lookup import load as lookup
-from surgery.manifest import ADAPTER, MERGED, parse_record, read_document, read_record
+from surgery.manifest import ADAPTER, parse_record, read_document
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from surgery.recipe import Recipe
 from surgery.survey import TaskSpec
 from surgery.train import TrainResult, train
+from surgery.trainer import CHECKPOINTS, latest_checkpoint
 from surgery.verify import Verification, verify
 from surgery.writing import parse_size
 
 VERIFIED_FORMATS = ("safetensors",)
+EXPORT_DEFAULTS = {"format": "safetensors", "dtype": "keep", "max_shard_bytes": None}
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,20 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     )
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     notes = parse_record(read_document(target), str(target)).manifest.export.get("notes", ())
-    return ExportResult(target, format, time.monotonic() - started, size, held[0] if held else None, tuple(notes))
+    notes = (*_untrained(opened), *notes)
+    return ExportResult(target, format, time.monotonic() - started, size, held[0] if held else None, notes)
+
+
+def _untrained(adapter: Adapter) -> list[str]:
+    """Nothing moved: the export is right, and hardly what was wanted."""
+    if adapter.delta.moved or adapter.delta.whole:
+        return []
+    why = "it has not been trained"
+    if adapter.record.manifest.training:
+        why = "training did not move any, or rounding to the base's dtype undid it"
+    elif latest_checkpoint(adapter.folder / CHECKPOINTS):
+        why = "its run was interrupted; `surgery train --resume auto` ends it"
+    return [f"no column of {adapter.folder} differs from the base: {why}"]
 
 
 def _shard_bytes(text: str | None) -> int | None:
@@ -165,6 +180,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
     """
     skipped = []
     lookup(METHODS, recipe.method, "method")
+    lookup(EXPORTERS, recipe.export.format, "export.format")
+    _shard_bytes(recipe.export.max_shard_size)
     folder = Path(recipe.adapter) if recipe.adapter else default_adapter_folder(recipe.model)
     if overwrite or not folder.exists():
         say(f"apply: {recipe.model} -> {folder}")
@@ -228,13 +245,16 @@ def _is_exported(recipe: Recipe, folder: Path, out: Path) -> bool:
     """Whether `out` is this adapter's export, as asked for. Raises: OutputExistsError for anything else there."""
     if not out.exists():
         return False
+    wanted = recipe.export
     try:
-        manifest = read_record(out, MERGED).manifest
+        record = parse_record(read_document(out), str(out))
     except NotAModelError:
-        manifest = None
+        record = None
     adapter = open_adapter(folder).record.manifest
-    same = manifest and manifest.adapter.get("sha256") in adapter.files.values()
-    if not same or (manifest and manifest.export.get("dtype") != recipe.export.dtype):
+    same = record and record.manifest.adapter.get("sha256") in adapter.files.values()
+    settings = record.manifest.export if record else {}
+    asked = (wanted.format, wanted.dtype, _shard_bytes(wanted.max_shard_size))
+    if not same or asked != tuple(settings.get(k, v) for k, v in EXPORT_DEFAULTS.items()):
         raise OutputExistsError(
             str(out),
             "not this adapter's export",

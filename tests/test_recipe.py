@@ -298,6 +298,31 @@ def test_an_export_in_another_dtype_is_another_export(project: Path) -> None:
     assert digest_folder(project) == before
 
 
+def test_an_export_in_other_shards_is_another_export(project: Path) -> None:
+    """The same shards are recognised; others are asked for in vain while a folder is in their place."""
+    assert run_recipe(project, "export.max_shard_size=20KB").skipped == ()
+    assert run_recipe(project, "export.max_shard_size=20KB").skipped == ("apply", "train", "export")
+    with pytest.raises(OutputExistsError, match="not this adapter's export"):
+        run_recipe(project)
+
+
+def test_a_lora_export_is_recognised(project: Path) -> None:
+    """A second run repeats nothing in this format either, and a dense export is not taken for it."""
+    assert run_recipe(project, "export.format=lora").skipped == ()
+    assert run_recipe(project, "export.format=lora").skipped == ("apply", "train", "export")
+    with pytest.raises(OutputExistsError, match="not this adapter's export"):
+        run_recipe(project, "export.out=model-paca-lora")
+
+
+@pytest.mark.parametrize("override", ("export.format=onxx", "export.max_shard_size=huge"))
+def test_a_wrong_export_is_refused_before_anything_is_done(override: str, project: Path) -> None:
+    """Not after hours of training."""
+    before = digest_folder(project)
+    with pytest.raises(RequestError, match=r"export\.format|max-shard-size"):
+        run_recipe(project, override)
+    assert digest_folder(project) == before
+
+
 def test_a_classifier_runs_twice_too(project: Path) -> None:
     """Its head is planned when the labels are read: the second run knows the first one's plan."""
     write_rows(project / "rows.csv", LABELLED)

@@ -102,6 +102,15 @@ def test_an_export_is_checked_and_measured(adapter: Path, tmp_path: Path) -> Non
     assert {check["result"] for check in checks} == {"passed"}
 
 
+def test_an_export_of_what_was_not_trained_says_so(adapter: Path, tmp_path: Path) -> None:
+    """It is right, equals its base, and is hardly what was wanted; an interrupted run is named as the reason."""
+    assert export(adapter).notes == ()
+    surgery.apply(tmp_path / "model", tmp_path / "fresh", PacaSpec(rank=4))
+    assert "it has not been trained" in export(tmp_path / "fresh", check=False).notes[0]
+    (tmp_path / "fresh" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    assert "--resume auto" in export(tmp_path / "fresh", check=False, overwrite=True).notes[0]
+
+
 def test_an_export_that_does_not_hold_does_not_appear(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

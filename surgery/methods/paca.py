@@ -28,7 +28,7 @@ from surgery.delta import ColumnDelta, ColumnPatch, WholePatch
 from surgery.errors import RequestError
 from surgery.plan import SurgeryPlan, Target
 from surgery.select import ALL_LINEAR
-from surgery.tensorfile import dtype_name, torch_dtype
+from surgery.tensorfile import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -391,8 +391,3 @@ class Method:
 
 
 METHOD = Method("paca", "arXiv 2503.01905", PacaSpec, attach, collect, detach, trainable_names, planned_columns)
-
-
-def storage_name(module: nn.Module) -> str:
-    """safetensors' name of the dtype a live layer's weight has."""
-    return dtype_name(cast("nn.Parameter", module.weight).dtype)

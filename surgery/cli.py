@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -184,7 +185,8 @@ def apply(
         show(lines, {"plan": plan.to_dict(), "need": showing.needs(checkpoint, plan)}, as_json=as_json)
         return
     adapter = operate.apply(model, folder, spec, task=wanted, overwrite=overwrite)
-    lines = [*table.plan_lines(adapter.plan), "", f"Wrote {folder}. Next: surgery train {folder} --data FILE"]
+    next_step = f"surgery train {shlex.quote(str(folder))} --data FILE"
+    lines = [*table.plan_lines(adapter.plan), "", f"Wrote {folder}. Next: {next_step}"]
     show(lines, {"adapter": str(folder), "plan": adapter.plan.to_dict()}, as_json=as_json)
 
 
@@ -259,7 +261,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
     )
-    lines = [*showing.result_lines(result), "", f"Next: surgery export {adapter} --merge"]
+    lines = [*showing.result_lines(result), "", f"Next: surgery export {shlex.quote(str(adapter))} --merge"]
     show(lines, result, as_json=as_json)
 
 
@@ -480,7 +482,7 @@ def _explain_usage(error: click.ClickException) -> None:
         return
     context = error.ctx if isinstance(error, click.UsageError) else None
     name = context.command_path if context else "surgery"
-    click.echo(f"Error: {name}: {text.removesuffix('.')}. See `{name} --help`.", err=True)
+    click.echo(f"Error: {name}: {text.rstrip('.?')}{'?' if text.endswith('?') else '.'} See `{name} --help`.", err=True)
 
 
 def _unexpected(error: Exception) -> SurgeryError:

@@ -1,9 +1,10 @@
 """`export --merge` of a 2 GB bf16 checkpoint in two shards, beside a plain copy of its files and PEFT's merge.
 
-    python benchmarks/merge.py [--rounds 5] [--folder build/merge] [--peft]
+    python benchmarks/merge.py [--rounds 5] [--folder build/merge] [--ways copy merge ..]
 
-Every round runs each way once, in a process of its own, in an order that changes; memory is the process's peak resident
-set above that of an interpreter which has imported the same modules and does nothing.
+Every round runs each way once, in a process of its own, in an order that changes. Every process first imports all
+modules that any of them needs: memory is the peak resident set above that, and the pause between one way's end and the
+next one's start is the same for all.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ GIGABYTES = 2.0
 SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 14, "num_attention_heads": 32,
          "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
 WAYS = ("copy", "merge", "merge+verify", "peft")
-IMPORTS = {"copy": (), "merge": ("surgery.workflow", "exporters.dense"), "merge+verify": ("surgery.workflow",
-           "exporters.dense"), "peft": ("torch", "transformers", "peft")}  # fmt: skip
+IMPORTS = ("surgery.workflow", "surgery.verify", "exporters.dense", "peft")
 
 
 def prepare(folder: Path) -> None:
@@ -53,10 +53,8 @@ def prepare(folder: Path) -> None:
 
 def run_one(way: str, folder: Path) -> None:
     """One way, in this process: prints its seconds and peak memory as JSON."""
-    for module in IMPORTS[way]:
+    for module in IMPORTS:
         __import__(module)
-    if way == "merge+verify":
-        import surgery.verify  # noqa: F401
     baseline = peak_kilobytes()
     out = folder / f"out-{way}"
     started = time.perf_counter()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WRITERS = 2
 FLUSH_BYTES = 64 << 20
+WRITE_BYTES = 512 << 10  # larger writes ask the kernel for larger pages, which a virtual machine may have to fetch
 
 
 def split_shards(sizes_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -123,7 +124,7 @@ class StreamWriter:
         view = memoryview(chunk)
         while view:
             with self._turn:  # the kernel would have the threads wait for the file's lock by spinning
-                count = os.pwrite(descriptor, view, offset)
+                count = os.pwrite(descriptor, view[:WRITE_BYTES], offset)
             view, offset = view[count:], offset + count
 
 

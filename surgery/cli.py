@@ -444,6 +444,7 @@ def settings(*, as_json: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: run, turn every error into one line and its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: others may need the core
     verbose = any(flag in arguments[:2] for flag in ("-v", "--verbose"))
     signal.signal(signal.SIGTERM, _stop)
     try:

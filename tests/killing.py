@@ -115,8 +115,8 @@ def kill_trainings(work: Path, rounds: int, draw: random.Random) -> dict[str, An
         ended = in_child(work_it, kill_after_seconds=draw.random() * seconds * 1.1)
         check_training(folder, base, old, new, number)
         outcomes["new" if (folder / ADAPTER_FILE).read_bytes() == new else "old"] += 1
-        if number % 8 == 7 and not ended:
-            ended = in_child(work_it)
+        if number % 8 == 7:
+            ended = ended or in_child(work_it)
             if (folder / ADAPTER_FILE).read_bytes() != new:
                 raise SystemExit(f"round {number}: the resumed run ended elsewhere")
             if visible(folder) != files:

@@ -43,6 +43,7 @@ from surgery.tensorfile import dtype_name, tensor_bytes
 from surgery.writing import CheckpointWriter, require_apart
 
 STATE = "surgery_state"
+ALIGNED_BYTES = 64
 
 
 @dataclass
@@ -122,7 +123,19 @@ def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None 
             expected="a whole checkpoint",
             fix="Fetch it again",
         )
+    align(model)
     return model
+
+
+def align(model: nn.Module) -> None:
+    """Move parameters that do not begin at a multiple of 64 bytes, as in a mapped file, to memory of their own.
+
+    Where a tensor begins decides, on some processors, in which order a product is summed: two models of equal weights
+    would differ in the last bit.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % ALIGNED_BYTES:
+            parameter.data = parameter.data.clone()
 
 
 def attach(model: nn.Module, spec: PacaSpec | None = None) -> SurgeryPlan:

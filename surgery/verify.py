@@ -23,7 +23,7 @@ from surgery.compat import TRANSFORMERS_5, quiet_loading
 from surgery.delta import ADAPTER_FILE, bits
 from surgery.errors import CheckError, DamagedError, SurgeryError
 from surgery.manifest import MERGED, UNDO_FILE, Check, Record, read_record
-from surgery.operate import attach_plan, evaluating, load_base_model
+from surgery.operate import align, attach_plan, evaluating, load_base_model
 from surgery.plan import Target
 from surgery.survey import class_for, read_config
 from surgery.tensorfile import (
@@ -318,6 +318,7 @@ def load_merged(folder: Path) -> Any:
     if info["missing_keys"] or info["mismatched_keys"]:
         lost = [*info["missing_keys"], *info["mismatched_keys"]]
         raise CheckError(str(folder), f"transformers misses {lost[0]!r}", expected="every weight of the model")
+    align(model)
     return model
 
 

@@ -162,7 +162,9 @@ def test_the_metrics_are_the_merged_models_own(trained: Trained, tmp_path: Path)
         found = logits.argmax(-1).tolist()
         expected = {"accuracy": accuracy_score(ids, found), "f1": f1_score(ids, found)}
         expected["matthews_correlation"] = matthews_corrcoef(ids, found)
-    assert {name: after[name] for name in expected} == pytest.approx(expected)
+    # one row at a time rounds otherwise than a padded batch: near ties may swap their ranks
+    tolerance = 1e-3 if trained.case.task == "regression" else 1e-9
+    assert {name: after[name] for name in expected} == pytest.approx(expected, abs=tolerance)
 
 
 def test_the_log_has_a_line_for_each_logged_step(trained: Trained) -> None:

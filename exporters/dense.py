@@ -16,7 +16,17 @@ import torch
 
 from surgery.adapter import Adapter, copy_small_files, find_base
 from surgery.checkpoint import CONFIG_FILE, INDEX_FILE, RECORD_FILE, WEIGHTS_FILE, Checkpoint, read_json
-from surgery.delta import ADAPTER_FILE, ColumnDelta, WholePatch, count_not_finite, patched_chunks, require_base
+from surgery.delta import (
+    ADAPTER_FILE,
+    ColumnDelta,
+    Delta,
+    SideDelta,
+    WholePatch,
+    count_not_finite,
+    patched_chunks,
+    require_base,
+    require_columns,
+)
 from surgery.errors import BaseMismatchError, CheckError, RequestError
 from surgery.manifest import MERGED, UNDO_FILE, Base, Record, relative_path, versions
 from surgery.plan import SurgeryPlan, Target, WholeTarget
@@ -73,6 +83,8 @@ def plan_files(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str, max_shard_
     """
     whole = {target.weight: target for target in plan.whole}
     new = [_whole_tensor(target, dtype) for target in plan.whole if target.weight not in checkpoint]
+    side_dtype = "F64" if {info.dtype for info in checkpoint.values()} == {"F64"} else "F32"
+    new += [OutTensor(target.parameter, "", side_dtype, target.shape) for target in plan.side]
     files = []
     for file, header in checkpoint.headers.items():
         tensors = [_out_tensor(info, plan, whole, dtype) for info in header.tensors]
@@ -129,6 +141,7 @@ def export(
     """
     if dtype not in (KEEP, *DTYPES):
         raise RequestError("--dtype", repr(dtype), expected=f"{KEEP}, {', '.join(DTYPES)}")
+    delta = require_columns(adapter.delta, "--merge")
     root = find_base(adapter.record, adapter.folder, base)
     checkpoint = Checkpoint.open(root)
     files = plan_files(checkpoint, adapter.plan, dtype, max_shard_bytes)
@@ -137,19 +150,19 @@ def export(
     sizes = [len(file.header) + sum(tensor_bytes(t.dtype, t.shape) for t in file.tensors) for file in files]
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
         require_disk(writer.path, sum(sizes) + (adapter.folder / ADAPTER_FILE).stat().st_size)
-        copy_small_files(checkpoint, writer.path, _with_dtype(checkpoint, adapter.plan, dtype))
+        copy_small_files(checkpoint, writer.path, with_dtype(checkpoint, adapter.plan, dtype))
         with StreamWriter() as stream:
             for file in files:
-                stream.write(writer.path / file.name, file.header, _pieces(checkpoint, adapter.delta, file))
+                stream.write(writer.path / file.name, file.header, pieces(checkpoint, delta, file))
         write_index(writer.path, files)
         write_undo(writer.path / UNDO_FILE, checkpoint, adapter)
         settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "files": [file.name for file in files]}
-        record = _record(adapter, root, out, settings, hub=base is None)
+        record = export_record(MERGED, adapter, root, out, settings, hub=base is None)
         write_file(writer.path / RECORD_FILE, record.to_json())
     return out
 
 
-def _with_dtype(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str) -> SurgeryPlan:
+def with_dtype(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str) -> SurgeryPlan:
     """The plan with config.json's dtype changed to the files', without which loaders would cast back."""
     if dtype == KEEP or CONFIG_FILE not in checkpoint.small_files():
         return plan
@@ -180,19 +193,21 @@ def require_targets(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
             )
 
 
-def _pieces(
-    checkpoint: Checkpoint, delta: ColumnDelta, file: OutFile
-) -> Iterator[tuple[int, Iterator[bytes | memoryview]]]:
+def pieces(checkpoint: Checkpoint, delta: Delta, file: OutFile) -> Iterator[tuple[int, Iterator[bytes | memoryview]]]:
     """Each tensor of a file: its offset behind the header, and its bytes."""
     targets = {target.weight: target for target in delta.plan.targets}
+    side = delta.state if isinstance(delta, SideDelta) else {}
     whole = {target.weight: target for target in delta.plan.whole}
     offset = 0
     for tensor in file.tensors:
         key = tensor.source or tensor.name
         if key in whole:
             yield offset, _whole(delta.whole[whole[key].parameter], tensor)
+        elif key in side:
+            yield offset, iter([tensor_to_bytes(side[key].to(torch_dtype(tensor.dtype)))])
         elif key in targets:
-            yield offset, _cast(_patched(checkpoint, delta, targets[key]), checkpoint[key], tensor.dtype)
+            chunks = _patched(checkpoint, require_columns(delta, "--merge"), targets[key])
+            yield offset, _cast(chunks, checkpoint[key], tensor.dtype)
         else:
             yield offset, _cast(checkpoint.chunks(key), checkpoint[key], tensor.dtype)
         offset += tensor_bytes(tensor.dtype, tensor.shape)
@@ -265,12 +280,13 @@ def write_undo(path: Path, checkpoint: Checkpoint, adapter: Adapter) -> None:
     write_tensors(path, build_header(entries, {}), chunks())
 
 
-def _record(adapter: Adapter, root: Path, out: Path, settings: dict[str, Any], *, hub: bool) -> Record:
+def export_record(kind: str, adapter: Adapter, root: Path, out: Path, settings: dict[str, Any], *, hub: bool) -> Record:
+    """The record of an export. `hub`: the base is the recorded one, also where that is on the hub."""
     recorded = adapter.record.manifest
     base = recorded.base if hub and recorded.base.hub_id else Base(path=relative_path(root, out))
     source = {"path": relative_path(adapter.folder, out), "sha256": recorded.files[ADAPTER_FILE]}
     manifest = replace(recorded, base=base, versions=versions(), files={}, adapter=source, export=settings)
-    return Record(MERGED, adapter.plan, manifest)
+    return Record(kind, adapter.plan, manifest)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from exporters.dense import KEEP, Exporter, require_targets
 from surgery.adapter import Adapter, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
-from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, require_base
+from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, require_base, require_columns
 from surgery.errors import RequestError
 from surgery.manifest import Base, Record, relative_path, versions
 from surgery.plan import SurgeryPlan
@@ -151,7 +151,9 @@ def export(
     header = build_header(entries, {"format": "pt"})
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
         require_disk(writer.path, len(header) + sum(tensor_bytes(kind, shape) for _, kind, shape in entries))
-        write_tensors(writer.path / WEIGHTS_FILE, header, _chunks(adapter.delta, rank))
+        write_tensors(
+            writer.path / WEIGHTS_FILE, header, _chunks(require_columns(adapter.delta, "--format lora"), rank)
+        )
         config = build_config(plan, rank, name, recorded.revision)
         write_file(writer.path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         files = {WEIGHTS_FILE: file_sha256(writer.path / WEIGHTS_FILE)}

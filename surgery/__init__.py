@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see of the table below
     from surgery.methods.paca import PacaSpec as PacaSpec
+    from surgery.methods.read import ReadSpec as ReadSpec
     from surgery.operate import apply as apply
     from surgery.operate import attach as attach
     from surgery.operate import collect as collect
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "PacaSpec": "surgery.methods.paca",
+    "ReadSpec": "surgery.methods.read",
     "TaskSpec": "surgery.survey",
     "DataSection": "surgery.recipe",
     "TrainSection": "surgery.recipe",

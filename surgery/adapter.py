@@ -10,15 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json
+from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json, require_model
 from surgery.columns import generator_seed
 from surgery.compat import quiet_loading
-from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, WholePatch, bytes_sha256, read_delta, read_target
-from surgery.errors import BaseMismatchError, DamagedError, NotAModelError
+from surgery.delta import ADAPTER_FILE, Delta, WholePatch, bytes_sha256, read_delta
+from surgery.errors import BaseMismatchError, DamagedError, NotAModelError, shorten
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import ADAPTER, Base, Manifest, Record, parse_record, read_document, versions
-from surgery.plan import SurgeryPlan, Target, WholeTarget
+from surgery.plan import SurgeryPlan, WholeTarget
 from surgery.survey import (
     class_for,
     configured,
@@ -36,7 +36,7 @@ class Adapter:
 
     folder: Path
     record: Record
-    delta: ColumnDelta
+    delta: Delta
 
     @property
     def plan(self) -> SurgeryPlan:
@@ -49,11 +49,9 @@ class Adapter:
 def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, Base]:
     """A model folder, or a hub id's snapshot (fetched if need be). Raises: NotAModelError."""
     text = str(model)
+    require_model(text)
     if Path(text).is_dir():
         return Path(text), Base(path=text)
-    looks_like_path = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") != 1
-    if looks_like_path:
-        raise NotAModelError(text, "no such folder", expected="a model folder or a hub id such as org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -63,7 +61,7 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotAModelError(
             text,
-            f"no such folder, and the hub did not give it ({first_line[:160]})",
+            f"no such folder, and the hub did not give it ({shorten(first_line, 160)})",
             expected="a model folder or a hub id such as org/name",
         ) from error
     return Path(folder), Base(hub_id=text, revision=Path(folder).name)
@@ -83,25 +81,11 @@ def find_base(record: Record, folder: Path, base: str | Path | None = None) -> P
     return path.resolve()
 
 
-def fresh_delta(checkpoint: Checkpoint, plan: SurgeryPlan) -> ColumnDelta:
-    """Read every target once: its digest and its columns, unchanged; heads newly drawn from the plan's seed."""
-    method = lookup(METHODS, plan.method, "--method")
-    patches, targets = {}, []
-    for target in plan.targets:
-        columns = planned(method, plan, target)
-        digest, original = read_target(checkpoint, target, columns)
-        bound = replace(target, sha256=digest)
-        master = torch.float64 if original.dtype == torch.float64 else torch.float32
-        patches[target.module] = ColumnPatch(bound, columns, original.to(master, copy=True), original)
-        targets.append(bound)
+def fresh_delta(checkpoint: Checkpoint, plan: SurgeryPlan) -> Delta:
+    """The delta that changes nothing, with the base's digests; heads newly drawn from the plan's seed."""
     whole, heads = _fresh_whole(checkpoint, plan)
-    return ColumnDelta(plan.with_targets(tuple(targets), heads), patches, whole)
-
-
-def planned(method: Any, plan: SurgeryPlan, target: Target) -> Tensor:
-    """The columns that a plan's seed gives a target."""
-    columns: Tensor = method.planned_columns(plan, target)
-    return columns
+    delta: Delta = lookup(METHODS, plan.method, "--method").fresh(checkpoint, replace(plan, whole=heads), whole)
+    return delta
 
 
 def _fresh_whole(checkpoint: Checkpoint, plan: SurgeryPlan) -> tuple[dict[str, WholePatch], tuple[WholeTarget, ...]]:
@@ -133,7 +117,7 @@ def draw_parameters(root: Path, plan: SurgeryPlan) -> dict[str, Tensor]:
     return result
 
 
-def write_adapter(folder: Path, out: Path, checkpoint: Checkpoint, delta: ColumnDelta, manifest: Manifest) -> Adapter:
+def write_adapter(folder: Path, out: Path, checkpoint: Checkpoint, delta: Delta, manifest: Manifest) -> Adapter:
     """Fill an empty folder: the base's small files, the adapter file, and the record last."""
     copy_small_files(checkpoint, folder, delta.plan)
     data = delta.to_bytes()
@@ -143,7 +127,7 @@ def write_adapter(folder: Path, out: Path, checkpoint: Checkpoint, delta: Column
     return Adapter(out, record, delta)
 
 
-def _record(delta: ColumnDelta, manifest: Manifest, data: bytes) -> Record:
+def _record(delta: Delta, manifest: Manifest, data: bytes) -> Record:
     manifest = replace(manifest, versions=versions(), files={ADAPTER_FILE: bytes_sha256(data)})
     return Record(ADAPTER, delta.plan, manifest)
 
@@ -158,7 +142,7 @@ def copy_small_files(checkpoint: Checkpoint, folder: Path, plan: SurgeryPlan | N
         write_file(folder / name, data)
 
 
-def update_adapter(adapter: Adapter, delta: ColumnDelta, manifest: Manifest) -> Adapter:
+def update_adapter(adapter: Adapter, delta: Delta, manifest: Manifest) -> Adapter:
     """Put a new state into an adapter folder. At every moment a reader finds the old state or the new one.
 
     The new record is written first and carries the old one along; which of the two holds is decided by the digest of

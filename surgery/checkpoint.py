@@ -32,6 +32,28 @@ def _allowed_roots(root: Path) -> tuple[Path, ...]:
     return (real,)
 
 
+def require_model(model: str | Path) -> None:
+    """A folder, or what may be a hub id: anything else has the form of a path. Raises: NotAModelError."""
+    text = str(model)
+    looks_like_path = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") != 1
+    if looks_like_path and not Path(text).is_dir():
+        raise NotAModelError(text, "no such folder", expected="a model folder or a hub id such as org/name")
+
+
+def require_folder(path: Path) -> None:
+    """Raises: NotAModelError: a path that cannot be one of ours."""
+    if not path.is_dir():
+        found = "a file" if path.exists() else "no such folder"
+        raise NotAModelError(str(path), found, expected="a model, adapter or merged folder")
+
+
+def require_record(folder: Path) -> None:
+    """Raises: NotAModelError: a folder that surgery has not made."""
+    if not (folder / RECORD_FILE).is_file():
+        expected = "a folder made by `surgery apply` or `surgery export`"
+        raise NotAModelError(str(folder), f"no {RECORD_FILE}", expected=expected)
+
+
 def path_inside(root: Path, name: str) -> Path:
     """`root/name`, once it is sure that it stays inside `root`, links followed.
 

@@ -19,8 +19,10 @@ from typing import Any
 
 import click
 
-from surgery.errors import InterruptedRunError, RequestError, SurgeryError
+from surgery.checkpoint import require_folder, require_model, require_record
+from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
+MERGED_FORMATS = ("safetensors",)
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -111,25 +113,59 @@ def parse_rank_pattern(values: Sequence[str]) -> dict[str, int]:
     return pairs
 
 
+def _list(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    return split_list(values)
+
+
+def _ranks(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    return parse_rank_pattern(values)
+
+
+# Options of methods have no defaults here: those are the spec's, and what was not given is not passed on.
+PACA_OPTIONS = options(
+    click.option("-r", "--rank", type=int, help="paca: input columns to train in each layer. Default: 16."),
+    click.option(
+        "--targets",
+        multiple=True,
+        callback=_list,
+        help="paca: layers, as all-linear (the default), names, globs or re:PATTERN; commas separate; repeatable.",
+    ),
+    click.option("--exclude", multiple=True, callback=_list, help="paca: layers to leave out, in the same way."),
+    click.option(
+        "--rank-pattern",
+        multiple=True,
+        metavar="PATTERN=RANK",
+        callback=_ranks,
+        help="paca: another rank for some layers; the last wins.",
+    ),
+    click.option(
+        "--alpha", type=float, help="paca: scale the update by alpha / rank in training. Default: no scaling."
+    ),
+    click.option("--select", help="paca: how columns are chosen. Default: random."),
+)
+READ_OPTIONS = options(
+    click.option("--cell", help="read: gru, lstm or rnn. Default: gru."),
+    click.option("--hidden", type=int, help="read: width of the side network. Default: 256."),
+    click.option("--recurrent-layers", type=int, help="read: recurrent layers on each other. Default: 1."),
+    click.option("--bidirectional", is_flag=True, default=None, help="read: run over the layers both ways."),
+    click.option("--initial", help="read: first state, zero or (projected) embedding. Default: zero."),
+    click.option("--reduce", help="read: last state over the layers, or their mean. Default: last."),
+    click.option("--output-norm", is_flag=True, default=None, help="read: RMS norm of the correction."),
+    click.option("--scale", type=float, help="read: factor of the correction. Default: 1."),
+    click.option("--layers", help="read: all, every:2, last:6 or numbers such as 0,3,5. Default: all."),
+    click.option("--stacks", help="read: encoder, decoder or both, of an encoder-decoder. Default: both."),
+    click.option("--joiner", help="read: attention, mean or none, from encoder to decoder. Default: attention."),
+    click.option("--pooling", help="read: first, mean or last state for a classifier. Default: its class's own."),
+)
+
+
 @cli.command()
 @click.argument("model")
-@click.option("--method", default="paca", show_default=True, help="The method of surgery.")
+@click.option("--method", default="paca", show_default=True, help="The method of surgery: paca or read.")
 @OUT
-@click.option("-r", "--rank", default=16, show_default=True, help="Input columns to train in each layer.")
-@click.option(
-    "--targets",
-    multiple=True,
-    default=["all-linear"],
-    show_default=True,
-    help="Layers: all-linear, names, globs or re:PATTERN; commas separate, and it can be repeated.",
-)
-@click.option("--exclude", multiple=True, help="Layers to leave out, in the same way.")
-@click.option(
-    "--rank-pattern", multiple=True, metavar="PATTERN=RANK", help="Another rank for some layers; the last wins."
-)
-@click.option("--alpha", type=float, help="Scale the update by alpha / rank while training. Default: no scaling.")
-@click.option("--select", default="random", show_default=True, help="How columns are chosen.")
-@click.option("--seed", default=0, show_default=True, help="With a layer's name it decides the columns.")
+@PACA_OPTIONS
+@READ_OPTIONS
+@click.option("--seed", type=int, help="With a layer's name it decides what is drawn at random. Default: 0.")
 @TASK
 @click.option("--plan", "plan_only", is_flag=True, help="Print what would be done, and touch nothing.")
 @OVERWRITE
@@ -139,45 +175,33 @@ def apply(
     *,
     method: str,
     out: Path | None,
-    rank: int,
-    targets: tuple[str, ...],
-    exclude: tuple[str, ...],
-    rank_pattern: tuple[str, ...],
-    alpha: float | None,
-    select: str,
-    seed: int,
     task: str,
     labels: str,
     plan_only: bool,
     overwrite: bool,
     as_json: bool,
+    **settings: Any,  # the methods' options: which of them a method has, its spec says
 ) -> None:
     """Plan a surgery on MODEL (a folder or a hub id) and write a fresh adapter folder.
 
     \b
     surgery apply model/
     surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
+    surgery apply model/ --method read --hidden 64 --layers every:2
     surgery apply model/ --plan
     """
+    require_model(model)
     from surgery import operate, table, workflow
     from surgery import show as showing
     from surgery.adapter import find_model
     from surgery.checkpoint import Checkpoint
-    from surgery.lookup import METHODS, load
-    from surgery.planning import plan_checkpoint
+    from surgery.planning import make_spec, plan_checkpoint
     from surgery.survey import TaskSpec
 
-    spec = load(METHODS, method, "--method").spec_type(
-        rank=rank,
-        targets=split_list(targets),
-        exclude=split_list(exclude),
-        rank_pattern=parse_rank_pattern(rank_pattern),
-        alpha=alpha,
-        select=select,
-        seed=seed,
-    )
+    given = {name: value for name, value in settings.items() if value is not None and value not in ((), {})}
+    spec = make_spec(method, given)
     wanted = TaskSpec(task, split_list([labels]))
-    folder = out or workflow.default_adapter_folder(model)
+    folder = out or workflow.default_adapter_folder(model, method)
     if plan_only:
         checkpoint = Checkpoint.open(find_model(model)[0])
         plan = plan_checkpoint(checkpoint, spec, wanted)
@@ -234,6 +258,7 @@ def train(
     surgery train model-paca/ --data sst2.tsv --task sequence-classification
     surgery train model-paca/ --data train.jsonl --resume auto
     """
+    require_record(adapter)
     from surgery import recipe as recipes
     from surgery import show as showing
     from surgery.survey import TaskSpec
@@ -269,7 +294,7 @@ def train(
 @click.argument("adapter", type=FOLDER, required=False)
 @click.option("--merge", is_flag=True, help="Write the trained columns into a dense checkpoint (format safetensors).")
 @OUT
-@click.option("--format", "format_", default="safetensors", show_default=True, help="safetensors or lora.")
+@click.option("--format", "format_", default="safetensors", show_default=True, help="safetensors, lora or remote-code.")
 @click.option("--dtype", default="keep", show_default=True, help="keep, fp32, bf16 or fp16: cast after the merge.")
 @click.option("--max-shard-size", help="Cut files anew, e.g. 5GB. Default: the base's own files.")
 @click.option("--no-verify", is_flag=True, help="Leave out the check of what was written.")
@@ -291,7 +316,7 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export ADAPTER: a dense checkpoint (--merge), or a LoRA adapter (--format lora).
+    """Export ADAPTER: a dense checkpoint (--merge), a LoRA adapter or a model with its side network (--format).
 
     Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` unless -o says
     otherwise, and appears only after its check held.
@@ -301,12 +326,14 @@ def export(
     surgery export model-paca/ --merge -o out/ --max-shard-size 5GB
     surgery export model-paca/ --format lora
     """
+    if merge != (format_ in MERGED_FORMATS):
+        found = f"--merge with --format {format_}" if merge else f"--format {format_} without --merge"
+        raise RequestError("export", found, expected="--merge, or a format such as lora or remote-code without it")
+    if adapter:
+        require_record(adapter)
     from surgery import show as showing
     from surgery import workflow
 
-    if merge == (format_ == "lora"):
-        found = "--merge with --format lora" if merge else f"--format {format_} without --merge"
-        raise RequestError("export", found, expected="--merge, or --format lora without it")
     folder = workflow.find_adapter(adapter)
     result = workflow.export(
         folder,
@@ -337,6 +364,7 @@ def verify(
     \b
     surgery verify model-paca-merged/
     """
+    require_record(merged)
     from surgery.verify import verify as run_checks
 
     result = run_checks(merged, adapter=adapter, base=base, prompts=prompts, numeric=not no_numeric)
@@ -353,6 +381,7 @@ def undo(merged: Path, *, out: Path, as_json: bool) -> None:
     \b
     surgery undo model-paca-merged/ -o model-again/
     """
+    require_record(merged)
     from surgery import workflow
 
     folder = workflow.undo(merged, out)
@@ -368,6 +397,7 @@ def inspect(path: Path, *, as_json: bool) -> None:
     \b
     surgery inspect model-paca/
     """
+    require_folder(path)
     from surgery import inspection
 
     result = inspection.inspect(path)
@@ -487,9 +517,9 @@ def _explain_usage(error: click.ClickException) -> None:
 
 
 def _unexpected(error: Exception) -> SurgeryError:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = shorten(str(error), 400) or type(error).__name__
     kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-    return SurgeryError("surgery", f"{kind}{text[:400]}", fix="surgery -v shows where")
+    return SurgeryError("surgery", f"{kind}{text}", fix="surgery -v shows where")
 
 
 def _fail(error: SurgeryError, *, verbose: bool) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from surgery import arrow
-from surgery.errors import DataError
+from surgery.errors import DataError, counted
 from surgery.formats import (
     FORMATS,
     TASKS,
@@ -113,11 +113,11 @@ class Counts:
 
 
 def _counted(counts: Counts) -> str:
-    parts = [f"{counts.rows} rows", f"{counts.examples} examples", f"{counts.tokens} tokens"]
-    parts.append(f"{counts.loss_tokens} carry loss")
+    parts = [counted(counts.rows, "row"), counted(counts.examples, "example"), counted(counts.tokens, "token")]
+    parts.append(f"{counts.loss_tokens} {'carries' if counts.loss_tokens == 1 else 'carry'} loss")
     special = {"cut": counts.truncated_rows, "dropped without loss": counts.dropped_rows}
     parts += [f"{number} {what}" for what, number in special.items() if number]
-    return ", ".join(parts + ([f"{counts.tail_tokens} tokens left over"] if counts.tail_tokens else []))
+    return ", ".join(parts + ([f"{counted(counts.tail_tokens, 'token')} left over"] if counts.tail_tokens else []))
 
 
 def _share(counts: Counts, examples: int) -> Counts:
@@ -410,9 +410,9 @@ def _split_blocks(source: _Source, tokenizing: _Tokenizing) -> tuple[_Stored, _S
 def _no_loss(where: str, counts: Counts, tokenizing: _Tokenizing) -> DataError:
     length = tokenizing.max_length
     if tokenizing.packed and counts.tail_tokens and not counts.dropped_rows:
-        found = f"found {counts.tail_tokens} tokens, fewer than one block"
+        found = f"found {counted(counts.tail_tokens, 'token')}, fewer than one block"
         return DataError(where, found, expected=f"{length} or more", fix="Give more text, or lower data.max_length")
-    found = f"found no token that carries loss in {counts.rows} rows"
+    found = f"found no token that carries loss in {counted(counts.rows, 'row')}"
     expected = f"an answer that begins within the first {length} tokens of at least one row"
     fix = "Raise data.max_length if the prompts are longer, and check that the rows have answers (assistant turns)"
     return DataError(where, found, expected=expected, fix=fix)

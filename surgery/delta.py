@@ -2,7 +2,7 @@
 
 Keys of `adapter.safetensors`: for each target `<module>.columns` (r,) int64, `<module>.values` (out, r) and
 `<module>.original` (out, r) in the base's dtype; for each whole tensor `<parameter>.whole` and, where the base has
-one, `<parameter>.original`.
+one, `<parameter>.original`; for each tensor of a side network, under its name in the model, its values.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import BaseMismatchError, DamagedError
+from surgery.errors import BaseMismatchError, DamagedError, UnsupportedError
 from surgery.plan import SurgeryPlan, Target
 from surgery.tensorfile import TensorFile, dtype_name, torch_dtype
 
@@ -114,21 +114,24 @@ class WholePatch:
 class ColumnDelta:
     """Everything a PaCA adapter changes. The keys equal the plan's targets. Raises: DamagedError."""
 
+    what: ClassVar[str] = "a PaCA adapter"
+    nature: ClassVar[str] = "(columns of the base's own weights)"
+    ways_out: ClassVar[str] = "Write the merged checkpoint with --merge, or --format lora"
+
     plan: SurgeryPlan
     patches: Mapping[str, ColumnPatch]
     whole: Mapping[str, WholePatch]
 
     def __post_init__(self) -> None:
         planned = {target.module for target in self.plan.targets}
-        if set(self.patches) != planned or set(self.whole) != {target.parameter for target in self.plan.whole}:
+        if set(self.patches) != planned or set(self.whole) != _whole_names(self.plan):
             raise DamagedError("adapter", "its tensors are not the plan's", expected=f"{len(planned)} targets")
-        for target in self.plan.whole:
-            patch = self.whole[target.parameter]
-            if tuple(patch.values.shape) != target.shape:
-                found = f"shape {tuple(patch.values.shape)}"
-                raise DamagedError(f"adapter, {target.parameter}", found, expected=str(target.shape))
-            require_finite(f"adapter, {target.parameter}", patch.values)
-            require_fits(f"adapter, {target.parameter}", patch.stored(target.dtype))
+        _require_whole(self.plan, self.whole)
+
+    @property
+    def movable(self) -> int:
+        """How many targets there are."""
+        return len(self.patches)
 
     @property
     def moved(self) -> int:
@@ -142,12 +145,97 @@ class ColumnDelta:
             tensors[f"{module}.columns"] = patch.columns.contiguous()
             tensors[f"{module}.values"] = patch.values.contiguous()
             tensors[f"{module}.original"] = patch.original.contiguous()
-        for parameter, whole in self.whole.items():
-            tensors[f"{parameter}.whole"] = whole.values.contiguous()
-            if whole.original is not None:
-                tensors[f"{parameter}.original"] = whole.original.contiguous()
-        data: bytes = safetensors.torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()})
-        return data
+        return _file_bytes(tensors, self.whole)
+
+
+@dataclass(frozen=True)
+class SideDelta:
+    """Everything a READ adapter adds: a side network's tensors, by name. It has no dense equivalent.
+
+    Raises: DamagedError.
+    """
+
+    what: ClassVar[str] = "a READ adapter"
+    nature: ClassVar[str] = "(a side network runs beside the layers and has no dense equivalent)"
+    ways_out: ClassVar[str] = (
+        "Write --format remote-code, which transformers loads with the side network, or use surgery.load in Python"
+    )
+
+    plan: SurgeryPlan
+    state: Mapping[str, Tensor]
+    whole: Mapping[str, WholePatch]
+
+    def __post_init__(self) -> None:
+        if set(self.state) != {t.parameter for t in self.plan.side} or set(self.whole) != _whole_names(self.plan):
+            expected = f"{len(self.plan.side)} of the side network"
+            raise DamagedError("adapter", "its tensors are not the plan's", expected=expected)
+        for target in self.plan.side:
+            values, where = self.state[target.parameter], f"adapter, {target.parameter}"
+            if tuple(values.shape) != target.shape or values.dtype not in (torch.float32, torch.float64):
+                found = f"{values.dtype} {tuple(values.shape)}"
+                raise DamagedError(where, found, expected=f"float32 or float64 {target.shape}")
+            require_finite(where, values)
+        _require_whole(self.plan, self.whole)
+
+    @property
+    def movable(self) -> int:
+        """How many stacks are corrected."""
+        return len(self._projections)
+
+    @property
+    def moved(self) -> int:
+        """How many corrections are any: projections back are zero until training moves them."""
+        return sum(bool(values.any()) for values in self._projections)
+
+    @property
+    def _projections(self) -> list[Tensor]:
+        return [values for name, values in self.state.items() if name.endswith(".output.weight")]
+
+    def to_bytes(self) -> bytes:
+        """The adapter file's content. The same delta gives the same bytes."""
+        return _file_bytes({name: self.state[name].contiguous() for name in sorted(self.state)}, self.whole)
+
+
+Delta = ColumnDelta | SideDelta
+
+
+def require_side(delta: Delta, where: str) -> SideDelta:
+    """A side network's delta. Raises: UnsupportedError for any other."""
+    if not isinstance(delta, SideDelta):
+        found = f"{delta.what} {delta.nature}"
+        raise UnsupportedError(where, found, expected=SideDelta.what, fix=delta.ways_out)
+    return delta
+
+
+def require_columns(delta: Delta, where: str) -> ColumnDelta:
+    """A delta that can be merged. Raises: UnsupportedError for any other."""
+    if not isinstance(delta, ColumnDelta):
+        found = f"{delta.what} {delta.nature}"
+        raise UnsupportedError(where, found, expected=ColumnDelta.what, fix=delta.ways_out)
+    return delta
+
+
+def _whole_names(plan: SurgeryPlan) -> set[str]:
+    return {target.parameter for target in plan.whole}
+
+
+def _require_whole(plan: SurgeryPlan, whole: Mapping[str, WholePatch]) -> None:
+    """What was trained whole has the planned shape, and values that its dtype holds. Raises: DamagedError."""
+    for target in plan.whole:
+        patch, where = whole[target.parameter], f"adapter, {target.parameter}"
+        if tuple(patch.values.shape) != target.shape:
+            raise DamagedError(where, f"shape {tuple(patch.values.shape)}", expected=str(target.shape))
+        require_finite(where, patch.values)
+        require_fits(where, patch.stored(target.dtype))
+
+
+def _file_bytes(tensors: dict[str, Tensor], whole: Mapping[str, WholePatch]) -> bytes:
+    for parameter, patch in whole.items():
+        tensors[f"{parameter}.whole"] = patch.values.contiguous()
+        if patch.original is not None:
+            tensors[f"{parameter}.original"] = patch.original.contiguous()
+    data: bytes = safetensors.torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    return data
 
 
 class _StoredPatches(Mapping[str, ColumnPatch]):
@@ -173,12 +261,12 @@ class _StoredPatches(Mapping[str, ColumnPatch]):
 def adapter_names(plan: SurgeryPlan) -> set[str]:
     """The tensors of a plan's adapter file."""
     names = {f"{t.module}.{part}" for t in plan.targets for part in ("columns", "values", "original")}
-    names |= {f"{w.parameter}.whole" for w in plan.whole}
+    names |= {t.parameter for t in plan.side} | {f"{w.parameter}.whole" for w in plan.whole}
     return names | {f"{w.parameter}.original" for w in plan.whole if w.sha256}
 
 
-def read_delta(path: Path, plan: SurgeryPlan) -> ColumnDelta:
-    """An adapter file, its columns read as they are asked for. Raises: DamagedError."""
+def read_delta(path: Path, plan: SurgeryPlan) -> Delta:
+    """An adapter file; columns are read as they are asked for, a side network at once. Raises: DamagedError."""
     tensors = TensorFile(path)
     difference = sorted(adapter_names(plan) ^ set(tensors.infos))
     if difference:
@@ -190,7 +278,29 @@ def read_delta(path: Path, plan: SurgeryPlan) -> ColumnDelta:
         )
         for w in plan.whole
     }
+    if plan.stacks:
+        return SideDelta(plan, {t.parameter: tensors.read(t.parameter) for t in plan.side}, whole)
     return ColumnDelta(plan, _StoredPatches(tensors, plan), whole)
+
+
+def backbone_sha256(checkpoint: Checkpoint) -> str:
+    """One digest of every tensor of a checkpoint, by name, dtype, shape and bytes: files may be cut otherwise."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint):
+        info = checkpoint[name]
+        digest.update(f"{name} {info.dtype} {info.shape} {checkpoint.sha256(name)}\n".encode())
+    return digest.hexdigest()
+
+
+def require_backbone(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
+    """Raises BaseMismatchError where a plan names a whole base and this is another."""
+    if plan.backbone_sha256 and (found := backbone_sha256(checkpoint)) != plan.backbone_sha256:
+        raise BaseMismatchError(
+            str(checkpoint.root),
+            f"its tensors have digest {found[:12]}..",
+            expected=f"{plan.backbone_sha256[:12]}.., of the base this adapter was made for",
+            fix="Name the right base with --base, or apply again to this one",
+        )
 
 
 def require_base(target: Target, digest: str, where: str) -> None:

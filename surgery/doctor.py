@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 from packaging.specifiers import SpecifierSet
 
+from surgery.errors import shorten
 from surgery.lookup import BACKENDS
 from surgery.table import align, size_text
 
@@ -230,7 +231,8 @@ def _import_errors(versions: Mapping[str, str]) -> list[str]:
                 importlib.import_module(name)
         except Exception as error:  # noqa: BLE001  whatever a broken installation raises is the finding
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            problems.append(f"{name} {versions[name]} cannot be imported ({first_line[:200]}): install it again")
+            why = shorten(first_line, 200)
+            problems.append(f"{name} {versions[name]} cannot be imported ({why}): install it again")
     return problems
 
 

@@ -98,3 +98,17 @@ def closest(name: str, choices: Iterable[str]) -> str:
     """`the closest is 'x'` for an error's fix, or the empty string where nothing is near."""
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f"The closest is {near[0]!r}" if near else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def shorten(text: str, limit: int) -> str:
+    """A text as one line of at most `limit` characters, cut at a word; `..` stands for the rest."""
+    text = " ".join(text.split())
+    if len(text) <= limit:
+        return text
+    cut = text[: limit - 2]
+    return (cut.rpartition(" ")[0] or cut[:-1]) + " .."

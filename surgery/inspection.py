@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.adapter import open_adapter
-from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json
-from surgery.errors import NotAModelError
-from surgery.manifest import ADAPTER, MERGED, UNDO_FILE, Base, Check, Record, parse_record, read_document
+from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json, require_folder
+from surgery.errors import NotAModelError, counted
+from surgery.manifest import ADAPTER, MERGED, REMOTE_CODE, UNDO_FILE, Base, Check, Record, parse_record, read_document
 from surgery.plan import SurgeryPlan
+from surgery.runs import CHECKPOINTS, latest_checkpoint, open_run, step_of
 from surgery.table import align, plan_lines, size_text, target_rows
 
 MODEL, LORA = "model", "lora"
@@ -46,7 +47,7 @@ class ModelFacts:
         return [
             ("architecture", f"{self.architecture or 'unknown'} ({self.model_type or 'no model type'})"),
             ("values", f"{sum(self.values.values()):,}: {kinds}"),
-            ("weights", f"{size_text(self.size_bytes)}, {self.tensors} tensors in {_count(self.files, 'file')}"),
+            ("weights", f"{size_text(self.size_bytes)}, {self.tensors} tensors in {counted(self.files, 'file')}"),
             ("tied embeddings", _TIED[self.is_tied]),
             ("quantized", self.quantization or "no"),
             ("tokenizer", self.tokenizer or "none"),
@@ -70,11 +71,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What training did: `moved` targets differ from the base; `training` is the record's summary."""
+    """What training did: `moved` of `targets` (layers, or corrections) changed; `training` is the record's summary.
+
+    open_run_step: of a run that is not finished, the step of its last whole checkpoint (0: none); None without one.
+    """
 
     moved: int
     targets: int
     training: Mapping[str, Any]
+    open_run_step: int | None = None
 
     def pairs(self) -> _Pairs:
         """Labels and texts."""
@@ -85,7 +90,9 @@ class AdapterFacts:
             if isinstance(metrics, Mapping) and metrics:
                 text = ", ".join(f"{name} {_number(value)}" for name, value in metrics.items())
                 state.append((f"held-out {moment}", text))
-        return [*state, ("moved", f"{self.moved} of {_count(self.targets, 'target')}")]
+        if self.open_run_step is not None:
+            state.append(("run", _open_run(self.open_run_step)))
+        return [*state, ("moved", f"{self.moved} of {counted(self.targets, 'target')}")]
 
 
 @dataclass(frozen=True)
@@ -137,14 +144,13 @@ _KINDS = {
     ADAPTER: "an adapter",
     MERGED: "a merged checkpoint",
     LORA: "a LoRA adapter for PEFT",
+    REMOTE_CODE: "a model with a side network, which transformers loads with trust_remote_code",
 }
 
 
 def inspect(path: Path) -> Inspection:
     """Find out what a folder is. Raises: NotAModelError: none of ours; DamagedError, RequestError."""
-    if not path.is_dir():
-        found = "a file" if path.exists() else "no such folder"
-        raise NotAModelError(str(path), found, expected="a model, adapter or merged folder")
+    require_folder(path)
     if not (path / RECORD_FILE).is_file():
         return Inspection(str(path), MODEL, model=_model_facts(_open(path)))
     record = parse_record(read_document(path), str(path / RECORD_FILE))
@@ -168,7 +174,9 @@ def _open(path: Path) -> Checkpoint:
 
 def _inspect_adapter(path: Path, _record: Record) -> Inspection:
     adapter = open_adapter(path)  # decides which of two records holds, after a kill in between
-    facts = AdapterFacts(adapter.delta.moved, len(adapter.plan.targets), adapter.record.manifest.training)
+    last = latest_checkpoint(path / CHECKPOINTS)
+    step = (step_of(last) if last else 0) if open_run(adapter) else None
+    facts = AdapterFacts(adapter.delta.moved, adapter.delta.movable, adapter.record.manifest.training, step)
     return Inspection(str(path), ADAPTER, origin=_origin(path, adapter.record), adapter=facts, plan=adapter.plan)
 
 
@@ -178,12 +186,20 @@ def _inspect_merged(path: Path, record: Record) -> Inspection:
     return Inspection(str(path), MERGED, model=model, origin=_origin(path, record), merged=merged, plan=record.plan)
 
 
+def _inspect_remote(path: Path, record: Record) -> Inspection:
+    manifest, model = record.manifest, _model_facts(Checkpoint.open(path))
+    merged = MergedFacts(manifest.export, manifest.checks, "nothing to undo: the base's tensors are untouched")
+    return Inspection(
+        str(path), REMOTE_CODE, model=model, origin=_origin(path, record), merged=merged, plan=record.plan
+    )
+
+
 def _inspect_lora(path: Path, record: Record) -> Inspection:
     merged = MergedFacts(record.manifest.export, record.manifest.checks, "nothing to undo: the base is not in it")
     return Inspection(str(path), LORA, origin=_origin(path, record), merged=merged, plan=record.plan)
 
 
-_INSPECT = {ADAPTER: _inspect_adapter, MERGED: _inspect_merged, LORA: _inspect_lora}
+_INSPECT = {ADAPTER: _inspect_adapter, MERGED: _inspect_merged, LORA: _inspect_lora, REMOTE_CODE: _inspect_remote}
 
 
 def _model_facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -236,9 +252,14 @@ def _why_no_undo(folder: Path, record: Record) -> str:
 
 
 def _plan_pairs(plan: SurgeryPlan) -> _Pairs:
-    ranks = sorted({target.rank for target in plan.targets})
+    ranks = ", ".join(map(str, sorted({target.rank for target in plan.targets})))
+    method = (
+        f"{plan.method}, {plan.spec['cell']} {plan.spec['hidden']} wide"
+        if plan.stacks
+        else f"{plan.method}, rank {ranks}"
+    )
     return [
-        ("method", f"{plan.method}, rank {', '.join(map(str, ranks))}"),
+        ("method", method),
         ("task", f"{plan.task}, loaded as {plan.architecture}"),
         ("plan", plan.id),
     ]
@@ -253,13 +274,15 @@ def _plan_summary(plan: SurgeryPlan) -> dict[str, Any]:
         "spec": dict(plan.spec),
         "trained_values": plan.trained_values,
         "targets": [asdict(row) for row in target_rows(plan.targets)],
+        "stacks": [asdict(stack) for stack in plan.stacks],
         "whole": [asdict(target) for target in plan.whole],
         "untouched": [asdict(entry) for entry in plan.untouched],
     }
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+def _open_run(step: int) -> str:
+    last = f"its last whole checkpoint is of step {step}" if step else "it has no whole checkpoint"
+    return f"interrupted, unless it is going on now; {last}; `surgery train --resume auto` goes on from there"
 
 
 def _whether(name: str, *, is_there: bool) -> str:

@@ -8,9 +8,13 @@ from typing import Any
 
 from surgery.errors import RequestError, closest
 
-METHODS = {"paca": "surgery.methods.paca:METHOD"}
+METHODS = {"paca": "surgery.methods.paca:METHOD", "read": "surgery.methods.read:METHOD"}
 BACKENDS = {"local": "surgery.backends.local:BACKEND"}
-EXPORTERS = {"safetensors": "exporters.dense:EXPORTER", "lora": "exporters.lora:EXPORTER"}
+EXPORTERS = {
+    "safetensors": "exporters.dense:EXPORTER",
+    "lora": "exporters.lora:EXPORTER",
+    "remote-code": "exporters.remote_code:EXPORTER",
+}
 UNDO = "exporters.undo:undo"
 
 

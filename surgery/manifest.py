@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import RECORD_FILE, path_inside, read_json
+from surgery.checkpoint import RECORD_FILE, path_inside, read_json, require_record
 from surgery.errors import DamagedError, NotAModelError, RequestError
 from surgery.plan import SurgeryPlan, from_json
 
 SCHEMA = 1
-ADAPTER, MERGED = "adapter", "merged"
+ADAPTER, MERGED, REMOTE_CODE = "adapter", "merged", "remote-code"
 UNDO_FILE = "surgery.undo"  # in a merged folder: all that the merge replaced
 _PACKAGES = ("checkpoint-surgery", "torch", "transformers", "safetensors", "accelerate")
 
@@ -103,17 +103,16 @@ def parse_record(document: Mapping[str, Any], where: str) -> Record:
 
 def read_document(folder: Path) -> dict[str, Any]:
     """`surgery.json` as it stands. Raises NotAModelError where there is none."""
-    if not (folder / RECORD_FILE).is_file():
-        expected = "a folder made by `surgery apply` or `surgery export`"
-        raise NotAModelError(str(folder), f"no {RECORD_FILE}", expected=expected)
+    require_record(folder)
     return read_json(path_inside(folder, RECORD_FILE))
 
 
-def read_record(folder: Path, kind: str) -> Record:
-    """The record of a folder of that kind. Raises: NotAModelError, RequestError, DamagedError."""
+def read_record(folder: Path, *kinds: str) -> Record:
+    """The record of a folder of one of those kinds. Raises: NotAModelError, RequestError, DamagedError."""
     record = parse_record(read_document(folder), str(folder / RECORD_FILE))
-    if record.kind != kind:
-        raise NotAModelError(str(folder), f"a folder of kind {record.kind!r}", expected=f"one of kind {kind!r}")
+    if record.kind not in kinds:
+        expected = f"one of kind {' or '.join(map(repr, kinds))}"
+        raise NotAModelError(str(folder), f"a folder of kind {record.kind!r}", expected=expected)
     return record
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -22,14 +22,14 @@ from surgery.adapter import (
 )
 from surgery.checkpoint import Checkpoint
 from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
-from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
-from surgery.errors import BaseMismatchError, CheckError, DamagedError, RequestError, ResourceError
+from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
+from surgery.errors import CheckError, DamagedError, RequestError, ResourceError
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
 from surgery.methods.paca import PacaSpec
-from surgery.plan import SurgeryPlan
-from surgery.planning import Stored, plan_checkpoint, plan_model
+from surgery.plan import Stored, SurgeryPlan
+from surgery.planning import plan_checkpoint, plan_model, trainable_names
 from surgery.survey import (
     TASKS,
     TaskSpec,
@@ -66,13 +66,14 @@ class AttachedState:
 def apply(
     model: str | Path,
     out: str | Path,
-    spec: PacaSpec | None = None,
+    spec: Any = None,
     *,
     task: TaskSpec | None = None,
     overwrite: bool = False,
 ) -> Adapter:
     """Plan a surgery on a model folder or hub id and write a fresh adapter folder, which changes nothing yet.
 
+    spec: PacaSpec (the default, as it stands) or ReadSpec.
     Raises: see plan_checkpoint; OutputExistsError; ResourceError.
     """
     root, base = find_model(model)
@@ -104,10 +105,14 @@ def require_memory(root: Path, dtype: torch.dtype | None) -> None:
 
 
 def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None = None) -> Any:
-    """The base under the plan's class, on the CPU, in the checkpoint's dtype or in `dtype`. Raises: DamagedError."""
+    """The base under the plan's class, on the CPU, in the checkpoint's dtype or in `dtype`.
+
+    Raises: DamagedError; BaseMismatchError where the plan names the whole base and this is another.
+    """
     config = configured(read_config(root), plan.config)
     model_class = class_for(config, plan.task)
     require_memory(root, dtype)
+    require_backbone(Checkpoint.open(root), plan)
     wanted = {"dtype" if TRANSFORMERS_5 else "torch_dtype": dtype or "auto"}
     with quiet_loading():
         model, info = model_class.from_pretrained(
@@ -138,10 +143,11 @@ def align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def attach(model: nn.Module, spec: PacaSpec | None = None) -> SurgeryPlan:
-    """Open a model in place: columns of its linear layers train, and a task's head; all else is frozen.
+def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
+    """Open a model in place: what the spec's method trains, and a task's head; all else is frozen.
 
-    Returns the plan. Raises: SelectorError; RequestError when the model is attached already.
+    spec: PacaSpec (the default, as it stands) or ReadSpec. Returns the plan.
+    Raises: SelectorError, UnsupportedError; RequestError when the model is attached already.
     """
     _require_plain(model)
     task = _live_task(model)
@@ -169,45 +175,39 @@ def _require_plain(model: nn.Module) -> None:
         raise RequestError("attach", "the model is attached already", expected="a plain model", fix="Call detach first")
 
 
-def attach_plan(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
+def attach_plan(model: nn.Module, plan: SurgeryPlan, delta: Delta | None) -> None:
     """Carry out a plan on a model in memory, with an adapter's values if given.
 
     Raises: BaseMismatchError, CheckError.
     """
     _require_plain(model)
     method = lookup(METHODS, plan.method, "--method")
-    if delta:
-        _require_originals(model, delta)
     before = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     originals = (
         {name: patch.original for name, patch in delta.whole.items() if patch.original is not None}
         if delta
         else {w.parameter: model.get_parameter(w.parameter).detach().cpu().clone() for w in plan.whole}
     )
+    columns = {m: p.original for m, p in delta.patches.items()} if isinstance(delta, ColumnDelta) else {}
+    model.requires_grad_(requires_grad=False)
     method.attach(model, plan, delta)
-    columns = {module: patch.original for module, patch in delta.patches.items()} if delta else {}
+    _open_whole(model, plan, delta)
     setattr(model, STATE, AttachedState(plan, originals, before, columns))
     require_contract(model, plan)
 
 
-def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
-    """The model holds, in the planned columns, what the adapter's base held there."""
-    for module, patch in delta.patches.items():
-        weight = cast("Tensor", model.get_submodule(module).weight)
-        here = weight.detach().index_select(patch.target.input_axis, patch.columns.to(weight.device))
-        here = here if patch.target.input_axis == 1 else here.t()
-        if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
-            raise BaseMismatchError(
-                f"adapter, {module}",
-                "the model's columns are not its base's",
-                expected="the base this adapter was made for",
-                fix="Name the right base with --base",
-            )
+@torch.no_grad()
+def _open_whole(model: nn.Module, plan: SurgeryPlan, delta: Delta | None) -> None:
+    for target in plan.whole:
+        parameter = model.get_parameter(target.parameter)
+        if delta:
+            parameter.copy_(delta.whole[target.parameter].values)
+        parameter.requires_grad_()
 
 
 def require_contract(model: nn.Module, plan: SurgeryPlan) -> None:
     """What trains is exactly what the plan says. Raises: CheckError."""
-    expected = lookup(METHODS, plan.method, "--method").trainable_names(plan)
+    expected = trainable_names(plan)
     found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if found != expected:
         difference = sorted(found ^ expected)
@@ -226,11 +226,17 @@ def state_of(model: nn.Module) -> AttachedState:
     return state
 
 
-def collect(model: nn.Module) -> ColumnDelta:
+def collect(model: nn.Module) -> Delta:
     """What training has changed so far. Raises: RequestError, DamagedError where values are not finite."""
     state = state_of(model)
-    originals = state.originals | state.columns
-    delta: ColumnDelta = lookup(METHODS, state.plan.method, "--method").collect(model, state.plan, originals)
+    whole = {
+        w.parameter: WholePatch(
+            model.get_parameter(w.parameter).detach().cpu().clone(), state.originals.get(w.parameter)
+        )
+        for w in state.plan.whole
+    }
+    method = lookup(METHODS, state.plan.method, "--method")
+    delta: Delta = method.collect(model, state.plan, whole, state.columns)
     return delta
 
 
@@ -283,12 +289,11 @@ def save(model: nn.Module, out: str | Path, *, base: str | Path, overwrite: bool
         return write_adapter(writer.path, Path(out), checkpoint, delta, Manifest(origin))
 
 
-def _bind(delta: ColumnDelta, model: nn.Module, checkpoint: Checkpoint) -> ColumnDelta:
-    """The same delta with its targets tied to a checkpoint's files by name, dtype and digest."""
+def _bind(delta: Delta, model: nn.Module, checkpoint: Checkpoint) -> Delta:
+    """The same delta tied to a checkpoint's files by name, dtype and digest."""
     names = memory_names(model, checkpoint)
     disk = {m.name: name for name, m in names.items() if m.is_verbatim}
     prefix = f"{base_prefix(model)}." if any(m.is_prefixed for m in names.values()) else ""
-    patches = {module: _bind_patch(patch, checkpoint, disk) for module, patch in delta.patches.items()}
     whole_targets, whole = [], {}
     for target in delta.plan.whole:
         weight = disk.get(target.parameter)
@@ -296,31 +301,10 @@ def _bind(delta: ColumnDelta, model: nn.Module, checkpoint: Checkpoint) -> Colum
         digest = checkpoint.sha256(weight) if weight else ""
         whole_targets.append(replace(target, weight=weight or target.parameter, sha256=digest))
         whole[target.parameter] = WholePatch(delta.whole[target.parameter].values, original)
-    plan = delta.plan.with_targets(tuple(patch.target for patch in patches.values()), tuple(whole_targets))
-    plan = replace(plan, prefix=prefix, config=_live_config(model, checkpoint, plan))
-    return ColumnDelta(plan, patches, whole)
-
-
-def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, str]) -> ColumnPatch:
-    weight = disk.get(f"{patch.target.module}.weight", "")
-    if not weight or checkpoint[weight].shape != patch.target.shape:
-        raise BaseMismatchError(
-            str(checkpoint.root),
-            f"no weight for {patch.target.module}",
-            expected=f"one of shape {patch.target.shape}",
-            fix="Name the right base",
-        )
-    target = replace(patch.target, weight=weight, dtype=checkpoint[weight].dtype)
-    digest, original = read_target(checkpoint, target, patch.columns)
-    if not torch.equal(original.to(patch.original.dtype), patch.original):
-        raise BaseMismatchError(
-            str(checkpoint.root),
-            f"{weight} is not what the model started from",
-            expected="the checkpoint the model was loaded from",
-        )
-    is_same = patch.values == patch.original.to(patch.values.dtype)  # unmoved: the file may say it more exactly
-    values = torch.where(is_same, original.to(patch.values.dtype), patch.values)
-    return ColumnPatch(replace(target, sha256=digest), patch.columns, values, original)
+    config = _live_config(model, checkpoint, delta.plan)
+    plan = replace(delta.plan, whole=tuple(whole_targets), prefix=prefix, config=config)
+    bound: Delta = lookup(METHODS, plan.method, "--method").bind(replace(delta, plan=plan), checkpoint, disk, whole)
+    return bound
 
 
 def _live_config(model: nn.Module, checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, Any]:

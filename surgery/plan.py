@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from surgery.errors import DamagedError, RequestError
+from surgery.side import Stack
 from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
+_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256")
 
 T = TypeVar("T")
 _JSON_TYPES = {"str": str, "int": int, "Mapping[str, Any]": dict, "Mapping[str, str]": dict}
@@ -87,10 +90,28 @@ class WholeTarget:
 
     @property
     def trained_values(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class SideTarget:
+    """A tensor of a side network, under its name in the attached model."""
+
+    parameter: str
+    shape: tuple[int, ...]
+
+    @property
+    def trained_values(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a model's parameter lies in a file (or, without a file, in the live model): key, dtype, shape."""
+
+    weight: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -104,34 +125,43 @@ class Untouched:
 
 @dataclass(frozen=True)
 class SurgeryPlan:
-    """Targets are sorted by module, unique, and not empty.
+    """What a method does to a model: `targets` (PaCA) sorted by module and unique, or `stacks` (READ); never neither.
 
     `prefix` is what the task's class puts before the base's names (`bert.`); `architecture` the class that loads the
-    result; `config` the entries of config.json that change.
+    result; `config` the entries of config.json that change. `side`: the tensors of the stacks' side networks, sorted;
+    `frozen`: the model's children that stay in eval mode; `backbone_sha256`: the digest of the whole base, empty while
+    no file has been read.
     """
 
     method: str
     spec: Mapping[str, Any]
     architecture: str
     task: str
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...] = ()
     whole: tuple[WholeTarget, ...] = ()
     untouched: tuple[Untouched, ...] = ()
     prefix: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
+    side: tuple[SideTarget, ...] = ()
+    frozen: tuple[str, ...] = ()
+    backbone_sha256: str = ""
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         modules = [target.module for target in self.targets]
-        if not modules or modules != sorted(set(modules)):
+        if modules != sorted(set(modules)) or bool(modules) == bool(self.stacks):
             raise DamagedError("plan", f"{len(modules)} targets", expected="a sorted list without repetition")
+        side = [target.parameter for target in self.side]
+        if side != sorted(set(side)) or bool(side) != bool(self.stacks):
+            raise DamagedError("plan", f"{len(side)} side tensors", expected="a sorted list without repetition")
         weights = [target.weight for target in self.targets] + [target.weight for target in self.whole]
         if len(set(weights)) != len(weights):
             raise DamagedError("plan", "two targets in one weight", expected="a weight for each")
 
     @property
     def trained_values(self) -> int:
-        return sum(t.trained_values for t in self.targets) + sum(w.trained_values for w in self.whole)
+        return sum(sum(t.trained_values for t in kind) for kind in (self.targets, self.side, self.whole))
 
     def merged_name(self, base_name: str) -> str:
         """What a tensor of the base is called in the merged checkpoint; a head stands outside the prefix."""
@@ -148,9 +178,9 @@ class SurgeryPlan:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, numbers and text."""
+        """Plain lists, dicts, numbers and text. A method's own fields are left out where they are empty."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
+        return {name: value for name, value in plain.items() if value or name not in _OWN_FIELDS}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], where: str = "plan") -> SurgeryPlan:
@@ -169,10 +199,17 @@ class SurgeryPlan:
             whole = ({**entry, "shape": tuple(entry["shape"])} for entry in document["whole"])
             parts["whole"] = tuple(from_json(WholeTarget, entry) for entry in whole)
             parts["untouched"] = tuple(from_json(Untouched, entry) for entry in document["untouched"])
+            stacks = ({**entry, "read": tuple(entry["read"])} for entry in document.get("stacks", ()))
+            parts["stacks"] = tuple(from_json(Stack, entry) for entry in stacks)
+            side = ({**entry, "shape": tuple(entry["shape"])} for entry in document.get("side", ()))
+            parts["side"] = tuple(from_json(SideTarget, entry) for entry in side)
+            parts["frozen"] = tuple(document.get("frozen", ()))
             return from_json(cls, parts)
         except (TypeError, KeyError, ValueError) as error:
             raise DamagedError(where, f"the plan is malformed ({error})", expected="a whole plan") from error
 
-    def with_targets(self, targets: tuple[Target, ...], whole: tuple[WholeTarget, ...]) -> SurgeryPlan:
-        """The same plan over other targets (with digests filled in, or names bound to a file)."""
-        return replace(self, targets=targets, whole=whole)
+    def without_digests(self) -> SurgeryPlan:
+        """The same plan as it was before a file was read."""
+        targets = tuple(replace(target, sha256="") for target in self.targets)
+        whole = tuple(replace(target, sha256="") for target in self.whole)
+        return replace(self, targets=targets, whole=whole, backbone_sha256="")

@@ -5,40 +5,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, fields, replace
+from typing import Any
 
 from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.compat import base_prefix, memory_names
-from surgery.errors import DamagedError, UnsupportedError
-from surgery.methods.paca import PacaSpec
-from surgery.plan import SurgeryPlan, Target, WholeTarget
-from surgery.select import LinearSite, find_sites, ranks_of, resolve
-from surgery.survey import (
-    TASKS,
-    TaskSpec,
-    list_untouched,
-    new_parameters,
-    survey,
-    trace_groups,
-)
+from surgery.errors import DamagedError, RequestError
+from surgery.lookup import METHODS
+from surgery.lookup import load as lookup
+from surgery.methods import PlanRequest
+from surgery.plan import Stored, SurgeryPlan, WholeTarget
+from surgery.survey import TASKS, TaskSpec, new_parameters, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorInfo
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a model's parameter lies in a file (or, without a file, in the live model): key, dtype, shape."""
-
-    weight: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def plan_checkpoint(checkpoint: Checkpoint, spec: PacaSpec, task: TaskSpec | None = None) -> SurgeryPlan:
+def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = None) -> SurgeryPlan:
     """The plan for a checkpoint, from its headers and a model on the meta device; no weight is read.
 
-    Raises: SelectorError, UnsupportedError, NotAModelError, DamagedError.
+    spec: a method's, such as PacaSpec. Raises: SelectorError, UnsupportedError, NotAModelError, DamagedError.
     """
     seen = survey(checkpoint.root, task or TaskSpec())
     names = memory_names(seen.model, checkpoint)
@@ -55,7 +41,7 @@ def _stored(info: TensorInfo) -> Stored:
 
 def plan_model(
     model: nn.Module,
-    spec: PacaSpec,
+    spec: Any,
     stored: Mapping[str, Stored],
     converted: Mapping[str, str],
     *,
@@ -67,44 +53,33 @@ def plan_model(
     stored: where each parameter lies, by name; converted: why some cannot be trained; heads: modules of the output.
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
-    sites = find_sites(model, heads)
-    groups = trace_groups(model, sites)
     whole = _plan_whole(model, stored, converted, task=task, heads=heads)
-    whole_names = {target.parameter for target in whole}
-    candidates = [s for s in sites if f"{s.module}.weight" in stored and f"{s.module}.weight" not in whole_names]
-    chosen = resolve(candidates, spec.targets, exclude=spec.exclude)
-    ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
-    targets = tuple(_target(site, stored[f"{site.module}.weight"], ranks[site.module], groups) for site in chosen)
-    touched = {f"{t.module}.weight": t for t in targets} | {w.parameter: w for w in whole}
-    reasons = dict(converted) | {f"{s.module}.weight": "output head" for s in sites if s.is_head}
-    reasons |= {f"{s.module}.weight": f"tied with {s.tied_with}" for s in sites if s.tied_with}
-    reasons |= {f"{s.module}.weight": "not selected" for s in candidates if not s.is_head and not s.tied_with}
-    untouched = list_untouched(model, touched, reasons)
-    architecture = type(model).__name__
-    return SurgeryPlan("paca", json.loads(json.dumps(asdict(spec))), architecture, task, targets, whole, untouched)
+    method = lookup(METHODS, spec.method, "--method")
+    parts = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task))
+    plain = json.loads(json.dumps(asdict(spec)))
+    return SurgeryPlan(spec.method, plain, type(model).__name__, task, whole=whole, **parts)
 
 
-def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
-    if stored.dtype not in FLOAT_DTYPES:
-        raise UnsupportedError(
-            stored.weight,
-            f"dtype {stored.dtype}",
-            expected=f"one of {', '.join(FLOAT_DTYPES)}",
-            fix=f"Leave it out with --exclude {site.module}",
-        )
-    target = Target(
-        site.module,
-        stored.weight,
-        site.out_features,
-        site.in_features,
-        site.input_axis,
-        stored.dtype,
-        rank,
-        groups[site.module],
-    )
-    if stored.shape != target.shape:
-        raise DamagedError(stored.weight, f"shape {stored.shape}", expected=f"{target.shape}, by config.json")
-    return target
+def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> Any:
+    """A method's spec from the settings that were given; the rest have their defaults.
+
+    option: what the user's names begin with, for messages. Raises: RequestError for a setting that it has not.
+    """
+    spec_type = lookup(METHODS, method, f"{option}method").spec_type
+    known = [entry.name for entry in fields(spec_type)]
+    for name in settings:
+        if name not in known:
+            shown, names = (f"{option}{n}" for n in (name, ", ".join(known)))
+            if option == "--":
+                shown, names = shown.replace("_", "-"), names.replace("_", "-")
+            raise RequestError(shown, f"method {method} has no such setting", expected=f"one of {names}")
+    return spec_type(**settings)
+
+
+def trainable_names(plan: SurgeryPlan) -> set[str]:
+    """The parameters of an attached model that may train, by name."""
+    names: set[str] = lookup(METHODS, plan.method, "--method").trainable_names(plan)
+    return names | {target.parameter for target in plan.whole}
 
 
 def _plan_whole(

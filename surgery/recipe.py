@@ -16,8 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgery.data import DataSpec
-from surgery.errors import RecipeError, closest
-from surgery.methods.paca import PacaSpec
+from surgery.errors import RecipeError, closest, shorten
+from surgery.lookup import METHODS
+from surgery.lookup import load as lookup
+from surgery.planning import make_spec
 from surgery.survey import TaskSpec
 
 
@@ -57,9 +59,23 @@ class PacaSection(_Section):
     select: str = Field("random", description="how columns are chosen")
     seed: int = Field(0, ge=0, description="decides the columns")
 
-    def spec(self) -> PacaSpec:
-        """The method's own record."""
-        return PacaSpec(**{**self.model_dump(), "targets": tuple(self.targets), "exclude": tuple(self.exclude)})
+
+class ReadSection(_Section):
+    """What READ does; see `ReadSpec`."""
+
+    cell: str = Field("gru", description="gru, lstm or rnn")
+    hidden: int = Field(256, ge=1, description="width of the side network")
+    recurrent_layers: int = Field(1, ge=1, description="recurrent layers on each other")
+    bidirectional: bool = Field(default=False, description="run over the layers both ways")
+    initial: str = Field("zero", description="first state: zero or (projected) embedding")
+    reduce: str = Field("last", description="last state over the layers, or their mean")
+    output_norm: bool = Field(default=False, description="RMS norm of the correction")
+    scale: float = Field(1.0, gt=0, description="factor of the correction")
+    layers: str = Field("all", description="all, every:2, last:6 or numbers such as 0,3,5")
+    stacks: str = Field("both", description="encoder, decoder or both, of an encoder-decoder")
+    joiner: str = Field("auto", description="attention, mean or none, from encoder to decoder")
+    pooling: str = Field("own", description="first, mean or last state for a classifier; own: as its class picks it")
+    seed: int = Field(0, ge=0, description="decides what the side network starts from")
 
 
 class DataSection(_Section):
@@ -130,16 +146,27 @@ class Recipe(_Section):
     task: str = Field("", description="what the checkpoint's own architecture does, if not given")
     labels: list[str] = Field([], description="class names; read from the data if not given")
     paca: PacaSection = PacaSection()
+    read: ReadSection = ReadSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
+
+    def spec(self) -> Any:
+        """The method's own record. Raises: RequestError; RecipeError for settings of a method that is not chosen."""
+        lookup(METHODS, self.method, "method")
+        sections: dict[str, BaseModel] = {"paca": self.paca, "read": self.read}
+        for name, section in sections.items():
+            if name != self.method and section.model_fields_set:
+                found = f"settings of {name} ({', '.join(sorted(section.model_fields_set))}), and method {self.method}"
+                raise RecipeError("recipe", found, expected=f"the settings of {self.method}", fix=f"Set method: {name}")
+        return make_spec(self.method, sections[self.method].model_dump(), "")
 
     def task_spec(self) -> TaskSpec:
         """The task as the surgery takes it. Raises RequestError."""
         return TaskSpec(self.task, tuple(self.labels))
 
 
-SECTIONS = ("paca", "data", "train", "export")
+SECTIONS = ("paca", "read", "data", "train", "export")
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -148,7 +175,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         document = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(
-            str(path), f"it cannot be read ({' '.join(str(error).split())[:200]})", expected="a YAML file"
+            str(path), f"it cannot be read ({shorten(str(error), 200)})", expected="a YAML file"
         ) from error
     if not isinstance(document, dict):
         raise RecipeError(str(path), "no mapping", expected="keys such as model, data and train")

@@ -26,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from surgery.errors import DataError, closest
+from surgery.errors import DataError, closest, counted
 
 STREAM_PIECE_CHARACTERS = 4_000_000
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:+-]+))?")
@@ -215,7 +215,7 @@ def _table_rows(path: Path, lines: Iterator[tuple[int, list[str]]], *, columns: 
         header = _named_columns(path, cells)
     for number, cells in lines:
         if len(cells) != len(header):
-            found = f"found {_count(len(cells), 'column')}"
+            found = f"found {counted(len(cells), 'column')}"
             raise DataError(f"{path}, line {number}", found, expected=f"{len(header)} as in the first line")
         yield Row(f"{path}, line {number}", dict(zip(header, cells, strict=True)))
 
@@ -232,7 +232,7 @@ def _without_header(path: Path, columns: Sequence[str]) -> bool:
 def _numbered_columns(path: Path, cells: Sequence[str], columns: Sequence[str]) -> list[str]:
     last = max(int(column) for column in columns)
     if last >= len(cells):
-        found = f"found {_count(len(cells), 'column')}"
+        found = f"found {counted(len(cells), 'column')}"
         raise DataError(f"{path}, line 1", found, expected=f"one numbered {last} (counted from 0)")
     if all(cells[int(column)] == column for column in columns):
         found = f"found the numbers {', '.join(columns)} in those very columns, so it is a header or a row"
@@ -246,10 +246,6 @@ def _named_columns(path: Path, cells: Sequence[str]) -> list[str]:
         fix = "A file without a header is read with numbers: data.columns = {text: '0', label: '1'}"
         raise DataError(f"{path}, line 1", f"found the column {twice[0]!r} twice", expected="distinct names", fix=fix)
     return list(cells)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _parquet_rows(path: Path, _columns: Sequence[str]) -> Iterator[Row]:

@@ -19,12 +19,13 @@ def needs(checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, int]:
     """Bytes that each step reads, writes and holds. Activations come on top of training's memory."""
     originals = sum(tensor_bytes(t.dtype, (t.trained_values,)) for t in plan.targets)
     adapter = plan.trained_values * MASTER_BYTES + originals + 8 * sum(t.rank for t in plan.targets)
+    read = sum(checkpoint[target.weight].size_bytes for target in plan.targets)
     return {
-        "apply_reads": sum(checkpoint[target.weight].size_bytes for target in plan.targets),
+        "apply_reads": checkpoint.size_bytes if plan.stacks else read,
         "adapter": adapter,
         "training_memory": checkpoint.size_bytes + plan.trained_values * MASTER_BYTES * OPTIMIZER_COPIES + originals,
         "checkpoint": 3 * plan.trained_values * MASTER_BYTES,
-        "merged": checkpoint.size_bytes + originals,
+        "merged": checkpoint.size_bytes + (adapter if plan.stacks else originals),
     }
 
 
@@ -33,9 +34,9 @@ def need_lines(checkpoint: Checkpoint, plan: SurgeryPlan) -> list[str]:
     need = {name: size_text(count) for name, count in needs(checkpoint, plan).items()}
     return [
         f"apply reads {need['apply_reads']} and writes {need['adapter']}",
-        f"train holds {need['training_memory']} (weights, columns, gradients, AdamW) plus activations",
+        f"train holds {need['training_memory']} (weights, what trains, gradients, AdamW) plus activations",
         f"each training checkpoint takes {need['checkpoint']}",
-        f"export --merge writes {need['merged']} and holds a few tens of MB",
+        f"export {'--format remote-code' if plan.stacks else '--merge'} writes {need['merged']}, in a few tens of MB",
     ]
 
 
@@ -49,6 +50,11 @@ def _metric_lines(before: Mapping[str, float], after: Mapping[str, float]) -> li
 
 def result_lines(result: TrainResult) -> list[str]:
     """A training run."""
+    finished = ["This run had been finished before: nothing was done now."] if result.was_finished else []
+    return [*finished, *_figures(result)]
+
+
+def _figures(result: TrainResult) -> list[str]:
     return [
         *(f"data: {line}" for line in result.data),
         *_metric_lines(result.before, result.after),
@@ -68,4 +74,4 @@ def run_lines(result: RunResult) -> list[str]:
     """A recipe's run."""
     skipped = [f"done before and not repeated: {', '.join(result.skipped)}"] if result.skipped else []
     checks = result.verification.lines() if result.verification else []
-    return [*skipped, *result_lines(result.training), *checks, f"adapter {result.adapter}", f"merged  {result.merged}"]
+    return [*skipped, *_figures(result.training), *checks, f"adapter {result.adapter}", f"merged  {result.merged}"]

@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from surgery.checkpoint import CONFIG_FILE, read_json
 from surgery.compat import TRANSFORMERS_5, base_prefix, quiet_loading, upstream_architecture
-from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest
+from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest, shorten
 from surgery.plan import Untouched
 from surgery.select import LinearSite
 
@@ -118,7 +118,7 @@ def _foreign_config(root: Path) -> Iterator[None]:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotAModelError(
             str(root / CONFIG_FILE),
-            f"transformers cannot read it ({first_line[:200]})",
+            f"transformers cannot read it ({shorten(first_line, 200)})",
             expected="a model that transformers knows",
         ) from error
 
@@ -239,13 +239,10 @@ def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str
         return lambda _module, args: seen[name].extend(args[:1])
 
     try:
-        twin = _meta_twin(model)
+        twin = meta_twin(model)
         for name in seen:
             twin.get_submodule(name).register_forward_pre_hook(watch(name))
-        prefix = base_prefix(twin)
-        base = twin.get_submodule(prefix) if prefix else twin
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet_loading():
-            base.to_empty(device="cpu")(**_trace_inputs(base))
+        dry_run(twin)
     except Exception:  # noqa: BLE001  any failure of foreign code in a dry run means: no sharing, and nothing else
         seen = {name: [] for name in seen}
     groups: dict[tuple[int, ...], str] = {}
@@ -256,7 +253,7 @@ def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str
     return result
 
 
-def _meta_twin(model: Any) -> Any:
+def meta_twin(model: Any) -> Any:
     """The same model on the meta device, so that tracing leaves mode, hooks and settings of the model alone.
 
     In implementations that can be traced: others look at the mask's values or at how tokens are routed.
@@ -266,6 +263,14 @@ def _meta_twin(model: Any) -> Any:
         if TRANSFORMERS_5:
             twin.set_experts_implementation("batched_mm")
     return twin.eval()
+
+
+def dry_run(twin: Any) -> None:
+    """One forward of a twin's base model with fake tensors, for what its hooks see."""
+    prefix = base_prefix(twin)
+    base = twin.get_submodule(prefix) if prefix else twin
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet_loading():
+        base.to_empty(device="cpu")(**_trace_inputs(base))
 
 
 def list_untouched(model: nn.Module, touched: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[Untouched, ...]:

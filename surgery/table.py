@@ -113,6 +113,17 @@ def target_lines(plan: SurgeryPlan) -> list[str]:
     return align(rows, right=(1, 2, 4, 5, 6))
 
 
+def stack_lines(plan: SurgeryPlan) -> list[str]:
+    """The table of the stacks that a side network reads."""
+    rows = []
+    for stack in plan.stacks:
+        values = sum(t.trained_values for t in plan.side if f".stacks.{stack.name}." in t.parameter)
+        read = f"{ranges(stack.read)} of {stack.depth}"
+        rows.append((stack.name, stack.layers, read, f"{stack.width}", stack.exit, f"{values:,}"))
+    head = ("stack", "layers", "read", "width", "corrected after", "trained values")
+    return align([head, *rows], right=(3, 5)) if rows else []
+
+
 def whole_lines(plan: SurgeryPlan) -> list[str]:
     """The table of what is trained whole."""
     rows = []
@@ -131,10 +142,14 @@ def untouched_lines(plan: SurgeryPlan) -> list[str]:
 
 def plan_lines(plan: SurgeryPlan) -> list[str]:
     """What matched, what trains whole, what is not touched, and the sum."""
-    trained = sum(target.trained_values for target in plan.targets)
+    trained = sum(target.trained_values for target in plan.targets) + sum(t.trained_values for t in plan.side)
     weights = sum(target.out_features * target.in_features for target in plan.targets)
-    total = f"{trained:,} values train in {_layers(len(plan.targets))}, {trained / weights:.2%} of {weights:,} weights"
+    total = f"{trained:,} values train in a side network; the backbone does not"
+    if plan.targets:
+        layers = _layers(len(plan.targets))
+        total = f"{trained:,} values train in {layers}, {trained / weights:.2%} of {weights:,} weights"
     if plan.whole:
         total += f"; {plan.trained_values - trained:,} in {len(plan.whole)} whole tensors"
-    blocks = [target_lines(plan), whole_lines(plan), untouched_lines(plan), [total]]
+    targets = target_lines(plan) if plan.targets else stack_lines(plan)
+    blocks = [targets, whole_lines(plan), untouched_lines(plan), [total]]
     return [line for number, block in enumerate(filter(None, blocks)) for line in ([""] if number else []) + block]

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, updat
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
-from surgery.delta import ADAPTER_FILE, ColumnDelta
-from surgery.errors import InterruptedRunError, RecipeError, RequestError, closest
+from surgery.delta import ADAPTER_FILE, Delta
+from surgery.errors import InterruptedRunError, RecipeError, RequestError, closest, shorten
 from surgery.lookup import BACKENDS, METHODS
 from surgery.lookup import load as lookup
 from surgery.metrics import metric_names, metrics_for, preprocess_for
@@ -32,10 +32,10 @@ from surgery.operate import attach_plan, collect, load_base_model
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
+from surgery.runs import CHECKPOINTS, RUN_FILE, latest_checkpoint, open_run, step_of
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import file_sha256
 from surgery.trainer import (
-    CHECKPOINTS,
     TRAINER_FILE,
     Interruption,
     LogFile,
@@ -45,22 +45,23 @@ from surgery.trainer import (
     StopWhenDiverged,
     SurgeryCheckpoints,
     interruptible,
-    latest_checkpoint,
     read_state,
     remove_leftovers,
     remove_whole,
-    step_of,
 )
 from surgery.writing import replace_file, require_disk
 
-RUN_FILE, LOG_FILE = "run.json", "training_log.jsonl"
+LOG_FILE = "training_log.jsonl"
 # Settings that change neither the result nor the schedule: a resumed run may have others.
 FREE_SETTINGS = ("logging_steps", "save_total_limit", "eval_batch_size", "threads", "device")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did. `before` and `after` are the evaluation's metrics (empty without evaluation data)."""
+    """What a run did. `before` and `after` are the evaluation's metrics (empty without evaluation data).
+
+    was_finished: nothing was done now, the figures are those of the run that had been finished before.
+    """
 
     adapter: Path
     steps: int
@@ -72,6 +73,10 @@ class TrainResult:
     before: Mapping[str, float]
     after: Mapping[str, float]
     data: tuple[str, ...]
+    was_finished: bool = False
+
+
+_OF_THE_CALL = ("adapter", "was_finished")  # what a record does not hold: it is not the run's
 
 
 # --- the run
@@ -116,7 +121,10 @@ def train(
 
 
 def _require_evaluation(settings: TrainSection, task: str, *, has_eval: bool) -> None:
-    """Early stopping has data to evaluate on, and looks at a metric that the task has. Raises: RecipeError."""
+    """Early stopping has data to evaluate on, a metric that the task has, and a checkpoint of each evaluation.
+
+    Raises: RecipeError.
+    """
     if not settings.early_stopping_patience:
         return
     if not has_eval:
@@ -125,6 +133,13 @@ def _require_evaluation(settings: TrainSection, task: str, *, has_eval: bool) ->
     if found not in known:
         fix = closest(found, known)
         raise RecipeError("train.metric_for_best", repr(found), expected=f"one of {', '.join(known)}", fix=fix)
+    if settings.save_steps and settings.eval_steps and settings.save_steps != settings.eval_steps:
+        raise RecipeError(
+            "train.save_steps",
+            f"{settings.save_steps} with early stopping, which keeps a checkpoint of each evaluation",
+            expected=f"{settings.eval_steps}, as train.eval_steps",
+            fix="Leave train.save_steps out",
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,8 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         after,
         tuple(prepared.report.lines()),
     )
-    training = {**asdict(result), "adapter": "", "settings": settings.model_dump(), "run": job.run.digest}
+    figures = {name: value for name, value in asdict(result).items() if name not in _OF_THE_CALL}
+    training = {**figures, "settings": settings.model_dump(), "run": job.run.digest}
     delta = collect(model)
     require_disk(adapter.folder, sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE)))
     update_adapter(adapter, delta, replace(adapter.record.manifest, training=training))
@@ -208,8 +224,9 @@ def _is_complete(checkpoint: Path, steps: int, patience: int | None) -> bool:
 def _result_of(adapter: Adapter) -> TrainResult:
     """The result of a run that is finished, from the record."""
     training = adapter.record.manifest.training
-    names = [name for name in TrainResult.__dataclass_fields__ if name not in ("adapter", "data")]
-    return TrainResult(adapter=adapter.folder, data=tuple(training["data"]), **{name: training[name] for name in names})
+    names = [field.name for field in fields(TrainResult) if field.name not in (*_OF_THE_CALL, "data")]
+    figures = {name: training[name] for name in names}
+    return TrainResult(adapter=adapter.folder, data=tuple(training["data"]), was_finished=True, **figures)
 
 
 def count_steps(settings: TrainSection, examples: int) -> int:
@@ -228,14 +245,16 @@ def read_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RequestError(
-            str(folder), f"its tokenizer does not load ({first_line[:160]})", expected="the base's tokenizer files"
+            str(folder),
+            f"its tokenizer does not load ({shorten(first_line, 160)})",
+            expected="the base's tokenizer files",
         ) from error
 
 
 # --- the task
 
 
-def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> ColumnDelta | None:
+def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> Delta | None:
     """A fresh adapter's state planned anew where the task asks for another head; None where it stays as it is."""
     plan = adapter.plan
     name = task.name or plan.task
@@ -345,14 +364,10 @@ def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool
     folder = adapter.folder / CHECKPOINTS
     if resume not in ("auto", "no"):
         raise RequestError("--resume", repr(resume), expected="auto or no")
-    earlier = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-    last_run = adapter.record.manifest.training.get("run")
-    # A run that was stopped between writing the adapter and saying so left another adapter than it began with.
-    is_done = bool(earlier) and earlier["digest"] == last_run and earlier.get("start") != run.start
-    is_open = bool(earlier) and not earlier["finished"] and not is_done
-    if resume == "auto" and last_run == run.digest and not is_open:
+    earlier = open_run(adapter)
+    if resume == "auto" and adapter.record.manifest.training.get("run") == run.digest and not earlier:
         return FINISHED
-    if is_open and not overwrite:
+    if earlier and not overwrite:
         if resume == "no":
             raise RequestError(
                 str(folder),

@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from surgery.errors import CheckError, DamagedError, InterruptedRunError, RequestError
-from surgery.lookup import METHODS
-from surgery.lookup import load as lookup
 from surgery.plan import SurgeryPlan
+from surgery.planning import trainable_names
+from surgery.runs import CHECKPOINTS, step_of
 from surgery.tensorfile import read_header
 from surgery.writing import fsync_path, replace_file, require_disk, write_file
 
-CHECKPOINTS, STATE_FILE, TRAINER_FILE = "checkpoints", "state.safetensors", "trainer_state.json"
+STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
+LINE_SECONDS = 30.0  # between lines of progress, where there is no terminal for a bar
 CHECKPOINT_BYTES = 16  # of each trained value: itself, AdamW's two moments, and as much again for all else
 
 
@@ -100,7 +101,7 @@ class SurgeryCheckpoints:
 
 def write_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
     """Every trainable parameter, exactly as it is."""
-    names = lookup(METHODS, plan.method, "--method").trainable_names(plan)
+    names = trainable_names(plan)
     tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in sorted(names)}
     write_file(folder / STATE_FILE, safetensors.torch.save(tensors, {"plan": plan.id}))
 
@@ -113,23 +114,12 @@ def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
     if read_header(path).metadata.get("plan") != plan.id:
         raise RequestError(str(path), "the state of another plan", expected=f"plan {plan.id}")
     tensors = safetensors.torch.load(path.read_bytes())
-    names = lookup(METHODS, plan.method, "--method").trainable_names(plan)
+    names = trainable_names(plan)
     if set(tensors) != names:
         raise DamagedError(str(path), "its tensors are not the plan's", expected=f"{len(names)} tensors")
     with torch.no_grad():
         for name, tensor in tensors.items():
             model.get_parameter(name).copy_(tensor)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(path.name.split("-")[1])
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -154,20 +144,41 @@ def partial_beside(path: Path) -> Path:
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar on standard error."""
+    """A bar on standard error; where that is no terminal, a line now and then and one at the end.
+
+    TQDM_DISABLE=1, which `surgery -q` sets, leaves out both.
+    """
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.loss = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, disable=None)
+        is_quiet = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+        self.says_lines = not is_quiet and not sys.stderr.isatty()
+        self.said_seconds = time.monotonic()
+        is_off = is_quiet or self.says_lines
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, disable=is_off)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.bar.update(state.global_step - self.bar.n)
+        if self.says_lines and time.monotonic() - self.said_seconds >= LINE_SECONDS:
+            self._say(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:  # noqa: ARG002
-        if hasattr(self, "bar") and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+        if self.bar is not None and "loss" in logs:
+            self.loss = f"{float(logs['loss']):.4f}"
+            self.bar.set_postfix(loss=self.loss)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.bar.close()
+        if self.says_lines:
+            self._say(state)
+
+    def _say(self, state: Any) -> None:
+        loss = f", loss {self.loss}" if self.loss else ""
+        print(f"step {state.global_step}/{state.max_steps}{loss}", file=sys.stderr, flush=True)  # noqa: T201
+        self.said_seconds = time.monotonic()
 
 
 class LogFile(TrainerCallback):  # type: ignore[misc]

@@ -6,6 +6,8 @@ The byte checks share no code with the writer: they read base and merged side by
 from __future__ import annotations
 
 import gc
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +22,13 @@ from transformers import AutoTokenizer
 from surgery.adapter import Adapter, find_base, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.compat import TRANSFORMERS_5, quiet_loading
-from surgery.delta import ADAPTER_FILE, bits
-from surgery.errors import CheckError, DamagedError, SurgeryError
-from surgery.manifest import MERGED, UNDO_FILE, Check, Record, read_record
+from surgery.delta import ADAPTER_FILE, bits, require_columns, require_side
+from surgery.errors import CheckError, DamagedError, SurgeryError, counted
+from surgery.manifest import MERGED, REMOTE_CODE, UNDO_FILE, Check, Record, read_record
+from surgery.methods.read import MODELING_FILE, modeling_source
 from surgery.operate import align, attach_plan, evaluating, load_base_model
 from surgery.plan import Target
-from surgery.survey import class_for, read_config
+from surgery.survey import class_for, own_task, read_config
 from surgery.tensorfile import (
     FLOAT_DTYPES,
     TensorFile,
@@ -46,7 +49,7 @@ PROMPTS = (
 )
 RANDOM_TOKENS = 24
 EXPORT_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-LOGITS_BYTES_FACTOR = 1.3  # loading needs the weights and, for a while, one more shard's worth
+LOGITS_BYTES_FACTOR = 1.6  # loading needs the weights and, while they move, one more shard of them
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,15 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Sides:
-    """What is compared: the merged folder, its base, record and undo file and, where it is at hand, its adapter."""
+    """What is compared: the merged folder, its base, record and undo file and, where it is at hand, its adapter.
+
+    A folder with a side network has no undo file: its base lies in it untouched.
+    """
 
     merged: Checkpoint
     base: Checkpoint
     record: Record
-    undo: TensorFile
+    undo: TensorFile | None
     adapter: Adapter | None
     why_no_adapter: str
 
@@ -81,13 +87,14 @@ def verify(
     prompts: Sequence[str] = (),
     numeric: bool = True,
 ) -> Verification:
-    """Check a merged folder and write the outcome into its record.
+    """Check a merged folder, or one with a side network, and write the outcome into its record.
 
     Raises: CheckError where a check does not hold; NotAModelError, DamagedError, BaseMismatchError.
     """
     folder = Path(folder)
     sides = _open_sides(folder, adapter, base)
-    checks = [_check_names(sides), _check_untouched(sides), *_check_targets(sides)]
+    trained = _check_side(sides) if sides.record.plan.stacks else _check_targets(sides)
+    checks = [_check_names(sides), _check_untouched(sides), *trained]
     check, difference = _check_logits(sides, tuple(prompts) or PROMPTS) if numeric else (_skipped("--no-numeric"), None)
     checks.append(check)
     manifest = replace(sides.record.manifest, checks=tuple(checks))
@@ -96,13 +103,14 @@ def verify(
 
 
 def _open_sides(folder: Path, adapter: str | Path | None, base: str | Path | None) -> _Sides:
-    record = read_record(folder, MERGED)
+    record = read_record(folder, MERGED, REMOTE_CODE)
     undo_path = folder / UNDO_FILE
-    if not undo_path.is_file():
+    if record.kind == MERGED and not undo_path.is_file():
         raise DamagedError(str(folder), f"no {UNDO_FILE}", expected="a whole merged folder", fix="Export again")
     opened, why = _find_adapter(record, folder, adapter)
     root = find_base(record, folder, base)
-    return _Sides(Checkpoint.open(folder), Checkpoint.open(root), record, TensorFile(undo_path), opened, why)
+    undo = TensorFile(undo_path) if record.kind == MERGED else None
+    return _Sides(Checkpoint.open(folder), Checkpoint.open(root), record, undo, opened, why)
 
 
 def _find_adapter(record: Record, folder: Path, named: str | Path | None) -> tuple[Adapter | None, str]:
@@ -134,12 +142,13 @@ def _check_names(sides: _Sides) -> Check:
     """Nothing is lost and nothing is added but new heads."""
     plan = sides.record.plan
     expected = {plan.merged_name(name) for name in sides.base} | {w.weight for w in plan.whole if not w.sha256}
+    expected |= {t.parameter for t in plan.side}
     difference = sorted(expected ^ set(sides.merged))
     if difference:
         raise CheckError(
             str(sides.merged.root),
             f"{len(difference)} tensors missing or surplus, first {difference[0]!r}",
-            expected="the base's tensors and new heads",
+            expected="the base's tensors, new heads and a side network's",
         )
     heads = {w.weight for w in plan.whole}
     wanted = {n: (i.shape, _exported_dtype(sides, i.dtype)) for n, i in sides.base.items() if n not in heads}
@@ -200,11 +209,12 @@ def _check_untouched(sides: _Sides) -> Check:
 def _check_targets(sides: _Sides) -> list[Check]:
     """Of each target only planned columns differ, all of them hold what was trained, and they did move."""
     moved = unmoved = 0
+    assert sides.undo is not None  # noqa: S101  a merged folder has one
     for target in sides.record.plan.targets:
         columns = sides.undo.read(f"{target.module}.columns")
         written, differs = _compare_target(sides, target, columns)
         if sides.adapter and written is not None:
-            stored = sides.adapter.delta.patches[target.module].stored().to(written.dtype)
+            stored = require_columns(sides.adapter.delta, "verify").patches[target.module].stored().to(written.dtype)
             if not torch.equal(bits_of(stored), bits_of(written)):
                 raise CheckError(
                     target.weight,
@@ -217,13 +227,38 @@ def _check_targets(sides: _Sides) -> list[Check]:
         moved, unmoved = moved + differs, unmoved + (not differs)
     if sides.adapter:
         _check_heads(sides, sides.adapter)
-    detail = f"{moved} layers differ from the base in planned columns only"
-    if unmoved:
-        detail += f"; {unmoved} equal it: training did not move them, or rounding to the base's dtype undid it"
     values = Check("trained columns", "passed", "all values are the adapter's")
     if not sides.adapter:
         values = Check("trained columns", "not run", sides.why_no_adapter)
-    return [Check("planned columns", "passed", detail), values]
+    return [Check("planned columns", "passed", _what_moved(moved, unmoved)), values]
+
+
+def _what_moved(moved: int, unmoved: int) -> str:
+    """How many targets differ from the base. A merge in which none does is right, and hardly what was wanted."""
+    why = "were not trained, or rounding to the base's dtype undid it"
+    if unmoved and not moved:
+        return f"no column moved: 0 of {counted(unmoved, 'layer')} differ from the base; they {why}"
+    said = f"{counted(moved, 'layer')} {'differs' if moved == 1 else 'differ'} from the base in planned columns only"
+    if unmoved:
+        said += f"; {counted(unmoved, 'layer')} did not move: they {why}"
+    return said
+
+
+def _check_side(sides: _Sides) -> list[Check]:
+    """The side network is the adapter's, and what runs it is the project's own module."""
+    plan, folder = sides.record.plan, sides.merged.root
+    if (folder / MODELING_FILE).read_text(encoding="utf-8") != modeling_source(plan.architecture):
+        fix = "Export again with this version of checkpoint-surgery"
+        raise CheckError(str(folder / MODELING_FILE), "it is not what this version writes", expected="it", fix=fix)
+    code = Check("modeling file", "passed", "it is the project's own module")
+    if not sides.adapter:
+        return [code, Check("side network", "not run", sides.why_no_adapter)]
+    delta = require_side(sides.adapter.delta, "verify")
+    for name, values in delta.state.items():
+        if not torch.equal(bits_of(values), bits_of(sides.merged.read_tensor(name).to(values.dtype))):
+            raise CheckError(name, "it is not what was trained", expected="the adapter's values", fix="Export again")
+    _check_heads(sides, sides.adapter)
+    return [code, Check("side network", "passed", f"all {len(delta.state)} tensors are the adapter's")]
 
 
 def _check_heads(sides: _Sides, adapter: Adapter) -> None:
@@ -242,6 +277,7 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 def _original(sides: _Sides, target: Target) -> Tensor:
+    assert sides.undo is not None  # noqa: S101  a merged folder has one
     return sides.undo.read(f"{target.module}.original")
 
 
@@ -294,7 +330,7 @@ def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float |
     expected = run_model(trained, inputs)
     del trained
     gc.collect()
-    found = run_model(load_merged(sides.merged.root), inputs)
+    found = run_model(load_merged(sides.merged.root, own_class(sides.merged.root, sides.record)), inputs)
     difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(expected, found, strict=True))
     is_cast = sides.record.manifest.export.get("dtype", "keep") != "keep"
     if not is_cast and any(not torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
@@ -308,10 +344,11 @@ def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float |
     return Check("logits", "passed", said + (", from the cast asked for" if is_cast else "")), difference
 
 
-def load_merged(folder: Path) -> Any:
+def load_merged(folder: Path, model_class: Any = None) -> Any:
     """A merged (or any) checkpoint as transformers loads it, in its own dtype."""
-    config = read_config(folder)
-    model_class = class_for(config, "features") if not config.architectures else _own_class(config)
+    if model_class is None:
+        config = read_config(folder)
+        model_class = class_for(config, own_task(config) if config.architectures else "features")
     dtype_key = "dtype" if TRANSFORMERS_5 else "torch_dtype"
     with quiet_loading():
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **{dtype_key: "auto"})
@@ -322,10 +359,14 @@ def load_merged(folder: Path) -> Any:
     return model
 
 
-def _own_class(config: Any) -> Any:
-    from surgery.survey import own_task
-
-    return class_for(config, own_task(config))
+def own_class(folder: Path, record: Record) -> Any:
+    """The class in a folder's modeling file, which is compared with ours before it runs; None where it has none."""
+    if record.kind != REMOTE_CODE:
+        return None
+    module = types.ModuleType(f"surgery_modeling_{record.plan.id}")
+    sys.modules[module.__name__] = module  # transformers looks the class's module up by its name
+    exec(compile(modeling_source(record.plan.architecture), str(folder / MODELING_FILE), "exec"), module.__dict__)  # noqa: S102
+    return getattr(module, f"Read{record.plan.architecture}")
 
 
 def model_inputs(folder: Path, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -351,13 +392,20 @@ def _random_pixels(config: Any, count: int) -> list[Tensor]:
     return [torch.randn((1, config.num_channels, height, width), generator=generator) for _ in range(count)]
 
 
+def _end_with(input_ids: Tensor, eos_token_id: int | None) -> Tensor:
+    """An encoder-decoder's classifier looks for the end token."""
+    return input_ids if eos_token_id is None else torch.nn.functional.pad(input_ids[:, :-1], (0, 1), value=eos_token_id)
+
+
 def run_model(model: Any, inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
     """The model's first output (logits, or the last hidden state) for each batch."""
     results = []
     with evaluating(model):
         for batch in inputs:
             given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
-            if model.config.is_encoder_decoder:
+            if type(model).__name__.endswith("ForSequenceClassification"):
+                given["input_ids"] = _end_with(given["input_ids"], model.config.eos_token_id)
+            elif model.config.is_encoder_decoder:
                 given["decoder_input_ids"] = given["input_ids"][:, :4]
             results.append(model(**given)[0])
     return results

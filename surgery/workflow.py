@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
-from surgery.lookup import EXPORTERS, METHODS, UNDO, resolve
+from surgery.lookup import EXPORTERS, UNDO, resolve
 from surgery.lookup import load as lookup
 from surgery.manifest import ADAPTER, parse_record, read_document
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from surgery.recipe import Recipe
+from surgery.runs import CHECKPOINTS, latest_checkpoint
 from surgery.survey import TaskSpec
 from surgery.train import TrainResult, train
-from surgery.trainer import CHECKPOINTS, latest_checkpoint
 from surgery.verify import Verification, verify
 from surgery.writing import parse_size
 
-VERIFIED_FORMATS = ("safetensors",)
+VERIFIED_FORMATS = ("safetensors", "remote-code")
 EXPORT_DEFAULTS = {"format": "safetensors", "dtype": "keep", "max_shard_bytes": None}
 
 
@@ -43,12 +43,12 @@ class ExportResult:
     notes: tuple[str, ...] = ()
 
 
-def default_adapter_folder(model: str) -> Path:
-    """`model/` -> `model-paca` beside it; a hub id's last part -> here."""
+def default_adapter_folder(model: str, method: str) -> Path:
+    """`model/` -> `model-paca` (the method's name) beside it; a hub id's last part -> here."""
     path = Path(model)
     if not path.is_dir():
-        return Path(f"{model.rsplit('/', 1)[-1]}-paca")
-    return _beside(path, "paca")
+        return Path(f"{model.rsplit('/', 1)[-1]}-{method}")
+    return _beside(path, method)
 
 
 def find_adapter(folder: str | Path | None, *, here: Path | None = None) -> Path:
@@ -108,8 +108,9 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     exporter = lookup(EXPORTERS, format, "--format")
     opened = open_adapter(adapter)
     if not isinstance(opened.delta, exporter.accepts):
-        kinds = " or ".join(kind.__name__ for kind in exporter.accepts)
-        raise UnsupportedError(f"--format {format}", f"a {type(opened.delta).__name__}", expected=f"a {kinds}")
+        kinds = " or ".join(kind.what for kind in exporter.accepts)
+        delta = opened.delta
+        raise UnsupportedError(f"--format {format}", f"{delta.what} {delta.nature}", expected=kinds, fix=delta.ways_out)
     target = Path(out) if out else default_export_folder(opened.folder, format)
     held: list[Verification] = []
 
@@ -179,20 +180,19 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
     Raises: whatever a step raises; OutputExistsError for a folder that another plan made.
     """
     skipped = []
-    lookup(METHODS, recipe.method, "method")
+    spec = recipe.spec()
     lookup(EXPORTERS, recipe.export.format, "export.format")
     _shard_bytes(recipe.export.max_shard_size)
-    folder = Path(recipe.adapter) if recipe.adapter else default_adapter_folder(recipe.model)
+    folder = Path(recipe.adapter) if recipe.adapter else default_adapter_folder(recipe.model, recipe.method)
     if overwrite or not folder.exists():
         say(f"apply: {recipe.model} -> {folder}")
-        apply(recipe.model, folder, recipe.paca.spec(), task=recipe.task_spec(), overwrite=overwrite)
+        apply(recipe.model, folder, spec, task=recipe.task_spec(), overwrite=overwrite)
     else:
-        _require_same_plan(recipe, folder)
+        _require_same_plan(recipe, spec, folder)
         skipped.append("apply")
-    finished_before = _run_of(folder)
     say(f"train: {folder}")
     trained = train(folder, recipe.data, recipe.train, task=recipe.task_spec(), resume="auto", overwrite=overwrite)
-    if finished_before and finished_before == _run_of(folder):
+    if trained.was_finished:
         skipped.append("train")
     out = Path(recipe.export.out) if recipe.export.out else default_export_folder(folder, recipe.export.format)
     if not overwrite and _is_exported(recipe, folder, out):
@@ -211,18 +211,14 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
     return RunResult(folder, out, trained, done.verification, tuple(skipped))
 
 
-def _run_of(folder: Path) -> Any:
-    return open_adapter(folder).record.manifest.training.get("run")
-
-
-def _require_same_plan(recipe: Recipe, folder: Path) -> None:
+def _require_same_plan(recipe: Recipe, spec: Any, folder: Path) -> None:
     """The adapter there was planned as the recipe asks. Raises: OutputExistsError."""
     adapter = open_adapter(folder)
     task = recipe.task_spec()
     if adapter.plan.whole and not task.labels:
         task = TaskSpec(task.name, tuple(adapter.plan.config.get("id2label", {}).values()))
-    planned = plan_checkpoint(Checkpoint.open(find_model(recipe.model)[0]), recipe.paca.spec(), task)
-    if _without_digests(planned) != _without_digests(adapter.plan) and not _is_fresh(adapter, planned):
+    planned = plan_checkpoint(Checkpoint.open(find_model(recipe.model)[0]), spec, task)
+    if planned.without_digests() != adapter.plan.without_digests() and not _is_fresh(adapter, planned):
         raise OutputExistsError(
             str(folder),
             "an adapter that another plan made",
@@ -234,11 +230,6 @@ def _require_same_plan(recipe: Recipe, folder: Path) -> None:
 def _is_fresh(adapter: Adapter, planned: SurgeryPlan) -> bool:
     """Applied but not trained: training will plan the head anew."""
     return not adapter.record.manifest.training and adapter.plan.spec == planned.spec
-
-
-def _without_digests(plan: SurgeryPlan) -> SurgeryPlan:
-    targets = tuple(replace(target, sha256="") for target in plan.targets)
-    return plan.with_targets(targets, tuple(replace(target, sha256="") for target in plan.whole))
 
 
 def _is_exported(recipe: Recipe, folder: Path, out: Path) -> bool:

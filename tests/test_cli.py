@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,16 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from surgery import operate
 from surgery.adapter import open_adapter
 from surgery.cli import cli, main
 from surgery.delta import ADAPTER_FILE
+from surgery.errors import shorten
 from surgery.methods.paca import PacaSpec
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import TEXTS
@@ -214,6 +220,31 @@ def test_an_error_is_one_line_and_its_exit_code(
     assert digest_folder(work) == before
 
 
+def test_what_the_hub_says_is_cut_at_a_word(run: Run) -> None:
+    """Its message is longer than a line should be: the part that is shown ends in a whole word and two dots."""
+    with pytest.raises(LocalEntryNotFoundError) as caught:
+        snapshot_download("nobody/nothing")
+    ended = run("apply", "nobody/nothing", "--plan")
+    assert ended.code == 2
+    begin = "Error: nobody/nothing: no such folder, and the hub did not give it ("
+    shown, _, rest = ended.err.removeprefix(begin).partition(" ..)")
+    assert rest == ", expected a model folder or a hub id such as org/name.\n"
+    assert 100 < len(shown) < 160
+    assert str(caught.value).startswith(f"{shown} ")
+
+
+@given(st.text(max_size=60), st.integers(4, 40))
+def test_a_shortened_text_is_whole_words_of_it(text: str, limit: int) -> None:
+    """On one line, never longer than asked for; a word that is too long alone is cut, so that something is seen."""
+    whole, short = " ".join(text.split()), shorten(text, limit)
+    assert len(short) <= limit
+    assert (short == whole) == (len(whole) <= limit)
+    if short != whole:
+        kept = short.removesuffix(" ..")
+        assert kept
+        assert whole.startswith(f"{kept} ") or " " not in kept
+
+
 def test_a_check_that_does_not_hold_is_exit_code_3(work: Path, run: Run) -> None:
     """A merged folder with one bit turned over."""
     assert run("export", "--merge").code == 0
@@ -312,6 +343,22 @@ def test_a_result_is_all_that_standard_output_gets(work: Path, run: Run) -> None
     assert "Next: surgery export model-paca --merge" in ended.out
 
 
+def test_without_a_terminal_the_end_of_training_is_a_line(work: Path, run: Run) -> None:
+    """Whoever redirects standard error still sees that something happens."""
+    lines = run("train", "model-paca", "--data", "text.txt", *QUICK).err.splitlines()
+    assert len([line for line in lines if re.fullmatch(r"step 2/2, loss \d+\.\d{4}", line)]) == 1
+
+
+def test_a_run_that_was_finished_before_says_so(work: Path, run: Run) -> None:
+    """In one line above the same figures, and in the document; the run that did it says neither."""
+    line = ("train", "model-paca", "--data", "text.txt", *QUICK, "--resume", "auto")
+    first, again, document = run(*line), run(*line), json.loads(run(*line, "--json").out)
+    said = "This run had been finished before: nothing was done now.\n"
+    assert again.out == said + first.out
+    assert document["was_finished"] is True
+    assert document["steps"] == 2
+
+
 # --- apply --plan and the rest
 
 
@@ -384,7 +431,7 @@ def test_a_stopped_export_leaves_nothing(work: Path, project_root: Path) -> None
     environment = {**os.environ, "PYTHONPATH": str(project_root)}
     command = [sys.executable, "-m", "surgery.cli", "export", "--merge"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=work)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180  # importing alone takes a minute where the machine is busy
     while not list(work.glob(".model-paca-merged.*/*")):
         assert process.poll() is None
         assert time.monotonic() < end

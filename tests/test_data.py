@@ -134,10 +134,23 @@ def test_the_tokenizers_own_limit_holds_where_it_is_smaller(tmp_path: Path) -> N
     assert len(prepared.train[0]["input_ids"]) == 128
 
 
+def test_one_row_is_called_a_row(tmp_path: Path) -> None:
+    """Plain text is one; the words of the report are those of its numbers."""
+    (tmp_path / "a.txt").write_text("word " * 6)
+    prepared = causal(str(tmp_path / "a.txt"), max_length=8)
+    counts = prepared.report.train
+    assert (counts.rows, counts.examples) == (1, len(prepared.train))
+    assert prepared.report.lines()[1].startswith(f"train: 1 row, {counts.examples} examples, {counts.tokens} tokens, ")
+    one = causal(jsonl(tmp_path / "a.jsonl", [{"prompt": "a b", "completion": ""}]))
+    assert (one.report.train.examples, one.report.train.loss_tokens) == (1, 1), "the end of the text"
+    assert one.report.lines()[1].startswith("train: 1 row, 1 example, ")
+    assert one.report.lines()[1].endswith(" tokens, 1 carries loss")
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "wanted"),
     (
-        ([{"prompt": "q" * 99, "completion": "a"}], {}, "no token that carries loss in 1 rows"),
+        ([{"prompt": "q" * 99, "completion": "a"}], {}, "no token that carries loss in 1 row,"),
         ([{"messages": [{"role": "user", "content": "q"}]}], {}, "assistant turns"),
         ([{"text": "short"}], {}, "fewer than one block, expected 32 or more"),
     ),
@@ -431,7 +444,7 @@ def test_the_report_can_be_printed(tmp_path: Path) -> None:
     lines = causal(jsonl(tmp_path / "a.jsonl", rows)).report.lines()
     assert lines == [
         "format prompt-completion, up to 32 tokens",
-        "train: 2 rows, 1 examples, 32 tokens, 30 carry loss, 1 cut, 1 dropped without loss",
+        "train: 2 rows, 1 example, 32 tokens, 30 carry loss, 1 cut, 1 dropped without loss",
     ]
 
 

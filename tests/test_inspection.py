@@ -120,6 +120,30 @@ def test_a_trained_adapter_says_what_training_did(tiny_model: TinyModel, tmp_pat
     assert fact(result, "moved") == "8 of 8 targets"
 
 
+@pytest.mark.parametrize(
+    ("checkpoints", "step", "said"),
+    ((("checkpoint-4", "checkpoint-12"), 12, "last whole checkpoint is of step 12"), ((), 0, "no whole checkpoint")),
+)
+def test_a_run_that_is_not_finished_is_said(
+    checkpoints: tuple[str, ...], step: int, said: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """With its last whole checkpoint and the way on; a finished run, or none, is not mentioned."""
+    adapter = apply(tiny_model("gpt2"), tmp_path / "adapter", PacaSpec(rank=4))
+    assert "interrupted" not in "\n".join(inspect(adapter.folder).lines())
+    folder = adapter.folder / "checkpoints"
+    for name in (*checkpoints, ".checkpoint-20.1.partial"):
+        (folder / name).mkdir(parents=True)
+    note = {"digest": "x", "finished": False, "start": adapter.record.manifest.files["adapter.safetensors"]}
+    (folder / "run.json").write_text(json.dumps(note))
+    result = inspect(adapter.folder)
+    assert said in fact(result, "run")
+    assert "`surgery train --resume auto`" in fact(result, "run")
+    assert result.to_dict()["adapter"]["open_run_step"] == step
+    edit_json(folder / "run.json", finished=True)
+    assert "interrupted" not in "\n".join(inspect(adapter.folder).lines())
+    assert inspect(adapter.folder).to_dict()["adapter"]["open_run_step"] is None
+
+
 def test_one_target_that_moved_is_counted(tiny_model: TinyModel, tmp_path: Path) -> None:
     """`moved` counts targets whose values differ once in the base's dtype."""
     adapter = apply(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "adapter")

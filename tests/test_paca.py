@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from exporters import dense
+from surgery import paca_layers
 from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.errors import DamagedError, RequestError, SelectorError, UnsupportedError
-from surgery.methods import paca
-from surgery.methods.paca import PacaLayer, PacaSpec
+from surgery.methods.paca import PacaSpec
 from surgery.operate import attach, collect, detach, evaluating, load, save
+from surgery.paca_layers import PacaLayer
 from surgery.planning import plan_checkpoint
 from tests.conftest import TinyModel
 from tests.tiny import FAMILIES, build_model, sample_inputs
@@ -104,8 +105,10 @@ def test_gradients_are_the_dense_ones(kind: str, bias: bool, shape: tuple[int, .
         result = model(value)
         (result * torch.arange(result.numel(), dtype=torch.float64).reshape(result.shape).cos()).sum().backward()
     torch.testing.assert_close(given[0].grad, given[1].grad, rtol=1e-12, atol=1e-14)
-    for name, layer in paca.layers(ours).items():
-        expected = paca.read_columns(theirs.get_submodule(name).weight.grad, layer.paca_columns, layer.input_axis)
+    for name, layer in paca_layers.layers(ours).items():
+        expected = paca_layers.read_columns(
+            theirs.get_submodule(name).weight.grad, layer.paca_columns, layer.input_axis
+        )
         torch.testing.assert_close(layer.paca_delta.grad, expected, rtol=1e-12, atol=1e-14)
         assert layer.weight.grad is None
         assert layer.paca_delta.dtype == torch.float64
@@ -121,7 +124,7 @@ def test_numerical_differentiation_agrees(kind: str) -> None:
     def compute(x: Tensor, delta: Tensor) -> Tensor:
         layer.paca_delta.data.copy_(delta.detach())
         layer.refresh()
-        return paca._PacaFunction.apply(x, delta, paca.gather(x, layer.paca_columns), layer)
+        return paca_layers._PacaFunction.apply(x, delta, paca_layers.gather(x, layer.paca_columns), layer)
 
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     delta = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
@@ -139,9 +142,9 @@ def test_a_whole_model_s_gradients_are_the_dense_ones(family: str) -> None:
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in sample_inputs(family).items()}
     for model in (ours, theirs):
         loss_of(model, inputs).backward()
-    for name, layer in paca.layers(ours).items():
+    for name, layer in paca_layers.layers(ours).items():
         weight = theirs.get_submodule(name).weight
-        expected = paca.read_columns(weight.grad, layer.paca_columns, layer.input_axis)
+        expected = paca_layers.read_columns(weight.grad, layer.paca_columns, layer.input_axis)
         torch.testing.assert_close(layer.paca_delta.grad, expected, rtol=1e-9, atol=1e-14)
 
 
@@ -154,7 +157,7 @@ def test_alpha_multiplies_the_update(tiny_model: TinyModel, inputs: dict[str, Te
         loss_of(model, inputs).backward()
         torch.optim.SGD(trainable(model), lr=0.1).step()
         moved[alpha] = {name: layer.trained_columns() - layer.paca_original for name, layer in
-                        paca.layers(model).items()}  # fmt: skip
+                        paca_layers.layers(model).items()}  # fmt: skip
     for name, difference in moved[None].items():
         torch.testing.assert_close(moved[8.0][name], 4 * difference, rtol=1e-9, atol=1e-14)
 
@@ -165,7 +168,7 @@ def test_layers_of_a_group_may_have_different_ranks(tiny_model: TinyModel, input
     attach(ours, PacaSpec(rank=2, rank_pattern={"q_proj": 6, "layers.1.*.v_proj": 6}))
     for model in (ours, theirs):
         loss_of(model, inputs).backward()
-    opened = paca.layers(ours)
+    opened = paca_layers.layers(ours)
     for name, layer in opened.items():
         expected = theirs.get_submodule(name).weight.grad[:, layer.paca_columns]
         torch.testing.assert_close(layer.paca_delta.grad, expected, rtol=1e-9, atol=1e-14)
@@ -192,15 +195,15 @@ def test_a_tensor_changed_in_place_is_gathered_again() -> None:
     """Sharing goes by the tensor and its version, so that an in-place change in between is seen."""
     ours, theirs = Reused(in_place=True).double(), Reused(in_place=False).double()
     attach(ours, PacaSpec(rank=2))
-    shared, columns = paca.SharedGather(2), torch.tensor([0, 3])
-    for layer in paca.layers(ours).values():
+    shared, columns = paca_layers.SharedGather(2), torch.tensor([0, 3])
+    for layer in paca_layers.layers(ours).values():
         layer.paca_gather = shared
         layer.paca_columns.copy_(columns)
         layer.paca_original.data.copy_(layer.weight[:, columns])
     x = torch.randn(4, 5, dtype=torch.float64)
     for model in (ours, theirs):
         model(x).square().sum().backward()
-    for name, layer in paca.layers(ours).items():
+    for name, layer in paca_layers.layers(ours).items():
         torch.testing.assert_close(layer.paca_delta.grad, theirs.get_submodule(name).weight.grad[:, columns])
 
 
@@ -216,8 +219,10 @@ def test_autocast_computes_as_the_dense_layer_does(family: str, tiny_model: Tiny
         logits.append(result.detach())
         result.double().square().mean().backward()
     assert torch.equal(*logits)
-    for name, layer in paca.layers(ours).items():
-        expected = paca.read_columns(theirs.get_submodule(name).weight.grad, layer.paca_columns, layer.input_axis)
+    for name, layer in paca_layers.layers(ours).items():
+        expected = paca_layers.read_columns(
+            theirs.get_submodule(name).weight.grad, layer.paca_columns, layer.input_axis
+        )
         assert layer.paca_delta.grad.dtype == torch.float32
         torch.testing.assert_close(layer.paca_delta.grad, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
 
@@ -317,7 +322,7 @@ def test_accumulated_gradients_are_the_sum(tiny_model: TinyModel, inputs: dict[s
         for model in (ours, theirs):
             loss_of(model, sample_inputs("llama", seed=seed)).backward()
         logits_of(ours, inputs)
-    for name, layer in paca.layers(ours).items():
+    for name, layer in paca_layers.layers(ours).items():
         expected = theirs.get_submodule(name).weight.grad[:, layer.paca_columns]
         torch.testing.assert_close(layer.paca_delta.grad, expected, rtol=1e-9, atol=1e-14)
     before = logits_of(ours, inputs)
@@ -344,7 +349,9 @@ def test_gradient_checkpointing_changes_nothing(
             train_steps(model, optimizer, steps=1, micro_batches=2)
             for _ in range(evaluations):
                 logits_of(model, inputs)
-        results.append((logits_of(model, inputs), [layer.trained_columns() for layer in paca.layers(model).values()]))
+        results.append(
+            (logits_of(model, inputs), [layer.trained_columns() for layer in paca_layers.layers(model).values()])
+        )
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(*pair) for pair in zip(results[0][1], results[1][1], strict=True))
 
@@ -403,7 +410,7 @@ def test_a_copy_lives_on_its_own(llama: Any, inputs: dict[str, Tensor]) -> None:
     after = logits_of(twin, inputs)
     assert not torch.equal(after, before)
     assert torch.equal(logits_of(detach(twin, merge=True), inputs), after)
-    gathers = {id(layer.paca_gather) for layer in paca.layers(llama).values()}
+    gathers = {id(layer.paca_gather) for layer in paca_layers.layers(llama).values()}
     assert len(gathers) == 8
 
 
@@ -426,7 +433,7 @@ def test_averaged_weights_can_be_swapped_in_and_out(way: str, llama: Any, inputs
         llama.train(way == "data.copy_ before eval()")
         swap(parameters, values, way)
         if way == "data.copy_, refresh":
-            for layer in paca.layers(llama).values():
+            for layer in paca_layers.layers(llama).values():
                 layer.refresh()
         assert torch.equal(logits_of(llama, inputs), expected)
 
@@ -447,7 +454,7 @@ def test_the_saved_weight_is_the_trained_one_after_a_forward(llama: Any, inputs:
     """Once a forward has run, `weight` in the state dict holds the trained columns."""
     train_steps(llama, torch.optim.AdamW(trainable(llama), lr=0.02))
     logits_of(llama, inputs)
-    for name, layer in paca.layers(llama).items():
+    for name, layer in paca_layers.layers(llama).items():
         stored = llama.state_dict()[f"{name}.weight"]
         assert torch.equal(stored[:, layer.paca_columns], layer.trained_columns())
 
@@ -509,12 +516,12 @@ def test_nothing_else_is_held_until_backward(kind: str) -> None:
 def test_a_group_gathers_once(llama: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fourteen layers with eight distinct inputs gather eight times a forward, and keep nothing afterwards."""
     calls: Counter[str] = Counter()
-    real = paca.gather
-    monkeypatch.setattr(paca, "gather", lambda x, columns: (calls.update(["gather"]), real(x, columns))[1])
+    real = paca_layers.gather
+    monkeypatch.setattr(paca_layers, "gather", lambda x, columns: (calls.update(["gather"]), real(x, columns))[1])
     for forwards in (1, 2):
         loss_of(llama, inputs)
         assert calls["gather"] == 8 * forwards
-    assert all(layer.paca_gather._kept is None for layer in paca.layers(llama).values())
+    assert all(layer.paca_gather._kept is None for layer in paca_layers.layers(llama).values())
 
 
 def test_columns_are_written_once_a_step(
@@ -642,7 +649,9 @@ def test_detaching_gives_the_base_back(family: str, dtype: torch.dtype, tiny_mod
     assert bits(model) == before
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert [sorted(vars(module)) for module in model.modules()] == fields
-    assert {type(module) for module in model.modules() if "proj" in repr(type(module))}.isdisjoint(paca.SWAPS.values())
+    assert {type(module) for module in model.modules() if "proj" in repr(type(module))}.isdisjoint(
+        paca_layers.SWAPS.values()
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -698,13 +707,13 @@ def test_a_refused_attach_leaves_the_model_alone(spec: dict[str, Any], tiny_mode
     with pytest.raises(SelectorError):
         attach(model, PacaSpec(**spec))
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not paca.layers(model)
+    assert not paca_layers.layers(model)
     attach(model, RANK_4)
 
 
 def test_diverged_columns_are_not_collected(llama: Any, tiny_model: TinyModel, tmp_path: Path) -> None:
     """NaN in a column is an error that says what to do, and nothing is written."""
-    next(iter(paca.layers(llama).values())).paca_delta.data[0, 0] = float("nan")
+    next(iter(paca_layers.layers(llama).values())).paca_delta.data[0, 0] = float("nan")
     with pytest.raises(DamagedError, match=r"1 of .* not finite.*lower the learning rate"):
         save(llama, tmp_path / "adapter", base=tiny_model("llama"))
     assert list(tmp_path.iterdir()) == []
@@ -715,7 +724,7 @@ def test_values_too_large_for_the_file_are_not_collected(tiny_model: TinyModel, 
     folder = tiny_model("llama", dtype=torch.float16)
     model = built(folder)
     attach(model, RANK_4)
-    next(iter(paca.layers(model).values())).paca_delta.data[0, 0] = 1e6
+    next(iter(paca_layers.layers(model).values())).paca_delta.data[0, 0] = 1e6
     with pytest.raises(DamagedError, match=r"1 of .* too large for F16"):
         save(model, tmp_path / "adapter", base=folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from surgery.checkpoint import RECORD_FILE
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import BaseMismatchError, DataError, OutputExistsError, RecipeError, RequestError
+from surgery.methods.paca import PacaSpec
+from surgery.methods.read import ReadSpec
 from surgery.recipe import Recipe, check, describe_keys, known_keys, parse_yaml, read_recipe
 from surgery.workflow import RunResult, run
 from tests.conftest import TinyModel, digest_folder
@@ -127,7 +130,7 @@ def test_overrides_take_any_yaml_and_the_last_holds(read: Read) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     (
-        ("seed=1", r"'seed' could be paca\.seed or data\.seed or train\.seed"),
+        ("seed=1", r"'seed' could be paca\.seed or read\.seed or data\.seed or train\.seed"),
         ("learnin_rate=1", r"unknown key 'learnin_rate'.*The closest is 'learning_rate'"),
         ("train.learnin_rate=1", r"unknown key 'train\.learnin_rate'.*The closest is 'learning_rate'"),
         ("nonsense.key=1", r"unknown key 'nonsense\.key'"),
@@ -169,13 +172,20 @@ def test_every_key_is_described(read: Read) -> None:
 def test_the_sections_take_what_the_libraries_take() -> None:
     """A section's defaults are those of the record that it becomes."""
     recipe = check(Recipe, {"model": "m", "data": {"train": ["x"]}}, "test")
-    assert recipe.paca.spec().rank == 16
-    assert recipe.paca.spec().targets == ("all-linear",)
+    assert recipe.spec() == PacaSpec()
+    assert check(Recipe, {"model": "m", "method": "read"}, "test").spec() == ReadSpec()
     assert recipe.data.spec().train == ("x",)
     with pytest.raises(DataError, match=r"data\.train: found no file"):
         check(Recipe, {"model": "m"}, "test").data.spec()
     with pytest.raises(RequestError, match=r"unknown task 'clasification'.*classification"):
         check(Recipe, {"model": "m", "task": "clasification"}, "test").task_spec()
+
+
+def test_the_settings_of_another_method_are_refused() -> None:
+    """A setting that would be ignored is an error that says which method has it."""
+    recipe = check(Recipe, {"model": "m", "paca": {"rank": 4}, "method": "read"}, "test")
+    with pytest.raises(RecipeError, match=r"settings of paca \(rank\), and method read.*Set method: paca"):
+        recipe.spec()
 
 
 # --- paths
@@ -239,7 +249,7 @@ def test_a_second_run_repeats_nothing(project: Path) -> None:
     second = run_recipe(project)
     assert second.skipped == ("apply", "train", "export")
     assert {path: path.stat().st_mtime_ns for path in project.rglob("*")} == before
-    assert second.training == first.training
+    assert second.training == replace(first.training, was_finished=True)
 
 
 def test_only_what_is_missing_is_done_again(project: Path) -> None:

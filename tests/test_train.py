@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from surgery.errors import (
     RequestError,
     UnsupportedError,
 )
+from surgery.inspection import inspect
 from surgery.methods.paca import PacaSpec
 from surgery.operate import apply, load
 from surgery.recipe import DataSection
@@ -194,11 +196,13 @@ def test_checkpoints_hold_no_base(trained: Trained) -> None:
 
 
 def test_a_finished_run_is_left_alone_with_resume_auto(trained: Trained) -> None:
-    """Nothing is written, and the result is the first one's."""
+    """Nothing is written, and the result is the first one's, which says so; the record holds what the run did."""
     before = digest_folder(trained.folder)
     again = train(trained.folder, trained.data, trained.case.train_section(), task=trained.case.spec(), resume="auto")
     assert digest_folder(trained.folder) == before
-    assert again == trained.result
+    assert again == replace(trained.result, was_finished=True)
+    assert not trained.result.was_finished
+    assert "was_finished" not in trained.adapter().record.manifest.training
 
 
 # --- resuming (property 14)
@@ -225,7 +229,7 @@ VARIANTS = (
     Variant(
         "early-stopping",
         _LABELS,
-        {**_STEPS, "eval_steps": 1, "early_stopping_patience": 3, "learning_rate": 0.05, "max_steps": 30},
+        {"batch_size": 3, "eval_steps": 1, "early_stopping_patience": 3, "learning_rate": 0.05, "max_steps": 30},
         {"hidden_dropout_prob": 0.2},
     ),
 )
@@ -386,9 +390,16 @@ def test_an_interrupted_run_asks_for_a_decision(plain: Setting, tmp_path: Path) 
     with pytest.raises(RequestError, match=r"an interrupted run.*--resume auto.*--overwrite") as caught:
         plain.run(folder)
     assert caught.value.exit_code == 2
+    assert "is going on now; its last whole checkpoint is of step 4" in described(folder)
     assert digest_folder(folder) == before
     plain.run(folder, overwrite=True)
     assert same_adapter(folder, plain.whole)
+    assert "is going on" not in described(folder)
+
+
+def described(folder: Path) -> str:
+    """What `surgery inspect` says."""
+    return "\n".join(inspect(folder).lines())
 
 
 @pytest.mark.parametrize(
@@ -518,6 +529,7 @@ def test_a_run_killed_after_its_last_write_is_finished(
         with pytest.raises(Killed):
             plain.run(folder)
     assert same_adapter(folder, plain.whole)
+    assert "is going on" not in described(folder)
     plain.run(folder, resume="auto")
     assert same_adapter(folder, plain.whole)
 
@@ -652,6 +664,24 @@ def test_early_stopping_needs_data_to_evaluate_on(tiny_model: TinyModel, tmp_pat
         train(tmp_path / "adapter", data, fast(early_stopping_patience=2))
 
 
+def test_a_checkpoint_interval_of_its_own_is_refused_beside_early_stopping(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """It would be ignored: what is kept in the end is a checkpoint of an evaluation. The same interval is none."""
+    data = _LABELS.write(tmp_path)
+    apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
+    stopping: dict[str, Any] = {"early_stopping_patience": 9, "max_steps": 6, "eval_on_start": False}
+    wanted = r"train\.save_steps: 4 with early stopping.*expected 2, as train\.eval_steps\. Leave train\.save_steps out"
+    with pytest.raises(RecipeError, match=wanted) as caught:
+        train(tmp_path / "adapter", data, fast(**stopping, save_steps=4, eval_steps=2), task=_LABELS.spec())
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "adapter" / CHECKPOINTS).exists()
+    for given in ({"save_steps": 2, "eval_steps": 2}, {"save_steps": 2}, {"eval_steps": 2}):
+        train(tmp_path / "adapter", data, fast(**stopping, **given), task=_LABELS.spec())
+        lines = [json.loads(line) for line in (tmp_path / "adapter" / LOG_FILE).read_text().splitlines()]
+        assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]
+
+
 def test_a_metric_that_the_task_has_not_is_refused_before_training(tiny_model: TinyModel, tmp_path: Path) -> None:
     """With the nearest one; nothing was trained for it."""
     data = _LABELS.write(tmp_path)
@@ -737,6 +767,47 @@ def test_a_cuda_device_that_is_not_there_is_unsupported(plain: Setting, tmp_path
         pytest.skip("there is a CUDA device")
     with pytest.raises(UnsupportedError, match="--device cuda"):
         train(plain.copy(tmp_path), plain.data, fast(device="cuda"))
+
+
+@pytest.mark.parametrize("disabled", ("0", "1"))
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    disabled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At most one in 30 seconds, with the loss once there is one, and one at the end; none where bars are disabled."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(sys.modules[Progress.__module__], "time", clock)
+    monkeypatch.setenv("TQDM_DISABLE", disabled)
+    state, progress = SimpleNamespace(global_step=0, max_steps=120), Progress()
+    progress.on_log(None, state, None, {"eval_loss": 1.0})
+    progress.on_train_begin(None, state, None)
+    for step in range(1, 101):
+        state.global_step, clock.now = step, 1000 + step
+        progress.on_step_end(None, state, None)
+        if step % 40 == 0:
+            progress.on_log(None, state, None, {"loss": step / 1000})
+    progress.on_train_end(None, state, None)
+    lines = ["step 30/120", "step 60/120, loss 0.0400", "step 90/120, loss 0.0800", "step 100/120, loss 0.0800"]
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.splitlines() == (lines if disabled == "0" else [])
+
+
+@pytest.mark.parametrize("disabled", ("0", "1"))
+def test_on_a_terminal_progress_is_a_bar(
+    disabled: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no line; nothing at all where bars are disabled."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TQDM_DISABLE", disabled)
+    state, progress = SimpleNamespace(global_step=0, max_steps=2), Progress()
+    progress.on_train_begin(None, state, None)
+    state.global_step = 2
+    progress.on_step_end(None, state, None)
+    progress.on_log(None, state, None, {"loss": 0.5})
+    progress.on_train_end(None, state, None)
+    err = capsys.readouterr().err
+    assert ("2/2" in err, "loss=0.5000" in err) == (disabled == "0", disabled == "0")
+    assert "step 2/2" not in err
 
 
 def test_signals_are_given_back(plain: Setting, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import surgery
 from exporters import dense
 from surgery import workflow
 from surgery.checkpoint import RECORD_FILE, Checkpoint
+from surgery.delta import SideDelta
 from surgery.errors import CheckError, NotAModelError, OutputExistsError, RequestError, UnsupportedError
 from surgery.methods.paca import PacaSpec
 from surgery.verify import Verification
@@ -37,10 +38,10 @@ def test_an_adapter_is_named_after_its_model(tmp_path: Path, monkeypatch: pytest
     """Beside a folder, however it is written; in this folder for a hub id."""
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
-    assert default_adapter_folder(str(tmp_path / "model")) == tmp_path / "model-paca"
-    assert default_adapter_folder(f"{tmp_path}/model/") == tmp_path / "model-paca"
-    assert default_adapter_folder(".").resolve() == tmp_path / "model-paca"
-    assert default_adapter_folder("org/name") == Path("name-paca")
+    assert default_adapter_folder(str(tmp_path / "model"), "paca") == tmp_path / "model-paca"
+    assert default_adapter_folder(f"{tmp_path}/model/", "read") == tmp_path / "model-read"
+    assert default_adapter_folder(".", "paca").resolve() == tmp_path / "model-paca"
+    assert default_adapter_folder("org/name", "paca") == Path("name-paca")
 
 
 def test_an_export_is_named_after_its_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +221,7 @@ def test_an_exporter_refuses_by_type_what_it_cannot_write(
 ) -> None:
     """What an exporter accepts is a type in its record; anything else is exit code 5 and writes nothing."""
     make_adapter(tiny_model("llama"), tmp_path / "adapter")
-    monkeypatch.setattr(dense, "EXPORTER", replace(dense.EXPORTER, accepts=(str,)))
-    with pytest.raises(UnsupportedError, match="a ColumnDelta, expected a str"):
+    monkeypatch.setattr(dense, "EXPORTER", replace(dense.EXPORTER, accepts=(SideDelta,)))
+    with pytest.raises(UnsupportedError, match=r"a PaCA adapter .*, expected a READ adapter"):
         surgery.export(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,33 @@
+"""What a training run leaves in an adapter folder while it is not finished: its note and its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from surgery.adapter import Adapter
+from surgery.checkpoint import read_json
+from surgery.delta import ADAPTER_FILE
+
+CHECKPOINTS, RUN_FILE = "checkpoints", "run.json"
+
+
+def open_run(adapter: Adapter) -> dict[str, Any]:
+    """The note of a run that was stopped before its end, or is still going on; empty where there is none."""
+    path = adapter.folder / CHECKPOINTS / RUN_FILE
+    run = read_json(path) if path.is_file() else {}
+    manifest = adapter.record.manifest
+    # A run that was stopped between writing the adapter and saying so left another adapter than it began with.
+    is_done = run.get("digest", "") == manifest.training.get("run") and run.get("start") != manifest.files[ADAPTER_FILE]
+    return {} if is_done or run.get("finished") else run
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.split("-")[1])

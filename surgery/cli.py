@@ -230,6 +230,8 @@ def apply(
     show_default=True,
     help="auto: go on from the last checkpoint; a finished run is left alone.",
 )
+@click.option("--cache-features", help="read: a folder for the backbone's states; later epochs read them from there.")
+@click.option("--cache-bytes", help="read: what the states may take, for example 20GB.")
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="A recipe whose data and train sections hold.")
 @BASE
 @click.option("--overwrite", is_flag=True, help="Throw the checkpoints of an interrupted run away.")
@@ -244,6 +246,8 @@ def train(
     labels: str,
     device: str | None,
     resume: str,
+    cache_features: str | None,
+    cache_bytes: str | None,
     config: Path | None,
     base: str | None,
     overwrite: bool,
@@ -270,6 +274,7 @@ def train(
         document |= {"data": loaded.data.model_dump(), "train": loaded.train.model_dump()}
         task, labels = task or loaded.task, labels or ",".join(loaded.labels)
     flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
+    flags |= {"train.cache_features": cache_features, "train.cache_bytes": cache_bytes}
     for key, value in flags.items():
         if value:
             section, name = key.split(".")

@@ -124,6 +124,8 @@ class TrainSection(_Section):
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without improvement")
     metric_for_best: str = Field("loss", description="what early stopping looks at: loss, accuracy, f1, ..")
+    cache_features: str | None = Field(None, description="READ: folder for the backbone's states of the training set")
+    cache_bytes: str | None = Field(None, description="READ: what the states may take, for example 20GB")
     threads: int | None = Field(None, ge=1, description="torch's threads on the CPU")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,20 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
         )
     names = (ENCODER, DECODER) if wanted == 2 else (BACKBONE,)
     return tuple(_describe(twin, trace, name, *entry[1:]) for name, entry in zip(names, found, strict=True))
+
+
+def output_lengths(model: nn.Module, stacks: Sequence[Stack]) -> dict[str, int]:
+    """How many things each stack's layers return: 0 for a tensor alone, else a tuple's length, its state first."""
+    lengths: dict[str, int] = {}
+    twin = meta_twin(model)
+    for stack in stacks:
+
+        def note(_module: nn.Module, _args: Any, output: Any, name: str = stack.name) -> None:
+            lengths[name] = len(output) if isinstance(output, tuple) else 0
+
+        twin.get_submodule(f"{stack.layers}.0").register_forward_hook(note)
+    dry_run(twin)
+    return lengths
 
 
 def _candidates(model: nn.Module, trace: _Trace) -> Iterator[tuple[int, str, list[int]]]:

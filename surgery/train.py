@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, Delta
 from surgery.errors import InterruptedRunError, RecipeError, RequestError, closest, shorten
+from surgery.features import ROW, FeatureCache, numbered, open_cache
 from surgery.lookup import BACKENDS, METHODS
 from surgery.lookup import load as lookup
 from surgery.metrics import metric_names, metrics_for, preprocess_for
@@ -53,7 +55,15 @@ from surgery.writing import replace_file, require_disk
 
 LOG_FILE = "training_log.jsonl"
 # Settings that change neither the result nor the schedule: a resumed run may have others.
-FREE_SETTINGS = ("logging_steps", "save_total_limit", "eval_batch_size", "threads", "device")
+FREE_SETTINGS = (
+    "logging_steps",
+    "save_total_limit",
+    "eval_batch_size",
+    "threads",
+    "device",
+    "cache_features",
+    "cache_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -165,13 +175,15 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     arguments = job.backend.training_arguments(
         settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
-    trainer = _trainer(job, model, arguments, interruption)
+    features = _open_features(job, model, autocast)
+    trainer = _trainer(job, model, arguments, interruption, features)
     remove_leftovers(adapter.folder)
     if not job.checkpoint:
         remove_whole(folder)
     job.run.write(folder)
     before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
-    loss = _go(trainer, job, steps, interruption)
+    with features or nullcontext():
+        loss = _go(trainer, job, steps, interruption)
     if interruption.requested:
         last = latest_checkpoint(folder)
         where = last.name if last else "no checkpoint"
@@ -391,8 +403,28 @@ def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool
 # --- the trainer
 
 
-def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption) -> Any:
+def _open_features(job: _Job, model: Any, autocast: str) -> FeatureCache | None:
+    section = job.settings
+    if section.cache_features is None:
+        if section.cache_bytes is not None:
+            raise RecipeError("--cache-bytes", "given without --cache-features", expected="both, or neither")
+        return None
+    return open_cache(
+        job.adapter.plan,
+        job.prepared.train,
+        model,
+        section.cache_features,
+        limit=section.cache_bytes,
+        precision=autocast,
+    )
+
+
+def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, features: FeatureCache | None) -> Any:
     adapter, prepared, settings = job.adapter, job.prepared, job.settings
+    rows = prepared.train
+    if features:
+        rows = rows.add_column(ROW, list(range(len(rows))))
+        arguments.remove_unused_columns = False  # the trainer would take the numbers away
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
     callbacks = [Progress(), LogFile(adapter.folder / LOG_FILE), StopWhenDiverged(), StopWhenAsked(interruption)]
     if settings.early_stopping_patience:
@@ -401,15 +433,16 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption) 
     trainer: Any = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=prepared.train,
+        train_dataset=rows,
         eval_dataset=prepared.eval,
-        data_collator=prepared.collator,
+        data_collator=numbered(prepared.collator),
         compute_metrics=metrics_for(task),
         preprocess_logits_for_metrics=preprocess_for(task),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.surgery_plan, trainer.surgery_keep = adapter.plan, settings.save_total_limit
+    trainer.surgery_features = features
     return trainer
 
 

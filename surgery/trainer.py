@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from surgery.errors import CheckError, DamagedError, InterruptedRunError, RequestError
+from surgery.features import ROW, FeatureCache
 from surgery.plan import SurgeryPlan
 from surgery.planning import trainable_names
 from surgery.runs import CHECKPOINTS, step_of
@@ -39,6 +40,7 @@ class SurgeryCheckpoints:
     surgery_plan: SurgeryPlan
     surgery_keep: int
     surgery_staging: str | None = None
+    surgery_features: FeatureCache | None = None
     args: Any
     model: Any
     state: Any
@@ -80,6 +82,14 @@ class SurgeryCheckpoints:
         """As the trainer's, but how often one evaluates does not change what dropout draws."""
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; a training batch runs from the backbone's states where they are kept."""
+        rows = inputs.pop(ROW, None)
+        if self.surgery_features is None or rows is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        with self.surgery_features.batch(self.model, rows.tolist(), inputs.get("attention_mask")):
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _drop_old(self, folder: Path) -> None:
         kept = sorted(folder.glob("checkpoint-*"), key=step_of)[-self.surgery_keep :]

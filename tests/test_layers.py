@@ -46,6 +46,7 @@ RANKS = {
     "surgery.stacks": 4,
     "surgery.methods.paca": 4,
     "surgery.methods.read": 5,
+    "surgery.features": 5,
     "surgery.data": 4,
     "surgery.adapter": 5,
     "surgery.planning": 5,

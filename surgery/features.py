@@ -1,0 +1,302 @@
+"""The states of a frozen backbone, kept in a file: computed in the first epoch, read from it in those that follow.
+
+A cache folder holds `features.json` (what it is of, and its layout), `states.bin` (for each training row the states of
+each read layer and the last hidden state, (states, tokens, width), in the backbone's dtype) and `done.bin` (a byte a
+row: 1 once its states are on disk). A batch whose rows are all there runs without the backbone's layers: each returns
+what it returned before. Embeddings, masks, the side network and what comes after the exit run as ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surgery.checkpoint import read_json
+from surgery.errors import BaseMismatchError, DamagedError, RecipeError, RequestError, ResourceError
+from surgery.plan import SurgeryPlan
+from surgery.side import Stack
+from surgery.stacks import output_lengths
+from surgery.table import size_text
+from surgery.writing import parse_size, replace_file, require_disk
+
+ROW = "surgery_row"  # the column that numbers the rows of a training set
+_RECORD, _STATES, _DONE = "features.json", "states.bin", "done.bin"
+_SCHEMA = 1
+_FLUSH_ROWS = 2048  # rows whose states are forced to disk together
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each row's states lie. Offsets and sizes in values of `dtype`.
+
+    tokens: of each stack, each row's; kept: of each stack, the layers whose outputs are kept, and whether the exit's is
+    as well (it is the last layer's own where no norm follows).
+    """
+
+    stacks: tuple[Stack, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+
+    def kept(self, stack: Stack) -> list[str]:
+        """The modules whose outputs are kept, in the order in which a forward meets them."""
+        modules = [f"{stack.layers}.{number}" for number in stack.read]
+        return modules if stack.exit in modules else [*modules, stack.exit]
+
+    def offsets(self) -> list[list[int]]:
+        """Of each stack, where each row begins: stacks one after the other."""
+        result, position = [], 0
+        for stack, tokens in zip(self.stacks, self.tokens, strict=True):
+            each = len(self.kept(stack)) * stack.width
+            starts = np.concatenate([[0], np.cumsum(np.asarray(tokens, dtype=np.int64) * each)])
+            result.append([int(start) + position for start in starts])
+            position = result[-1][-1]
+        return result
+
+    @property
+    def size_bytes(self) -> int:
+        return self.offsets()[-1][-1] * self.dtype.itemsize
+
+
+def row_tokens(rows: Any, plan: SurgeryPlan) -> tuple[tuple[int, ...], ...]:
+    """Of each stack, the tokens of each row: its input's, and of a decoder beside an encoder its labels'."""
+    inputs = tuple(len(row) for row in rows["input_ids"])
+    if plan.stacks[0].name == "decoder":
+        return (tuple(len(row) for row in rows["labels"]),)
+    return (inputs, tuple(len(row) for row in rows["labels"])) if len(plan.stacks) > 1 else (inputs,)
+
+
+def describe(plan: SurgeryPlan, rows: Any, precision: str) -> dict[str, str]:
+    """What a cache is of: digests of the model, of the rows as token numbers, and what is read in which precision."""
+    tokens = hashlib.sha256()
+    for name in ("input_ids", "labels") if len(plan.stacks) > 1 or plan.stacks[0].name == "decoder" else ("input_ids",):
+        for row in rows[name]:
+            tokens.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
+    stacks = [asdict(stack) for stack in plan.stacks]
+    return {"model": plan.backbone_sha256, "data": tokens.hexdigest(), "settings": json.dumps([stacks, precision])}
+
+
+class FeatureCache:
+    """The states of a training set's rows, in a folder. One process writes it at a time; several may read it."""
+
+    def __init__(self, folder: Path, key: Mapping[str, str], layout: Layout, *, max_bytes: int | None) -> None:
+        """Open a cache, or begin one. Raises: ResourceError, BaseMismatchError, DamagedError, RequestError."""
+        self.folder, self.layout = folder, layout
+        _require_room(folder, layout, max_bytes)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / _RECORD).open("a+")
+        self._begin(key)
+        dtype = {2: np.uint16, 4: np.uint32, 8: np.uint64}[layout.dtype.itemsize]
+        self._states = np.memmap(folder / _STATES, dtype, mode="r+")
+        self._done = np.fromfile(folder / _DONE, np.uint8)
+        if len(self._done) != len(layout.tokens[0]):
+            raise DamagedError(str(folder / _DONE), f"{len(self._done)} rows", expected=f"{len(layout.tokens[0])}")
+        self._offsets = layout.offsets()
+        self._unflushed: list[int] = []
+        self._lengths: dict[str, int] = {}
+
+    def _begin(self, key: Mapping[str, str]) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            found = "another run is writing it"
+            raise RequestError(str(self.folder), found, expected="a cache of its own", fix="Name another") from error
+        size, record = self.layout.size_bytes, {"schema": _SCHEMA, **key, "bytes": self.layout.size_bytes}
+        if (self.folder / _RECORD).stat().st_size:
+            _require_same(self.folder, read_json(self.folder / _RECORD), record)
+            if (self.folder / _STATES).stat().st_size != size:
+                raise DamagedError(
+                    str(self.folder / _STATES), "it was cut", expected=f"{size:,} bytes", fix="Remove it"
+                )
+        else:
+            with (self.folder / _STATES).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+            (self.folder / _DONE).write_bytes(bytes(len(self.layout.tokens[0])))
+            self._lock.write(json.dumps(record, indent=2) + "\n")
+            self._lock.flush()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row is there."""
+        return bool(self._done.all())
+
+    @contextmanager
+    def batch(self, model: nn.Module, rows: list[int], mask_bt: Tensor | None) -> Iterator[None]:
+        """Around one forward of those rows: without the backbone where all are kept, else to keep them.
+
+        mask_bt: the attention mask of the (first) stack, where rows are padded to one length.
+        """
+        with ExitStack() as stack:
+            for number, description in enumerate(self.layout.stacks):
+                mask = mask_bt if not number else None
+                if self._done[rows].all():
+                    stack.enter_context(self._replaying(model, number, description, rows, mask))
+                else:
+                    stack.enter_context(self._keeping(model, number, description, rows, mask))
+            yield
+        if not self._done[rows].all():
+            self._done[rows] = 1
+            self._unflushed += rows
+            if len(self._unflushed) >= _FLUSH_ROWS or self.is_complete:
+                self.flush()
+
+    def flush(self) -> None:
+        """Force states to disk, and only then say that they are there."""
+        if self._unflushed:
+            self._states.flush()
+            replace_file(self.folder / _DONE, self._done.tobytes())
+            self._unflushed.clear()
+
+    def __enter__(self) -> FeatureCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self._lock.close()
+
+    @contextmanager
+    def _keeping(
+        self, model: nn.Module, number: int, stack: Stack, rows: Sequence[int], mask: Tensor | None
+    ) -> Iterator[None]:
+        handles = []
+        for place, module in enumerate(self.layout.kept(stack)):
+            keep = self._keeper(number, stack, place, rows, mask)
+            handles.append(model.get_submodule(module).register_forward_hook(keep, prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keeper(
+        self, number: int, stack: Stack, place: int, rows: Sequence[int], mask: Tensor | None
+    ) -> Callable[..., None]:
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            state_btd = (output if isinstance(output, Tensor) else output[0]).detach().to(self.layout.dtype).cpu()
+            for line, row in enumerate(rows):
+                count = self.layout.tokens[number][row]
+                values = state_btd[line][_positions(mask, line, count, state_btd.shape[1])]
+                start = self._offsets[number][row] + place * count * stack.width
+                self._states[start : start + count * stack.width] = _as_bits(values)
+
+        return keep
+
+    @contextmanager
+    def _replaying(
+        self, model: nn.Module, number: int, stack: Stack, rows: Sequence[int], mask: Tensor | None
+    ) -> Iterator[None]:
+        kept = self.layout.kept(stack)
+        tokens = mask.shape[1] if mask is not None else max(self.layout.tokens[number][row] for row in rows)
+        states = self._read(number, stack, rows, mask, tokens).to(next(model.parameters()).device)
+        by_module = dict(zip(kept, states, strict=True))
+        replaced = []
+        self._lengths = self._lengths or output_lengths(model, self.layout.stacks)
+        layers = [f"{stack.layers}.{number}" for number in range(stack.depth)]
+        for path in dict.fromkeys([*layers, stack.exit]):
+            module = model.get_submodule(path)
+            replaced.append(module)
+            length = self._lengths[stack.name] if path in layers else 0
+            module.forward = _returning(by_module.get(path), length)
+        try:
+            yield
+        finally:
+            for module in replaced:
+                del module.forward
+
+    def _read(self, number: int, stack: Stack, rows: Sequence[int], mask: Tensor | None, length: int) -> Tensor:
+        """(states, b, t, d), zero where there is padding."""
+        count_states = len(self.layout.kept(stack))
+        result = torch.zeros((count_states, len(rows), length, stack.width), dtype=self.layout.dtype)
+        for line, row in enumerate(rows):
+            count, start = self.layout.tokens[number][row], self._offsets[number][row]
+            values = torch.from_numpy(np.array(self._states[start : self._offsets[number][row + 1]]))
+            values = values.view(self.layout.dtype).view(count_states, count, stack.width)
+            result[:, line, _positions(mask, line, count, length)] = values
+        return result
+
+
+def open_cache(
+    plan: SurgeryPlan, rows: Any, model: nn.Module, folder: str, *, limit: str | None, precision: str
+) -> FeatureCache:
+    """The cache of a model's states on a training set, in `folder`.
+
+    rows: a data set with columns of token numbers; limit: such as 20GB; precision: what the backbone computes in.
+    Raises: RecipeError where the backbone changes; ResourceError, BaseMismatchError, DamagedError, RequestError.
+    """
+    if not plan.stacks:
+        found, fix = f"with method {plan.method}, whose backbone changes", "Leave it out"
+        raise RecipeError("--cache-features", found, expected="method read", fix=fix)
+    try:
+        max_bytes = None if limit is None else parse_size(limit)
+    except ValueError as error:
+        raise RecipeError("--cache-bytes", str(error), expected="a size such as 20GB") from error
+    dtype = next(model.parameters()).dtype
+    layout = Layout(plan.stacks, row_tokens(rows, plan), dtype)
+    return FeatureCache(Path(folder), describe(plan, rows, f"{dtype} {precision}"), layout, max_bytes=max_bytes)
+
+
+def _positions(mask: Tensor | None, line: int, count: int, length: int) -> slice:
+    """Where a row's tokens stand in a padded batch: at its beginning, or at its end where padding is on the left."""
+    is_left = mask is not None and count < length and not bool(mask[line, 0])
+    return slice(length - count, length) if is_left else slice(0, count)
+
+
+def _as_bits(values: Tensor) -> Any:
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.contiguous().view(width).numpy().reshape(-1).view(f"u{values.element_size()}")
+
+
+def _returning(state: Tensor | None, length: int) -> Callable[..., Any]:
+    """A forward that computes nothing: what was kept, or, of a layer that is not read, its input."""
+
+    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        result = hidden_states if state is None else state
+        return (result, *[None] * (length - 1)) if length else result
+
+    return forward
+
+
+def _require_room(folder: Path, layout: Layout, max_bytes: int | None) -> None:
+    size = layout.size_bytes
+    fix = "Read fewer layers (surgery apply --layers), or train without --cache-features"
+    if max_bytes is not None and size > max_bytes:
+        found = f"the states of {sum(map(sum, layout.tokens)):,} tokens take {size_text(size)}"
+        raise ResourceError("--cache-bytes", found, expected=f"at most {size_text(max_bytes)}", fix=fix)
+    there = folder / _STATES
+    if not there.is_file():
+        nearest = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+        require_disk(nearest, size)
+
+
+def _require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    other = [name for name in wanted if found.get(name) != wanted[name]]
+    if other:
+        raise BaseMismatchError(
+            str(folder),
+            f"the states of another {', '.join(other)}",
+            expected="a cache of this model, this data and these settings",
+            fix="Name another folder with --cache-features, or remove this one",
+        )
+
+
+def numbered(collator: Callable[..., Any]) -> Callable[..., Any]:
+    """A collator whose batches say which rows they are of."""
+
+    def collate(features: list[dict[str, Any]]) -> Any:
+        rows = [feature.pop(ROW) for feature in features if ROW in feature]
+        batch = collator(features)
+        if rows:
+            batch[ROW] = torch.tensor(rows)
+        return batch
+
+    return collate

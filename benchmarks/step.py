@@ -17,7 +17,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,9 @@ def optimizer_of(model: Any) -> torch.optim.Optimizer | None:
     return torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer | None, ids: Tensor) -> None:
+def step(model: Any, optimizer: torch.optim.Optimizer | None, batch: Mapping[str, Tensor]) -> None:
     """Forward, backward, optimizer."""
-    model(input_ids=ids, labels=ids).loss.backward()
+    model(**batch).loss.backward()
     if optimizer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -97,7 +97,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def saved_bytes(model: Any, ids: Tensor) -> int:
+def saved_bytes(model: Any, batch: Mapping[str, Tensor]) -> int:
     """Bytes of distinct storages kept for backward that are neither parameters nor buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -111,10 +111,11 @@ def saved_bytes(model: Any, ids: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(**batch).loss
     total = sum(kept.values())
     alive.clear()
     del loss
+    gc.collect()  # hooks and graph hold each other
     return total
 
 
@@ -131,10 +132,10 @@ def measure(arguments: argparse.Namespace, *, checkpointing: bool) -> dict[str, 
     device, dtype = arguments.device, DTYPES[arguments.dtype]
     base = build(arguments.shape, dtype, device)
     ids = torch.randint(0, base.config.vocab_size, (arguments.batch, arguments.tokens), device=device)
+    batch = {"input_ids": ids, "labels": ids}
     models = {name: VARIANTS[name](copy.deepcopy(base), arguments.rank).train() for name in arguments.variants}
     del base
-    result: dict[str, Any] = {"saved_bytes": {name: saved_bytes(model, ids) for name, model in models.items()}}
-    gc.collect()
+    result: dict[str, Any] = {"saved_bytes": {name: saved_bytes(model, batch) for name, model in models.items()}}
     for model in models.values():
         if checkpointing:
             enable_checkpointing(model)
@@ -145,7 +146,7 @@ def measure(arguments: argparse.Namespace, *, checkpointing: bool) -> dict[str, 
         for name in order.sample(list(models), len(models)):
             wait(device)
             started = time.perf_counter()
-            step(models[name], optimizers[name], ids)
+            step(models[name], optimizers[name], batch)
             wait(device)
             if round_number >= arguments.warmup:
                 seconds[name].append(time.perf_counter() - started)

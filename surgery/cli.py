@@ -265,6 +265,7 @@ def train(
     require_record(adapter)
     from surgery import recipe as recipes
     from surgery import show as showing
+    from surgery.adapter import open_adapter
     from surgery.survey import TaskSpec
     from surgery.train import train as run_training
 
@@ -291,7 +292,8 @@ def train(
         resume=resume,
         overwrite=overwrite,
     )
-    lines = [*showing.result_lines(result), "", f"Next: surgery export {shlex.quote(str(adapter))} --merge"]
+    way = "--merge" if open_adapter(adapter).plan.targets else "--format remote-code"
+    lines = [*showing.result_lines(result), "", f"Next: surgery export {shlex.quote(str(adapter))} {way}"]
     show(lines, result, as_json=as_json)
 
 
@@ -331,7 +333,7 @@ def export(
     surgery export model-paca/ --merge -o out/ --max-shard-size 5GB
     surgery export model-paca/ --format lora
     """
-    if merge != (format_ in MERGED_FORMATS):
+    if format_ != "onnx" and merge != (format_ in MERGED_FORMATS):
         found = f"--merge with --format {format_}" if merge else f"--format {format_} without --merge"
         raise RequestError("export", found, expected="--merge, or a format such as lora or remote-code without it")
     if adapter:

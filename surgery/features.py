@@ -279,11 +279,11 @@ def _require_room(folder: Path, layout: Layout, max_bytes: int | None) -> None:
 
 
 def _require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    other = [name for name in wanted if found.get(name) != wanted[name]]
+    other = [name for name in ("schema", "model", "data", "settings") if found.get(name) != wanted[name]]
     if other:
         raise BaseMismatchError(
             str(folder),
-            f"the states of another {', '.join(other)}",
+            f"the states there were kept with another {' and another '.join(other)}",
             expected="a cache of this model, this data and these settings",
             fix="Name another folder with --cache-features, or remove this one",
         )

@@ -69,10 +69,8 @@ def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> A
     known = [entry.name for entry in fields(spec_type)]
     for name in settings:
         if name not in known:
-            shown, names = (f"{option}{n}" for n in (name, ", ".join(known)))
-            if option == "--":
-                shown, names = shown.replace("_", "-"), names.replace("_", "-")
-            raise RequestError(shown, f"method {method} has no such setting", expected=f"one of {names}")
+            shown, *names = (option + (n.replace("_", "-") if option else n) for n in (name, *known))
+            raise RequestError(shown, f"method {method} has no such setting", expected=f"one of {', '.join(names)}")
     return spec_type(**settings)
 
 

@@ -105,8 +105,13 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     Raises: CheckError, BaseMismatchError, DamagedError, ResourceError, OutputExistsError, RequestError.
     """
     started = time.monotonic()
-    exporter = lookup(EXPORTERS, format, "--format")
     opened = open_adapter(adapter)
+    if format == "onnx":
+        found = f"{opened.delta.what} cannot be written as ONNX yet"
+        raise UnsupportedError(
+            "--format onnx", found, expected=f"one of {', '.join(EXPORTERS)}", fix=opened.delta.ways_out
+        )
+    exporter = lookup(EXPORTERS, format, "--format")
     if not isinstance(opened.delta, exporter.accepts):
         kinds = " or ".join(kind.what for kind in exporter.accepts)
         delta = opened.delta

@@ -107,14 +107,22 @@ def draw_parameters(root: Path, plan: SurgeryPlan) -> dict[str, Tensor]:
     config = configured(read_config(root), plan.config)
     with torch.device("meta"), quiet_loading():
         model: Any = class_for(config, plan.task)(config)
-    result: dict[str, Tensor] = {}
-    for name in sorted({target.parameter.rpartition(".")[0] for target in plan.whole}):
+    owners = sorted({target.parameter.rpartition(".")[0] for target in plan.whole})
+    for name in owners:
         module = model.get_submodule(name).to_empty(device="cpu", recurse=False)
+        with torch.no_grad():
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(torch.nan)
+    # Some classes draw a head's layers when given what holds them, which has the last word then, as in transformers
+    # itself. The model as a whole is asked only for what still is not drawn.
+    holders = {name.rpartition(".")[0] for name in owners} - set(owners)
+    for name in (*owners, *sorted(holders, reverse=True)):
+        if not name and all(model.get_parameter(target.parameter).isfinite().all() for target in plan.whole):
+            continue
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(generator_seed(plan.spec["seed"], name))
-            model._init_weights(module)  # noqa: SLF001  the only door to a class's own initialisation
-        result |= {f"{name}.{key}": p.detach() for key, p in module.named_parameters(recurse=False)}
-    return result
+            model._init_weights(model.get_submodule(name))  # noqa: SLF001  the only door to a class's own initialisation
+    return {target.parameter: model.get_parameter(target.parameter).detach() for target in plan.whole}
 
 
 def write_adapter(folder: Path, out: Path, checkpoint: Checkpoint, delta: Delta, manifest: Manifest) -> Adapter:

@@ -26,7 +26,8 @@ from surgery.checkpoint import read_json
 from surgery.errors import BaseMismatchError, DamagedError, RecipeError, RequestError, ResourceError
 from surgery.plan import SurgeryPlan
 from surgery.side import Stack
-from surgery.stacks import output_lengths
+from surgery.stacks import DECODER, output_lengths
+from surgery.survey import TASKS
 from surgery.table import size_text
 from surgery.writing import parse_size, replace_file, require_disk
 
@@ -40,16 +41,19 @@ _FLUSH_ROWS = 2048  # rows whose states are forced to disk together
 class Layout:
     """Where each row's states lie. Offsets and sizes in values of `dtype`.
 
-    tokens: of each stack, each row's; kept: of each stack, the layers whose outputs are kept, and whether the exit's is
-    as well (it is the last layer's own where no norm follows).
+    tokens: of each stack, each row's; columns: of each stack, the column that it reads (`row_columns`).
     """
 
     stacks: tuple[Stack, ...]
     tokens: tuple[tuple[int, ...], ...]
+    columns: tuple[str, ...]
     dtype: torch.dtype
 
     def kept(self, stack: Stack) -> list[str]:
-        """The modules whose outputs are kept, in the order in which a forward meets them."""
+        """The modules whose outputs are kept, in the order in which a forward meets them.
+
+        Those of the layers that are read, and the exit's (which is the last layer's own where no norm follows).
+        """
         modules = [f"{stack.layers}.{number}" for number in stack.read]
         return modules if stack.exit in modules else [*modules, stack.exit]
 
@@ -68,18 +72,24 @@ class Layout:
         return self.offsets()[-1][-1] * self.dtype.itemsize
 
 
+def row_columns(plan: SurgeryPlan) -> tuple[str, ...]:
+    """Of each stack, the column whose rows are as long as its states.
+
+    A decoder beside an encoder reads its labels; in a classifier, the input once more.
+    """
+    read = "input_ids" if TASKS[plan.task].has_head else "labels"
+    return tuple(read if stack.name == DECODER else "input_ids" for stack in plan.stacks)
+
+
 def row_tokens(rows: Any, plan: SurgeryPlan) -> tuple[tuple[int, ...], ...]:
-    """Of each stack, the tokens of each row: its input's, and of a decoder beside an encoder its labels'."""
-    inputs = tuple(len(row) for row in rows["input_ids"])
-    if plan.stacks[0].name == "decoder":
-        return (tuple(len(row) for row in rows["labels"]),)
-    return (inputs, tuple(len(row) for row in rows["labels"])) if len(plan.stacks) > 1 else (inputs,)
+    """Of each stack, the tokens of each row."""
+    return tuple(tuple(len(row) for row in rows[column]) for column in row_columns(plan))
 
 
 def describe(plan: SurgeryPlan, rows: Any, precision: str) -> dict[str, str]:
     """What a cache is of: digests of the model, of the rows as token numbers, and what is read in which precision."""
     tokens = hashlib.sha256()
-    for name in ("input_ids", "labels") if len(plan.stacks) > 1 or plan.stacks[0].name == "decoder" else ("input_ids",):
+    for name in sorted({"input_ids", *row_columns(plan)}):
         for row in rows[name]:
             tokens.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
     stacks = [asdict(stack) for stack in plan.stacks]
@@ -95,12 +105,14 @@ class FeatureCache:
         _require_room(folder, layout, max_bytes)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / _RECORD).open("a+")
-        self._begin(key)
-        dtype = {2: np.uint16, 4: np.uint32, 8: np.uint64}[layout.dtype.itemsize]
-        self._states = np.memmap(folder / _STATES, dtype, mode="r+")
-        self._done = np.fromfile(folder / _DONE, np.uint8)
-        if len(self._done) != len(layout.tokens[0]):
-            raise DamagedError(str(folder / _DONE), f"{len(self._done)} rows", expected=f"{len(layout.tokens[0])}")
+        try:
+            self._begin(key)
+            dtype = {2: np.uint16, 4: np.uint32, 8: np.uint64}[layout.dtype.itemsize]
+            self._states = np.memmap(folder / _STATES, dtype, mode="r+")
+            self._done = np.fromfile(folder / _DONE, np.uint8)
+        except BaseException:
+            self._lock.close()  # and gives the lock back: whoever handles the error may keep this object alive
+            raise
         self._offsets = layout.offsets()
         self._unflushed: list[int] = []
         self._lengths: dict[str, int] = {}
@@ -114,10 +126,8 @@ class FeatureCache:
         size, record = self.layout.size_bytes, {"schema": _SCHEMA, **key, "bytes": self.layout.size_bytes}
         if (self.folder / _RECORD).stat().st_size:
             _require_same(self.folder, read_json(self.folder / _RECORD), record)
-            if (self.folder / _STATES).stat().st_size != size:
-                raise DamagedError(
-                    str(self.folder / _STATES), "it was cut", expected=f"{size:,} bytes", fix="Remove it"
-                )
+            _require_size(self.folder / _STATES, size)
+            _require_size(self.folder / _DONE, len(self.layout.tokens[0]))
         else:
             with (self.folder / _STATES).open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -134,11 +144,11 @@ class FeatureCache:
     def batch(self, model: nn.Module, rows: list[int], mask_bt: Tensor | None) -> Iterator[None]:
         """Around one forward of those rows: without the backbone where all are kept, else to keep them.
 
-        mask_bt: the attention mask of the (first) stack, where rows are padded to one length.
+        mask_bt: the attention mask of the inputs, where rows are padded to one length.
         """
         with ExitStack() as stack:
             for number, description in enumerate(self.layout.stacks):
-                mask = mask_bt if not number else None
+                mask = mask_bt if self.layout.columns[number] == "input_ids" else None
                 if self._done[rows].all():
                     stack.enter_context(self._replaying(model, number, description, rows, mask))
                 else:
@@ -241,7 +251,7 @@ def open_cache(
     except ValueError as error:
         raise RecipeError("--cache-bytes", str(error), expected="a size such as 20GB") from error
     dtype = next(model.parameters()).dtype
-    layout = Layout(plan.stacks, row_tokens(rows, plan), dtype)
+    layout = Layout(plan.stacks, row_tokens(rows, plan), row_columns(plan), dtype)
     return FeatureCache(Path(folder), describe(plan, rows, f"{dtype} {precision}"), layout, max_bytes=max_bytes)
 
 
@@ -276,6 +286,13 @@ def _require_room(folder: Path, layout: Layout, max_bytes: int | None) -> None:
     if not there.is_file():
         nearest = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
         require_disk(nearest, size)
+
+
+def _require_size(path: Path, size: int) -> None:
+    """Raises DamagedError where a file is absent or was cut."""
+    found = f"{path.stat().st_size:,} bytes" if path.is_file() else "it is not there"
+    if found != f"{size:,} bytes":
+        raise DamagedError(str(path), found, expected=f"{size:,} bytes", fix="Remove the cache's folder")
 
 
 def _require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -451,7 +451,7 @@ class SideNetwork(nn.Module):
         with _exact(last):
             reduced = side(run.steps, run.start_nh)
             if side.output is None:
-                self._memory = Memory(last, reduced.view(*last.shape[:-1], -1), run.mask_bt)
+                self._memory = Memory(_first(output), reduced.view(*last.shape[:-1], -1), run.mask_bt)
                 return output
             if torch.is_grad_enabled():
                 self._memory = None

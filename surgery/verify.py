@@ -6,6 +6,7 @@ The byte checks share no code with the writer: they read base and merged side by
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -20,14 +21,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from surgery.adapter import Adapter, find_base, open_adapter
-from surgery.checkpoint import RECORD_FILE, Checkpoint
+from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import TRANSFORMERS_5, quiet_loading
 from surgery.delta import ADAPTER_FILE, bits, require_columns, require_side
 from surgery.errors import CheckError, DamagedError, SurgeryError, counted
 from surgery.manifest import MERGED, REMOTE_CODE, UNDO_FILE, Check, Record, read_record
-from surgery.methods.read import MODELING_FILE, modeling_source
+from surgery.methods.read import MODELING_FILE, modeling_config, modeling_source
 from surgery.operate import align, attach_plan, evaluating, load_base_model
-from surgery.plan import Target
+from surgery.plan import SurgeryPlan, Target
 from surgery.survey import class_for, own_task, read_config
 from surgery.tensorfile import (
     FLOAT_DTYPES,
@@ -93,8 +94,8 @@ def verify(
     """
     folder = Path(folder)
     sides = _open_sides(folder, adapter, base)
-    trained = _check_side(sides) if sides.record.plan.stacks else _check_targets(sides)
-    checks = [_check_names(sides), _check_untouched(sides), *trained]
+    checks = [_check_names(sides), _check_untouched(sides)]  # first: what follows reads tensors by these names
+    checks += _check_side(sides) if sides.record.plan.stacks else _check_targets(sides)
     check, difference = _check_logits(sides, tuple(prompts) or PROMPTS) if numeric else (_skipped("--no-numeric"), None)
     checks.append(check)
     manifest = replace(sides.record.manifest, checks=tuple(checks))
@@ -247,9 +248,7 @@ def _what_moved(moved: int, unmoved: int) -> str:
 def _check_side(sides: _Sides) -> list[Check]:
     """The side network is the adapter's, and what runs it is the project's own module."""
     plan, folder = sides.record.plan, sides.merged.root
-    if (folder / MODELING_FILE).read_text(encoding="utf-8") != modeling_source(plan.architecture):
-        fix = "Export again with this version of checkpoint-surgery"
-        raise CheckError(str(folder / MODELING_FILE), "it is not what this version writes", expected="it", fix=fix)
+    _require_own_code(folder, plan)
     code = Check("modeling file", "passed", "it is the project's own module")
     if not sides.adapter:
         return [code, Check("side network", "not run", sides.why_no_adapter)]
@@ -259,6 +258,17 @@ def _check_side(sides: _Sides) -> list[Check]:
             raise CheckError(name, "it is not what was trained", expected="the adapter's values", fix="Export again")
     _check_heads(sides, sides.adapter)
     return [code, Check("side network", "passed", f"all {len(delta.state)} tensors are the adapter's")]
+
+
+def _require_own_code(folder: Path, plan: SurgeryPlan) -> None:
+    """The modeling file is what we write, and config.json has transformers run it and nothing else."""
+    path, fix = folder / MODELING_FILE, "Export again with this version of checkpoint-surgery"
+    if not path.is_file() or path.read_bytes() != modeling_source(plan.architecture).encode():
+        raise CheckError(str(path), "it is not what this version writes", expected="it", fix=fix)
+    config, wanted = read_json(folder / CONFIG_FILE), json.loads(json.dumps(modeling_config(plan)))
+    other = [key for key in wanted if config.get(key) != wanted[key]]
+    if other:
+        raise CheckError(str(folder / CONFIG_FILE), f"{other[0]} is not what the plan says", expected="it", fix=fix)
 
 
 def _check_heads(sides: _Sides, adapter: Adapter) -> None:

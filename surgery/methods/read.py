@@ -244,11 +244,10 @@ from transformers import {base}  # noqa: E402
 class Read{base}({base}):
     """{base} with a READ side network, as config.json's `read` describes it."""
 
-    _keep_in_fp32_modules_strict = {{*(getattr({base}, "_keep_in_fp32_modules_strict", None) or ()), NAME}}
-
     def __init__(self, config):
         super().__init__(config)
         attach_side(self, **config.read)
+        self._keep_in_fp32_modules_strict = {{*(self._keep_in_fp32_modules_strict or ()), NAME}}
 '''
 
 

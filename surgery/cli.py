@@ -497,9 +497,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(InterruptedRunError("surgery", "stopped by SIGTERM"), verbose=verbose)
     except SurgeryError as error:
         _fail(error, verbose=verbose)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
     except Exception as error:  # noqa: BLE001  the one place where the unexpected becomes one line
         _fail(_unexpected(error), verbose=verbose)
 

@@ -31,6 +31,7 @@ from surgery.operate import align, attach_plan, evaluating, load_base_model
 from surgery.plan import SurgeryPlan, Target
 from surgery.survey import class_for, own_task, read_config
 from surgery.tensorfile import (
+    CHUNK_BYTES,
     FLOAT_DTYPES,
     TensorFile,
     TensorInfo,
@@ -185,7 +186,7 @@ def _same_rows(sides: _Sides, name: str, merged_name: str) -> Iterator[tuple[int
     base, merged = sides.base[name], sides.merged[merged_name]
     rows = max(1, base.shape[0]) if base.shape else 1
     row_bytes = merged.size_bytes // rows
-    step = max(1, (8 << 20) // max(1, base.size_bytes // rows))
+    step = max(1, CHUNK_BYTES // max(1, base.size_bytes // rows))
     for number, chunk in enumerate(sides.merged.chunks(merged_name, max(1, step * row_bytes))):
         yield number * step, chunk
 

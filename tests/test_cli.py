@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,8 +32,11 @@ from surgery import operate
 from surgery.adapter import open_adapter
 from surgery.cli import cli, main
 from surgery.delta import ADAPTER_FILE
-from surgery.errors import shorten
+from surgery.errors import RequestError, shorten
 from surgery.methods.paca import PacaSpec
+from surgery.methods.read import ReadSpec
+from surgery.recipe import DataSection, Recipe, TrainSection
+from surgery.survey import TaskSpec
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import TEXTS
 from tests.trained import make_adapter
@@ -334,6 +341,21 @@ def test_quiet_is_silent_on_standard_error(work: Path, run: Run) -> None:
     assert run("-q", "verify", "model").err.startswith("Error: ")
 
 
+def test_quiet_is_silent_on_a_terminal(work: Path, project_root: Path) -> None:
+    """Where bars would be drawn: standard error is a terminal, and nothing is written there."""
+    shown, terminal = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(project_root)}
+    environment.pop("TQDM_DISABLE", None)
+    command = [sys.executable, "-m", "surgery.cli", "-q", "train", "model-paca", "--data", "text.txt", *QUICK]
+    ended = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=terminal, check=False, env=environment, cwd=work, timeout=300
+    )
+    os.write(terminal, b"end")
+    os.close(terminal)
+    assert (ended.returncode, os.read(shown, 10_000)) == (0, b"end")
+    os.close(shown)
+
+
 def test_a_result_is_all_that_standard_output_gets(work: Path, run: Run) -> None:
     """With a bar on a terminal or without: nothing of it is on standard output."""
     ended = run("train", "model-paca", "--data", "text.txt", *QUICK)
@@ -392,6 +414,90 @@ def test_train_takes_a_recipe_and_overrides_it(work: Path, run: Run) -> None:
     assert json.loads(ended.out)["steps"] == 3
 
 
+RECIPE = {"model": "model", "task": "seq2seq", "labels": ["x"], "data": {"train": ["a"]}, "train": {"max_steps": 9}}
+LIBRARY = {"apply": "surgery.operate", "train": "surgery.train", "verify": "surgery.verify"}
+REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        ("apply model -o new -r 4 --targets a --targets b,c --exclude d --rank-pattern e=1 --alpha 2 --select random "
+         "--seed 7 --task regression --labels p,q --overwrite"),
+        {
+            "out": Path("new"), "task": TaskSpec("regression", ("p", "q")), "overwrite": True,
+            "spec": PacaSpec(4, ("a", "b", "c"), ("d",), {"e": 1}, alpha=2.0, seed=7),
+        },
+    ),
+    (
+        ("apply model --method read --cell lstm --hidden 8 --recurrent-layers 2 --bidirectional --initial embedding "
+         "--reduce mean --output-norm --scale 0.5 --layers last:1 --stacks encoder --joiner mean --pooling first "
+         "--seed 3"),
+        {
+            "out": Path("model-read"), "overwrite": False,
+            "spec": ReadSpec(
+                cell="lstm", hidden=8, recurrent_layers=2, bidirectional=True, initial="embedding", reduce="mean",
+                output_norm=True, scale=0.5, layers="last:1", stacks="encoder", joiner="mean", pooling="first", seed=3,
+            ),
+        },
+    ),
+    (
+        ("train model-paca -c recipe.yaml --data b --eval-data c --base d --resume auto --overwrite --task regression "
+         "--labels p,q --device cpu --cache-features f --cache-bytes 1GB"),
+        {
+            "data": DataSection(train=["b"], eval=["c"]), "base": "d", "resume": "auto", "overwrite": True,
+            "task": TaskSpec("regression", ("p", "q")),
+            "settings": TrainSection(max_steps=9, device="cpu", cache_features="f", cache_bytes="1GB"),
+        },
+    ),
+    (
+        "train model-paca -c recipe.yaml",
+        {"task": TaskSpec("seq2seq", ("x",)), "data": DataSection(train=["a"]), "settings": TrainSection(max_steps=9)},
+    ),
+    (
+        ("export model-paca --merge -o out --dtype bf16 --max-shard-size 1MB --no-verify --prompt p --base b "
+         "--overwrite"),
+        {
+            "out": Path("out"), "format": "safetensors", "dtype": "bf16", "max_shard_size": "1MB", "check": False,
+            "prompts": ("p",), "base": "b", "overwrite": True,
+        },
+    ),
+    ("export model-paca --format lora", {"format": "lora", "check": True, "overwrite": False}),
+    (
+        "verify model-paca --adapter a --base b --prompt p --no-numeric",
+        {"adapter": Path("a"), "base": "b", "prompts": ("p",), "numeric": False},
+    ),
+    ("undo model-paca -o again", {"out": Path("again")}),
+    (
+        "run recipe.yaml max_steps=7 --overwrite",
+        {"recipe": Recipe.model_validate({**RECIPE, "train": {"max_steps": 7}}), "overwrite": True},
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "expected"), REACHES, ids=[line[:20] for line, _ in REACHES])
+def test_every_option_reaches_the_library(
+    line: str, expected: dict[str, Any], work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given on the command line is what the function is called with."""
+    (work / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    name, *_ = line.split()
+    module = importlib.import_module(LIBRARY.get(name, "surgery.workflow"))
+    signature, seen = inspect.signature(getattr(module, name)), {}
+
+    def call(*given: Any, **options: Any) -> None:
+        seen.update(signature.bind(*given, **options).arguments)
+        raise RequestError("x", "seen")
+
+    monkeypatch.setattr(module, name, call)
+    run(*shlex.split(line))
+    assert {key: seen.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_is_forgotten_above(name: str) -> None:
+    """A new option needs a line that shows where it goes; what is printed is seen elsewhere."""
+    said = {word for line, _ in REACHES if line.startswith(f"{name} ") for word in line.split()}
+    options = {p.name: p.opts for p in cli.commands[name].params if isinstance(p, click.Option)}
+    assert {option for option, words in options.items() if said.isdisjoint(words)} <= {"as_json", "plan_only"}
+
+
 def test_settings_lists_every_key(run: Run) -> None:
     """Keys with defaults; what a recipe may say."""
     lines = run("settings").out.splitlines()
@@ -442,9 +548,12 @@ def test_a_stopped_export_leaves_nothing(work: Path, project_root: Path) -> None
     assert digest_folder(work) == before
 
 
-def test_a_closed_pipe_is_no_error_message(work: Path, project_root: Path) -> None:
-    """`surgery settings | head -1` ends without a word."""
+def test_a_closed_pipe_is_no_error_message(project_root: Path) -> None:
+    """As in `surgery settings | head -1`, but surely: the reader is gone before the first byte."""
+    reader, writer = os.pipe()
+    os.close(reader)
     environment = {**os.environ, "PYTHONPATH": str(project_root)}
-    line = f"{sys.executable} -m surgery.cli settings | head -c 1"
-    ended = subprocess.run(line, shell=True, capture_output=True, text=True, check=False, env=environment)  # noqa: S602
-    assert ended.stderr == ""
+    command = [sys.executable, "-m", "surgery.cli", "settings"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, env=environment)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")

@@ -66,6 +66,12 @@ STACKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "opt": (("model.decoder.layers", BART_ENCODER),),
     "bert": (("bert.encoder.layer", BERT),),
     "roberta": (("roberta.encoder.layer", BERT),),
+    "distilbert": (
+        (
+            "distilbert.transformer.layer",
+            ("attention.q_lin attention.k_lin attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"),
+        ),
+    ),
     "t5": (
         ("encoder.block", (*T5_BLOCK, "layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo")),
         (
@@ -101,6 +107,7 @@ STACKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 BEYOND: dict[str, tuple[str, ...]] = {
     "bert": ("cls.predictions.transform.dense",),
     "roberta": ("lm_head.dense",),
+    "distilbert": ("vocab_transform",),
     "t5": (" ".join(f"decoder.block.{n}.layer.1.EncDecAttention.{p}" for n in (0, 1) for p in "kv"),),
     "bart": (" ".join(f"model.decoder.layers.{n}.encoder_attn.{p}_proj" for n in (0, 1) for p in "kv"),),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def test_the_recipe_says_what_the_demo_does(quickstart: Path) -> None:
 
 
 def test_the_task_is_drawn_from_its_seed_and_held_out(quickstart: Path, tmp_path: Path) -> None:
-    """Two drawings are the same bytes; no evaluation row is a training row."""
+    """Two drawings are the same bytes; no evaluation row is a training row, nor has it a name of one."""
     for name in ("one", "two"):
         command = [sys.executable, "task.py", str(tmp_path / name)]
         subprocess.run(command, cwd=quickstart, check=True, capture_output=True)
@@ -46,6 +47,9 @@ def test_the_task_is_drawn_from_its_seed_and_held_out(quickstart: Path, tmp_path
     train, held = (set((tmp_path / "one" / f"{n}.jsonl").read_text().splitlines()) for n in ("train", "eval"))
     assert held
     assert not train & held
+    records = [[json.loads(json.loads(row)["completion"]) for row in rows] for rows in (train, held)]
+    known, new = ({record[key] for record in part for key in ("from", "to")} for part in records)
+    assert not known & new
 
 
 @pytest.mark.slow

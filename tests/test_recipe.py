@@ -181,6 +181,33 @@ def test_the_sections_take_what_the_libraries_take() -> None:
         check(Recipe, {"model": "m", "task": "clasification"}, "test").task_spec()
 
 
+SAID = {
+    "paca": {"rank": 2, "targets": ["a"], "exclude": ["b"], "rank_pattern": {"c": 1}, "alpha": 2.0, "seed": 3},
+    "read": {
+        "cell": "lstm", "hidden": 8, "recurrent_layers": 2, "bidirectional": True, "initial": "embedding",
+        "reduce": "mean", "output_norm": True, "scale": 0.5, "layers": "last:1", "stacks": "encoder", "joiner": "mean",
+        "pooling": "first", "seed": 3,
+    },
+    "data": {
+        "train": ["x"], "eval": ["y"], "format": "text", "columns": {"text": "t"}, "max_length": 9, "packing": False,
+        "pack_examples": True, "max_rows": 5, "seed": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_section_says_arrives_in_its_record(name: str) -> None:
+    """Every key is set to other than its default (two have no other value here), and none is lost on the way."""
+    said = SAID[name]
+    document = {"model": "m", name: said, **({} if name == "data" else {"method": name})}
+    recipe = check(Recipe, document, "test")
+    section, default = getattr(recipe, name).model_dump(), getattr(check(Recipe, {"model": "m"}, "test"), name)
+    assert set(section) - set(said) <= {"select", "eval_fraction"}
+    assert not {key for key, value in said.items() if value == getattr(default, key)}
+    spec = recipe.data.spec() if name == "data" else recipe.spec()
+    assert {k: getattr(spec, k) for k in said} == {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+
+
 def test_the_settings_of_another_method_are_refused() -> None:
     """A setting that would be ignored is an error that says which method has it."""
     recipe = check(Recipe, {"model": "m", "paca": {"rank": 4}, "method": "read"}, "test")
@@ -195,10 +222,11 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     """Inputs that exist there, outputs always; hub ids and absolute paths stay as they are."""
     folder = tmp_path / "recipes"
     (folder / "model").mkdir(parents=True)
-    (folder / "rows.jsonl").write_text("")
+    for name in ("rows.jsonl", "held.jsonl"):
+        (folder / name).write_text("")
     document = {
         "model": "model", "adapter": "out/adapter", "export": {"out": "out/merged"},
-        "data": {"train": ["rows.jsonl", "org/set"], "eval": [str(tmp_path / "absolute.csv")]},
+        "data": {"train": ["rows.jsonl", "org/set"], "eval": ["held.jsonl", str(tmp_path / "absolute.csv")]},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(document))
     monkeypatch.chdir(tmp_path)
@@ -206,7 +234,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert recipe.model == "recipes/model"
     assert (recipe.adapter, recipe.export.out) == ("recipes/out/adapter", "recipes/out/merged")
     assert recipe.data.train == ["recipes/rows.jsonl", "org/set"]
-    assert recipe.data.eval == [str(tmp_path / "absolute.csv")]
+    assert recipe.data.eval == ["recipes/held.jsonl", str(tmp_path / "absolute.csv")]
 
 
 # --- run
@@ -240,6 +268,11 @@ def test_a_run_goes_all_the_way(project: Path) -> None:
     assert result.verification.max_logit_difference == 0
     assert [line.split(":")[0] for line in said] == ["apply", "train", "export"]
     assert result.training.steps == 4
+
+
+def test_a_run_verifies_unless_told_otherwise(project: Path) -> None:
+    """`export.verify: false` leaves the check out."""
+    assert run_recipe(project, "export.verify=false").verification is None
 
 
 def test_a_second_run_repeats_nothing(project: Path) -> None:

@@ -21,6 +21,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from exporters.dense import export
 from surgery.adapter import Adapter, open_adapter, update_adapter
+from surgery.backends.local import _checkpointing_key, training_arguments
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE, adapter_names
 from surgery.errors import (
@@ -36,14 +37,14 @@ from surgery.errors import (
 from surgery.inspection import inspect
 from surgery.methods.paca import PacaSpec
 from surgery.operate import apply, load
-from surgery.recipe import DataSection
+from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.train import CHECKPOINTS, LOG_FILE, RUN_FILE, TrainResult, train
 from surgery.trainer import STATE_FILE, Progress
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel, digest_folder
-from tests.examples import CASES, LABELLED, SCORED, Case, fast, write_rows
+from tests.examples import ANIMALS, CASES, LABELLED, SCORED, Case, fast, write_rows
 
 
 @dataclass(frozen=True)
@@ -408,6 +409,9 @@ def described(folder: Path) -> str:
         ({"learning_rate": 0.5}, "settings.learning_rate"),
         ({"max_steps": 12, "seed": 3}, "settings.max_steps, settings.seed"),
         ({"lr_scheduler": "cosine"}, "settings.lr_scheduler"),
+        ({"batch_size": 2}, "settings.batch_size"),
+        ({"gradient_accumulation": 2}, "settings.gradient_accumulation"),
+        ({"weight_decay": 0.5}, "settings.weight_decay"),
     ),
 )
 def test_other_settings_are_no_resumption(change: dict[str, Any], named: str, plain: Setting, tmp_path: Path) -> None:
@@ -447,6 +451,17 @@ def test_other_data_is_no_resumption(plain: Setting, tmp_path: Path) -> None:
         source.write_text(text)
     plain.run(folder, resume="auto")
     assert same_adapter(folder, plain.whole)
+
+
+def test_other_evaluation_data_are_no_resumption(plain: Setting, tmp_path: Path) -> None:
+    """Their content counts as that of the training data does: `after` would be of other rows than `before`."""
+    held = tmp_path / "held.txt"
+    held.write_text(Path(plain.data.train[0]).read_text())
+    other = replace(plain, data=plain.data.model_copy(update={"eval": [str(held)]}))
+    folder = interrupted(other, tmp_path)
+    held.write_text(held.read_text().replace("fox", "cow"))
+    with pytest.raises(RequestError, match=r"other data\.sha256"):
+        other.run(folder, resume="auto")
 
 
 def test_another_plan_is_no_resumption(plain: Setting, tmp_path: Path) -> None:
@@ -530,8 +545,9 @@ def test_a_run_killed_after_its_last_write_is_finished(
             plain.run(folder)
     assert same_adapter(folder, plain.whole)
     assert "is going on" not in described(folder)
+    before = digest_folder(folder)
     plain.run(folder, resume="auto")
-    assert same_adapter(folder, plain.whole)
+    assert digest_folder(folder) == before
 
 
 def _then_killed(function: Any) -> Any:
@@ -584,6 +600,16 @@ def test_a_label_outside_the_given_ones_is_an_error(tiny_model: TinyModel, tmp_p
     apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
     with pytest.raises(DataError, match=r"rows\.jsonl.*'animal'"):
         classify(tmp_path / "adapter", rows, "person", "ghost")
+
+
+def test_more_than_ten_classes_keep_their_order(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Class 10 comes after class 9: the second run is asked for the very classes of the first."""
+    names = [f"class {n:02}" for n in range(12)]
+    rows = [{"text": f"the {animal}", "label": name} for animal, name in zip(ANIMALS * 2, names, strict=True)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
+    classify(tmp_path / "adapter", path)
+    classify(tmp_path / "adapter", path, *names)
 
 
 def test_a_task_that_the_model_cannot_have_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -656,6 +682,21 @@ def test_early_stopping_keeps_the_best_state(tiny_model: TinyModel, tmp_path: Pa
     assert losses[result.steps] > best
 
 
+def test_patience_that_is_spent_stays_spent(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted one evaluation before early stopping ends it, a resumed run ends where the whole one does."""
+    early = make_setting(VARIANTS[-1], tiny_model, tmp_path)
+    assert early.result.steps < early.variant.settings["max_steps"]
+    folder = early.copy(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, early.result.steps - 1, how="SIGTERM")
+        with pytest.raises(InterruptedRunError):
+            early.run(folder)
+    assert early.run(folder, resume="auto").steps == early.result.steps
+    assert same_adapter(folder, early.whole)
+
+
 def test_early_stopping_needs_data_to_evaluate_on(tiny_model: TinyModel, tmp_path: Path) -> None:
     """The error names the key."""
     data = CASES[0].write(tmp_path).model_copy(update={"eval": []})
@@ -690,6 +731,20 @@ def test_a_metric_that_the_task_has_not_is_refused_before_training(tiny_model: T
     with pytest.raises(RecipeError, match=r"train\.metric_for_best.*'acuracy'.*'accuracy'"):
         train(tmp_path / "adapter", data, settings, task=_LABELS.spec())
     assert not (tmp_path / "adapter" / CHECKPOINTS).exists()
+
+
+def test_what_is_evaluated_is_the_evaluation_data(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """On the same texts with the labels turned over, each guess that was right is wrong."""
+    other = {"animal": "person", "person": "animal"}
+    rows = write_rows(tmp_path / "rows.jsonl", LABELLED)
+    turned = write_rows(tmp_path / "turned.jsonl", [{**row, "label": other[str(row["label"])]} for row in LABELLED])
+    found = []
+    for held in (rows, turned):
+        apply(tiny_model("bert"), tmp_path / held.stem, PacaSpec(rank=4))
+        data = DataSection(train=[str(rows)], eval=[str(held)], max_length=64)
+        found.append(train(tmp_path / held.stem, data, fast(), task=_LABELS.spec()).after["accuracy"])
+    assert found[0] > 0.5
+    assert sum(found) == pytest.approx(1)
 
 
 def test_held_out_rows_are_evaluated(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -808,6 +863,22 @@ def test_on_a_terminal_progress_is_a_bar(
     err = capsys.readouterr().err
     assert ("2/2" in err, "loss=0.5000" in err) == (disabled == "0", disabled == "0")
     assert "step 2/2" not in err
+
+
+def test_every_setting_reaches_the_trainer(tmp_path: Path) -> None:
+    """None of them is left at the trainer's default."""
+    same = {
+        "learning_rate": 0.5, "warmup_steps": 3, "weight_decay": 0.25, "max_grad_norm": 0.75, "adam_beta1": 0.5,
+        "adam_beta2": 0.625, "adam_epsilon": 1e-3, "seed": 5, "logging_steps": 2, "eval_steps": 6, "save_steps": 4,
+    }  # fmt: skip
+    renamed = {"batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size"}
+    renamed |= {"gradient_accumulation": "gradient_accumulation_steps", "lr_scheduler": "lr_scheduler_type"}
+    given = {**same, "batch_size": 3, "eval_batch_size": 5, "gradient_accumulation": 4, "lr_scheduler": "constant"}
+    section = TrainSection.model_validate({**given, "gradient_checkpointing": True})
+    made = training_arguments(section, folder=tmp_path, device="cpu", autocast="fp32", steps=7, has_eval=True)
+    assert {key: getattr(made, renamed.get(key, key)) for key in given} == given
+    assert (made.max_steps, made.data_seed) == (7, 5)
+    assert getattr(made, _checkpointing_key(type(made))) is True
 
 
 def test_signals_are_given_back(plain: Setting, tmp_path: Path) -> None:

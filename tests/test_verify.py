@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from exporters.dense import export
+from surgery import checkpoint
 from surgery.adapter import Adapter, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.delta import ADAPTER_FILE
@@ -24,7 +25,7 @@ from surgery.manifest import UNDO_FILE
 from surgery.methods.paca import PacaSpec
 from surgery.operate import load
 from surgery.survey import TaskSpec
-from surgery.tensorfile import TensorFile
+from surgery.tensorfile import CHUNK_BYTES, TensorFile
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel, digest_folder
 from tests.trained import make_adapter
@@ -242,9 +243,14 @@ def test_tampering_is_found_by_the_bytes_alone(tamper: Callable[[Path], None], m
     assert (merged / RECORD_FILE).read_bytes() == record
 
 
-@pytest.mark.parametrize("family", ("gpt2", "t5"))
-def test_one_bit_anywhere_is_found(family: str, tiny_model: TinyModel, tmp_path: Path) -> None:
-    """In every tensor of a merged checkpoint, at one end or the other, in both weight layouts."""
+@pytest.mark.parametrize(
+    ("family", "chunk_bytes"), (("gpt2", CHUNK_BYTES), ("t5", CHUNK_BYTES), ("llama", 600), ("gpt2", 600))
+)
+def test_one_bit_anywhere_is_found(
+    family: str, chunk_bytes: int, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every tensor of a merged checkpoint, at one end or the other, in both weight layouts, in whatever pieces."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk_bytes)
     folder = merge(tiny_model(family), tmp_path)
     for number, (name, info) in enumerate(sorted(Checkpoint.open(folder).items())):
         index = tuple(size - 1 if number % 2 else 0 for size in info.shape)
@@ -255,10 +261,39 @@ def test_one_bit_anywhere_is_found(family: str, tiny_model: TinyModel, tmp_path:
     verify(folder, numeric=False)
 
 
-def test_a_config_that_computes_something_else_is_found(merged: Path) -> None:
-    """The bytes are right, the model is not: running both shows it."""
+def test_every_column_outside_the_plan_is_watched(merged: Path) -> None:
+    """Also those between planned ones."""
+    planned = columns_of(merged, LAYER)
+    beside = [n for n in range(32) if n not in planned]
+    assert any(planned[0] < n < planned[-1] for n in beside)
+    for column in beside:
+        flip_bit(merged, f"{LAYER}.weight", (31, column))
+        with pytest.raises(CheckError, match="columns outside the plan"):
+            verify(merged, numeric=False)
+        flip_bit(merged, f"{LAYER}.weight", (31, column))
+
+
+def test_a_zero_of_the_other_sign_is_found(merged: Path) -> None:
+    """Trained values are compared as bits, not as numbers."""
+    adapter = open_adapter(merged.parent / "adapter")
+    patches = dict(adapter.delta.patches)
+    patches[LAYER].values[0, 0] = 0.0
+    update_adapter(adapter, replace(adapter.delta, patches=patches), adapter.record.manifest)
+    folder = export(open_adapter(adapter.folder), merged.parent / "again")
+    verify(folder, numeric=False)
+    tensors, at = tensors_of(folder), (0, columns_of(folder, LAYER)[0])
+    assert tensors[f"{LAYER}.weight"][at] == 0
+    tensors[f"{LAYER}.weight"][at] = -0.0
+    write(folder, tensors)
+    with pytest.raises(CheckError, match="not what was trained"):
+        verify(folder, numeric=False)
+
+
+@pytest.mark.parametrize("factor", (2, 1e6))
+def test_a_config_that_computes_something_else_is_found(factor: float, merged: Path) -> None:
+    """The bytes are right, the model is not, be it by ever so little: running both shows it."""
     config = json.loads((merged / "config.json").read_text())
-    config["rms_norm_eps"] = 0.5
+    config["rms_norm_eps"] *= factor
     (merged / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckError, match="its logits differ from the trained model's by up to"):
         verify(merged)

@@ -16,7 +16,14 @@ from exporters import dense
 from surgery import workflow
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import SideDelta
-from surgery.errors import CheckError, NotAModelError, OutputExistsError, RequestError, UnsupportedError
+from surgery.errors import (
+    BaseMismatchError,
+    CheckError,
+    NotAModelError,
+    OutputExistsError,
+    RequestError,
+    UnsupportedError,
+)
 from surgery.methods.paca import PacaSpec
 from surgery.verify import Verification
 from surgery.workflow import default_adapter_folder, default_export_folder, export, find_adapter, undo
@@ -101,6 +108,23 @@ def test_an_export_is_checked_and_measured(adapter: Path, tmp_path: Path) -> Non
     assert result.size_bytes == sum(path.stat().st_size for path in result.out.rglob("*") if path.is_file())
     checks = json.loads((result.out / RECORD_FILE).read_text())["manifest"]["checks"]
     assert {check["result"] for check in checks} == {"passed"}
+
+
+def test_an_export_is_checked_on_the_prompts_given(adapter: Path) -> None:
+    """As many as there are."""
+    held = export(adapter, prompts=("one", "two")).verification
+    assert held is not None
+    assert "on 2 prompts" in held.checks[-1].detail
+
+
+def test_a_base_that_moved_can_be_named(adapter: Path, tmp_path: Path) -> None:
+    """Without its name the export is refused; with it, written and checked."""
+    moved = (tmp_path / "model").rename(tmp_path / "elsewhere")
+    with pytest.raises(BaseMismatchError, match="--base"):
+        export(adapter)
+    held = export(adapter, base=moved).verification
+    assert held is not None
+    assert held.max_logit_difference == 0
 
 
 def test_an_export_of_what_was_not_trained_says_so(adapter: Path, tmp_path: Path) -> None:

@@ -96,6 +96,19 @@ FAMILIES: Mapping[str, Family] = {
         {**SIZES, "max_position_embeddings": 130, "type_vocab_size": 1},  # two positions go to the padding offset
         tokenizer="encoder",
     ),
+    "distilbert": Family(
+        "DistilBertConfig",
+        "DistilBertForMaskedLM",
+        {
+            "vocab_size": VOCABULARY,
+            "dim": 32,
+            "hidden_dim": 48,
+            "n_layers": 2,
+            "n_heads": 4,
+            "max_position_embeddings": 128,
+        },
+        tokenizer="encoder",
+    ),
     "t5": Family(
         "T5Config",
         "T5ForConditionalGeneration",

@@ -90,7 +90,7 @@ def run_demo(recipe: Recipe, out: Path) -> Outcome:
     with watch.stage("measure the base"):
         before = score(base, rows, title="base")
     with watch.stage("apply"):
-        surgery.apply(base, adapter, recipe.paca.spec(), task=recipe.task_spec())
+        surgery.apply(base, adapter, recipe.spec(), task=recipe.task_spec())
     with watch.stage("train"):
         training = surgery.train(adapter, recipe.data, recipe.train)
     with watch.stage("export merged"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ from surgery.errors import (
 )
 from surgery.manifest import read_record
 from surgery.methods.paca import PacaSpec, planned_columns
+from surgery.operate import apply
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
 from surgery.planning import plan_checkpoint
 from surgery.survey import TaskSpec
@@ -619,3 +621,15 @@ def try_adapter(folder: Path) -> str:
     except SurgeryError:
         return "refused"
     return "read"
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
+def test_a_head_is_drawn_as_its_class_draws_it(task: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """T5 draws a classification head when it is given the head, not its layers: the spread is that of a new model."""
+    base = tiny_model("t5")
+    adapter = apply(base, tmp_path / "adapter", PacaSpec(rank=2), task=TaskSpec(task, ("a", "b")))
+    model_class = getattr(transformers, adapter.plan.architecture)
+    fresh = model_class(transformers.AutoConfig.from_pretrained(base, num_labels=2))
+    for name, patch in adapter.delta.whole.items():
+        spread = float(fresh.get_parameter(name).detach().std())
+        assert float(patch.values.std()) == pytest.approx(spread, rel=0.4)

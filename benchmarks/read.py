@@ -2,7 +2,7 @@
 
     python benchmarks/read.py step --shape minilm    one training step: seconds, bytes saved for backward, peak memory
     python benchmarks/read.py step --shape t5
-    python benchmarks/read.py learn                  SST-2 with all-MiniLM-L6-v2, two epochs, three seeds
+    python benchmarks/read.py learn                  SST-2 with all-MiniLM-L6-v2, one epoch, three seeds
     python benchmarks/read.py cache                  the second epoch to the first, with the feature cache
     python benchmarks/read.py inference --shape t5   latency and memory over the bare backbone
     python benchmarks/read.py parameters             trained values over sizes of T5
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

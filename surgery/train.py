@@ -306,7 +306,7 @@ def _load_for_training(adapter: Adapter, root: Path, settings: TrainSection, dev
     Weights keep the checkpoint's dtype, but fp16 on a CPU computes in fp32 (what is trained still rounds to fp16).
     Heads train in fp32, which beside 16-bit weights needs autocast.
     """
-    dtype = torch.float32 if device == "cpu" and _is_half(adapter.plan) else None
+    dtype = torch.float32 if device == "cpu" and _is_half(adapter.plan, root) else None
     model = load_base_model(root, adapter.plan, dtype=dtype)
     attach_plan(model, adapter.plan, adapter.delta)
     model.config.use_cache = False
@@ -322,8 +322,10 @@ def _load_for_training(adapter: Adapter, root: Path, settings: TrainSection, dev
     return model, autocast
 
 
-def _is_half(plan: SurgeryPlan) -> bool:
-    return any(target.dtype == "F16" for target in plan.targets)
+def _is_half(plan: SurgeryPlan, root: Path) -> bool:
+    """Whether what trains, or the backbone that a side network reads, has fp16 weights."""
+    weights = plan.targets or Checkpoint.open(root).values()
+    return any(weight.dtype == "F16" for weight in weights)
 
 
 # --- resuming, or not
@@ -440,6 +442,9 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
         preprocess_logits_for_metrics=preprocess_for(task),
         callbacks=callbacks,
     )
+    # Where a batch is accumulated, the trainer believes that a forward with **kwargs divides its loss by the whole
+    # batch's labels. Of transformers' classes those of language models do; the others give the mean of their part.
+    trainer.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs and task == "causal-lm"
     trainer.remove_callback(PrinterCallback)
     trainer.surgery_plan, trainer.surgery_keep = adapter.plan, settings.save_total_limit
     trainer.surgery_features = features

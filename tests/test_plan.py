@@ -623,7 +623,7 @@ def try_adapter(folder: Path) -> str:
     return "read"
 
 
-@pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
+@pytest.mark.parametrize("task", ("sequence-classification", "token-classification"))
 def test_a_head_is_drawn_as_its_class_draws_it(task: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     """T5 draws a classification head when it is given the head, not its layers: the spread is that of a new model."""
     base = tiny_model("t5")

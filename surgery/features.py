@@ -229,7 +229,7 @@ class FeatureCache:
         result = torch.zeros((count_states, len(rows), length, stack.width), dtype=self.layout.dtype)
         for line, row in enumerate(rows):
             count, start = self.layout.tokens[number][row], self._offsets[number][row]
-            values = torch.from_numpy(np.array(self._states[start : self._offsets[number][row + 1]]))
+            values = torch.from_numpy(self._states[start : self._offsets[number][row + 1]])
             values = values.view(self.layout.dtype).view(count_states, count, stack.width)
             result[:, line, _positions(mask, line, count, length)] = values
         return result

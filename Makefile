@@ -6,12 +6,13 @@ READY := $(VENV)/.complete
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TESTS ?= tests
 
-.PHONY: help demo test test-fast lint format docs clean
+.PHONY: help demo test test-long test-fast lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       set up .venv and run the main job on the model that the repository ships"
-	@echo "make test       set up .venv, lint, type-check and run every test"
+	@echo "make test       set up .venv, lint, type-check and run every test but the long ones"
+	@echo "make test-long  the tests that take minutes: learning on real data"
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       write docs/cli.md from the commands' help"
@@ -35,10 +36,13 @@ demo: $(READY)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python recipes/quickstart/demo.py  # threads that wait do not spin
 
 test: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(TESTS)
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long $(TESTS)
 
 test-fast: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TESTS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long" $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -99,6 +99,7 @@ def test_the_merged_story_teller_has_the_same_loss(shakespeare: tuple[Path, Data
     assert language_loss(merged, data, batch_size=10) == pytest.approx(result.after["loss"], abs=1e-6)
 
 
+@pytest.mark.long
 def test_a_side_network_learns_to_write_plays(shared_data: Path, tmp_path: Path) -> None:
     """The held-out loss falls below 3.6 in 100 steps of 16 x 256 tokens; a prototype reached 3.26.
 
@@ -164,6 +165,7 @@ def sst2(shared_data: Path) -> tuple[Path, DataSection]:
     return model, DataSection(train=[train_file], eval=[eval_file], columns=columns, max_length=64)
 
 
+@pytest.mark.long
 def test_a_side_network_learns_sentiment(sst2: tuple[Path, DataSection], tmp_path: Path) -> None:
     """A mean accuracy above 0.82 over three seeds, after two epochs; the backbone's layers run in the first alone.
 

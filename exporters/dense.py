@@ -147,14 +147,10 @@ def export(
     files = plan_files(checkpoint, adapter.plan, dtype, max_shard_bytes)
     require_apart(out, [root, adapter.folder])
     require_targets(checkpoint, adapter.plan)
-    sizes = [len(file.header) + sum(tensor_bytes(t.dtype, t.shape) for t in file.tensors) for file in files]
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
-        require_disk(writer.path, sum(sizes) + (adapter.folder / ADAPTER_FILE).stat().st_size)
-        copy_small_files(checkpoint, writer.path, with_dtype(checkpoint, adapter.plan, dtype))
-        with StreamWriter() as stream:
-            for file in files:
-                stream.write(writer.path / file.name, file.header, pieces(checkpoint, delta, file))
-        write_index(writer.path, files)
+        require_disk(writer.path, size_bytes(files) + (adapter.folder / ADAPTER_FILE).stat().st_size)
+        copy_small_files(checkpoint, writer.path, _with_dtype(checkpoint, adapter.plan, dtype))
+        write_weights(writer.path, checkpoint, delta, files)
         write_undo(writer.path / UNDO_FILE, checkpoint, adapter)
         settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "files": [file.name for file in files]}
         record = export_record(MERGED, adapter, root, out, settings, hub=base is None)
@@ -162,7 +158,7 @@ def export(
     return out
 
 
-def with_dtype(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str) -> SurgeryPlan:
+def _with_dtype(checkpoint: Checkpoint, plan: SurgeryPlan, dtype: str) -> SurgeryPlan:
     """The plan with config.json's dtype changed to the files', without which loaders would cast back."""
     if dtype == KEEP or CONFIG_FILE not in checkpoint.small_files():
         return plan
@@ -193,7 +189,20 @@ def require_targets(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
             )
 
 
-def pieces(checkpoint: Checkpoint, delta: Delta, file: OutFile) -> Iterator[tuple[int, Iterator[bytes | memoryview]]]:
+def size_bytes(files: list[OutFile]) -> int:
+    """What the weights take on disk."""
+    return sum(len(file.header) + sum(tensor_bytes(t.dtype, t.shape) for t in file.tensors) for file in files)
+
+
+def write_weights(folder: Path, checkpoint: Checkpoint, delta: Delta, files: list[OutFile]) -> None:
+    """The planned files, streamed from the base's and the delta, and their index."""
+    with StreamWriter() as stream:
+        for file in files:
+            stream.write(folder / file.name, file.header, _pieces(checkpoint, delta, file))
+    write_index(folder, files)
+
+
+def _pieces(checkpoint: Checkpoint, delta: Delta, file: OutFile) -> Iterator[tuple[int, Iterator[bytes | memoryview]]]:
     """Each tensor of a file: its offset behind the header, and its bytes."""
     targets = {target.weight: target for target in delta.plan.targets}
     side = delta.state if isinstance(delta, SideDelta) else {}

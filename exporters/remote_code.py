@@ -15,11 +15,10 @@ from exporters.dense import (
     KEEP,
     Exporter,
     export_record,
-    pieces,
     plan_files,
     require_targets,
-    with_dtype,
-    write_index,
+    size_bytes,
+    write_weights,
 )
 from surgery.adapter import Adapter, copy_small_files, find_base
 from surgery.checkpoint import RECORD_FILE, Checkpoint
@@ -27,8 +26,7 @@ from surgery.delta import SideDelta, require_backbone
 from surgery.errors import RequestError
 from surgery.manifest import REMOTE_CODE
 from surgery.methods.read import MODELING_FILE, modeling_config, modeling_source
-from surgery.tensorfile import tensor_bytes
-from surgery.writing import CheckpointWriter, StreamWriter, require_apart, require_disk, write_file
+from surgery.writing import CheckpointWriter, require_apart, require_disk, write_file
 
 
 def export(
@@ -54,14 +52,10 @@ def export(
     require_targets(checkpoint, adapter.plan)
     require_backbone(checkpoint, adapter.plan)
     plan = replace(adapter.plan, config={**adapter.plan.config, **modeling_config(adapter.plan)})
-    sizes = [len(file.header) + sum(tensor_bytes(t.dtype, t.shape) for t in file.tensors) for file in files]
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
-        require_disk(writer.path, sum(sizes))
-        copy_small_files(checkpoint, writer.path, with_dtype(checkpoint, plan, dtype))
-        with StreamWriter() as stream:
-            for file in files:
-                stream.write(writer.path / file.name, file.header, pieces(checkpoint, adapter.delta, file))
-        write_index(writer.path, files)
+        require_disk(writer.path, size_bytes(files))
+        copy_small_files(checkpoint, writer.path, plan)
+        write_weights(writer.path, checkpoint, adapter.delta, files)
         write_file(writer.path / MODELING_FILE, modeling_source(adapter.plan.architecture))
         settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "files": [file.name for file in files]}
         record = export_record(REMOTE_CODE, adapter, root, out, {"format": REMOTE_CODE, **settings}, hub=base is None)

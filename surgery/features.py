@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import read_json
+from surgery.delta import bits
 from surgery.errors import BaseMismatchError, DamagedError, RecipeError, RequestError, ResourceError
 from surgery.plan import SurgeryPlan
 from surgery.side import Stack
@@ -57,6 +59,7 @@ class Layout:
         modules = [f"{stack.layers}.{number}" for number in stack.read]
         return modules if stack.exit in modules else [*modules, stack.exit]
 
+    @cached_property
     def offsets(self) -> list[list[int]]:
         """Of each stack, where each row begins: stacks one after the other."""
         result, position = [], 0
@@ -69,7 +72,7 @@ class Layout:
 
     @property
     def size_bytes(self) -> int:
-        return self.offsets()[-1][-1] * self.dtype.itemsize
+        return self.offsets[-1][-1] * self.dtype.itemsize
 
 
 def row_columns(plan: SurgeryPlan) -> tuple[str, ...]:
@@ -113,7 +116,7 @@ class FeatureCache:
         except BaseException:
             self._lock.close()  # and gives the lock back: whoever handles the error may keep this object alive
             raise
-        self._offsets = layout.offsets()
+        self._offsets = layout.offsets
         self._unflushed: list[int] = []
         self._lengths: dict[str, int] = {}
 
@@ -197,7 +200,7 @@ class FeatureCache:
                 count = self.layout.tokens[number][row]
                 values = state_btd[line][_positions(mask, line, count, state_btd.shape[1])]
                 start = self._offsets[number][row] + place * count * stack.width
-                self._states[start : start + count * stack.width] = _as_bits(values)
+                self._states[start : start + count * stack.width] = bits(values).reshape(-1)
 
         return keep
 
@@ -259,11 +262,6 @@ def _positions(mask: Tensor | None, line: int, count: int, length: int) -> slice
     """Where a row's tokens stand in a padded batch: at its beginning, or at its end where padding is on the left."""
     is_left = mask is not None and count < length and not bool(mask[line, 0])
     return slice(length - count, length) if is_left else slice(0, count)
-
-
-def _as_bits(values: Tensor) -> Any:
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return values.contiguous().view(width).numpy().reshape(-1).view(f"u{values.element_size()}")
 
 
 def _returning(state: Tensor | None, length: int) -> Callable[..., Any]:

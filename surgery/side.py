@@ -6,8 +6,8 @@ costs no parameters.
 
 This module imports torch and nothing else: `export --format remote-code` writes it, as it stands, beside the weights.
 
-Shape suffixes: b sequences, t tokens, n = b * t, d width of the backbone, h width of the side network, g gates of a
-step (3 h for a GRU, 4 h for an LSTM, h for a plain RNN), s tokens of the encoder.
+Shape suffixes: b sequences, t tokens, n = b * t or, where padding is left out, fewer, d width of the backbone, h width
+of the side network, g gates of a step (3 h for a GRU, 4 h for an LSTM, h for a plain RNN), s tokens of the encoder.
 
 Source: READ, arXiv 2305.15348, section 3; the order of a step's gates is torch.nn.GRU's and torch.nn.LSTM's.
 """
@@ -250,7 +250,7 @@ class Joiner(nn.Module):
     """Brings the encoder's side states into each step of the decoder's recurrence.
 
     attention: the decoder's layer asks, in the side network's width, with one head; mean: over the encoder's tokens.
-    Shapes: x_btd, memory (b, s, w) -> (n, g), added to the gates.
+    Shapes: x_nd, query_hd (with the norm's scale; none for mean), memory (b, s, w) -> (n, g), added to the gates.
     """
 
     def __init__(self, kind: str, width: int, memory: int, hidden: int, gates: int) -> None:
@@ -261,16 +261,16 @@ class Joiner(nn.Module):
             self.key = nn.Parameter(torch.empty(hidden, memory))
         self.mix = nn.Parameter(torch.empty(gates, memory))
 
-    def forward(self, x_nd: Tensor, norm_d: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x_nd: Tensor, query_hd: Tensor | None, memory: Memory) -> Tensor:
         states, mask = memory.states_bsh, memory.mask_bs
         batch = states.shape[0]
         tokens = x_nd.shape[0] // batch
-        if self.kind == "mean":
+        if query_hd is None:
             weights = torch.ones(states.shape[:2], device=states.device) if mask is None else mask
             weights = weights.to(states.dtype)
             mean_bw = torch.einsum("bs,bsw->bw", weights, states) / weights.sum(1, keepdim=True).clamp_(min=1)
             return mean_bw.matmul(self.mix.t()).repeat_interleave(tokens, dim=0)
-        query = ReadLayer.apply(x_nd, self.query * norm_d).view(batch, 1, tokens, -1)  # type: ignore[no-untyped-call]
+        query = ReadLayer.apply(x_nd, query_hd).view(batch, 1, tokens, -1)  # type: ignore[no-untyped-call]
         keys, values = states.matmul(self.key.t()).unsqueeze(1), states.unsqueeze(1)
         seen = None if mask is None else mask.bool()[:, None, None, :]
         found = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
@@ -301,14 +301,21 @@ class SideStack(nn.Module):
         self.output = None if is_source else nn.Linear(hidden * directions, width)
         self.output_norm = nn.Parameter(torch.empty(width)) if settings.output_norm and not is_source else None
 
-    def read(self, x_nd: Tensor, memory: Memory | None) -> list[Tensor]:
+    def readers(self) -> list[Tensor]:
+        """What multiplies a layer's output, with the norm's scale: each direction's weights, the joiner's query."""
+        weights = [direction.weight_ih for direction in self._cells(0)]
+        if self.joiner is not None and self.joiner.kind == "attention":
+            weights.append(self.joiner.query)
+        return [weight * self.norm for weight in weights]
+
+    def read(self, x_nd: Tensor, readers: Sequence[Tensor], memory: Memory | None) -> list[Tensor]:
         """A layer's output -> the gates (n, g) it gives to each direction of the first recurrent layer."""
-        gates = []
-        joined_ng = None if self.joiner is None or memory is None else self.joiner(x_nd, self.norm, memory)
-        for direction in self._cells(0):
-            gates_ng = ReadLayer.apply(x_nd, direction.weight_ih * self.norm)  # type: ignore[no-untyped-call]
-            gates.append(gates_ng if joined_ng is None else gates_ng + joined_ng)
-        return gates
+        count = 1 + self.settings.bidirectional
+        gates: list[Tensor] = [ReadLayer.apply(x_nd, weight) for weight in readers[:count]]  # type: ignore[no-untyped-call]
+        if self.joiner is None or memory is None:
+            return gates
+        joined_ng = self.joiner(x_nd, next(iter(readers[count:]), None), memory)
+        return [gates_ng + joined_ng for gates_ng in gates]
 
     def _cells(self, layer: int) -> list[Direction]:
         """The directions of a recurrent layer."""
@@ -353,9 +360,12 @@ class SideStack(nn.Module):
 
 @dataclass
 class _Run:
-    """One forward of a stack, while it lasts."""
+    """One forward of a stack, while it lasts. tokens_n and kept_bt1 are those of `_padding`."""
 
     mask_bt: Tensor | None
+    tokens_n: Tensor | None
+    kept_bt1: Tensor | None
+    readers: list[Tensor]
     start_nh: Tensor
     steps: list[list[Tensor]] = field(default_factory=list)
 
@@ -433,15 +443,17 @@ class SideNetwork(nn.Module):
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
         kwargs = {key: x.detach() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
         state = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
+        side, mask = self._side(name), self._masks.pop(name, None)
+        tokens, kept = _padding(state, mask, may_skip=side.joiner is None)
         with _exact(state):
-            self._runs[name] = _Run(self._masks.pop(name, None), self._side(name).start(_flat(state)))
+            self._runs[name] = _Run(mask, tokens, kept, side.readers(), side.start(_flat(state, tokens)))
         return args, kwargs
 
     def _read(self, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
         """After a layer: its output as gates of the recurrence."""
-        state = _first(output)
+        state, run = _first(output), self._runs[name]
         with _exact(state):
-            self._runs[name].steps.append(self._side(name).read(_flat(state), self._memory))
+            run.steps.append(self._side(name).read(_flat(state, run.tokens_n), run.readers, self._memory))
 
     def _leave(self, stack: Stack, _module: nn.Module, _args: Any, output: Any) -> Any:
         """After the exit: the recurrence, and the corrected state (or what the decoder will ask)."""
@@ -451,11 +463,12 @@ class SideNetwork(nn.Module):
         with _exact(last):
             reduced = side(run.steps, run.start_nh)
             if side.output is None:
-                self._memory = Memory(_first(output), reduced.view(*last.shape[:-1], -1), run.mask_bt)
+                self._memory = Memory(_first(output), _unflat(reduced, run.tokens_n, last.shape[:2]), run.mask_bt)
                 return output
             if torch.is_grad_enabled():
                 self._memory = None
-            corrected = last + side.correction(reduced).view(last.shape).to(last.dtype)
+            correction = _unflat(side.correction(reduced).to(last.dtype), run.tokens_n, last.shape[:2])
+            corrected = last + (correction if run.kept_bt1 is None else correction * run.kept_bt1)
         if self.settings.pooling != "own":
             corrected = pool(corrected, run.mask_bt, self.settings.pooling)
         return (corrected, *output[1:]) if isinstance(output, tuple) else corrected
@@ -497,9 +510,31 @@ def _first(output: Any) -> Tensor:
     return state
 
 
-def _flat(state: Tensor) -> Tensor:
+def _padding(state_btd: Tensor, mask_bt: Tensor | None, *, may_skip: bool) -> tuple[Tensor | None, Tensor | None]:
+    """How padding goes without a correction: (tokens, kept), None where there is nothing to do.
+
+    tokens (n,): the places in (b t) to compute, where shapes may depend on values: on the CPU, outside a graph.
+    kept (b, t, 1): elsewhere, what a correction of all places is multiplied by.
+    """
+    if mask_bt is None or mask_bt.shape != state_btd.shape[:2]:  # that of a cache covers more tokens than there are
+        return None, None
+    if not may_skip or state_btd.device.type != "cpu" or torch.compiler.is_compiling():
+        return None, (mask_bt != 0).unsqueeze(-1)
+    tokens = mask_bt.flatten().nonzero().squeeze(1)
+    return (tokens if len(tokens) < mask_bt.numel() else None), None
+
+
+def _flat(state_btd: Tensor, tokens_n: Tensor | None) -> Tensor:
     """(b, t, d) -> (n, d), outside autograd."""
-    return state.detach().reshape(-1, state.shape[-1])
+    state = state_btd.detach().reshape(-1, state_btd.shape[-1])
+    return state if tokens_n is None else state.index_select(0, tokens_n)
+
+
+def _unflat(x_nd: Tensor, tokens_n: Tensor | None, shape: torch.Size) -> Tensor:
+    """(n, d) -> (b, t, d), zero where nothing was read."""
+    if tokens_n is not None:
+        x_nd = x_nd.new_zeros(shape.numel(), x_nd.shape[-1]).index_copy(0, tokens_n, x_nd)
+    return x_nd.view(*shape, -1)
 
 
 def _take_first(_module: nn.Module, args: Any, _output: Any) -> Any:

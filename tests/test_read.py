@@ -196,7 +196,7 @@ def correction_by_hand(model: nn.Module, states: list[Tensor]) -> Tensor:
     (side,) = side_of(model).stacks.values()
     assert isinstance(side, SideStack)
     with torch.no_grad():
-        return side.correction(side([side.read(x, None) for x in states[1:]], side.start(states[0])))
+        return side.correction(side([side.read(x, side.readers(), None) for x in states[1:]], side.start(states[0])))
 
 
 @pytest.mark.parametrize("family", EXITS)
@@ -236,7 +236,7 @@ def watch_phases(model: nn.Module, kept: Kept, patch: pytest.MonkeyPatch) -> lis
 
         return call
 
-    for name in ("read", "start", "forward", "correction"):
+    for name in ("readers", "read", "start", "forward", "correction"):
         patch.setattr(SideStack, name, inside(SideStack.__dict__[name]))
     for stack in side_of(model).descriptions:
         for number in stack.read:
@@ -488,6 +488,47 @@ def test_a_decoder_generates_with_its_cache(family: str) -> None:
         torch.testing.assert_close(cached.logits[step][1:], single.logits[step], rtol=1e-4, atol=1e-5)
 
 
+# --- padding
+
+
+@pytest.mark.parametrize("side", ("right", "left"))
+@pytest.mark.parametrize("family", ("llama", "gpt2", "bert", "distilbert"))
+def test_padding_gets_no_correction_and_is_not_computed(
+    family: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit's output is the backbone's own there, and the side network sees as many rows as there are tokens."""
+    spec = ReadSpec(hidden=WIDTH, initial="embedding", bidirectional=True)
+    model, inputs = attached(family, spec), padded_inputs(family, side)
+    (stack,) = side_of(model).descriptions
+    before, after = (captured(model, stack.exit, first=first) for first in (True, False))
+    rows, is_token = [], inputs["attention_mask"] == 1
+    for name in ("read", "start"):
+        real = getattr(SideStack, name)
+        monkeypatch.setattr(SideStack, name, lambda s, x, *rest, real=real: rows.append(len(x)) or real(s, x, *rest))
+    logits_of(model, inputs)
+    assert rows == [int(is_token.sum())] * 3
+    moved = (before[0] != after[0]).any(-1)
+    assert torch.equal(moved, is_token.flatten())
+
+
+@pytest.mark.parametrize("side", ("right", "left"))
+@pytest.mark.parametrize("family", ("llama", "bert", "t5", "bart"))
+def test_fixed_shapes_give_the_same(family: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph, and on devices that want fixed shapes, padding is computed and its correction dropped."""
+    spec = ReadSpec(hidden=WIDTH, initial="embedding", **({"joiner": "mean"} if family == "bart" else {}))
+    model, inputs = attached(family, spec, dtype=torch.float64), padded_inputs(family, side)
+    if family == "bart":
+        inputs["decoder_attention_mask"] = inputs["attention_mask"][:, : inputs["decoder_input_ids"].shape[1]]
+    results = []
+    for is_fixed in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda is_fixed=is_fixed: is_fixed)
+        model.zero_grad()
+        logits = model(**inputs).logits
+        logits.square().mean().backward()
+        results.append((logits.detach(), {n: g.clone() for n, g in side_gradients(model).items()}))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
 # --- training
 
 
@@ -537,7 +578,7 @@ def test_a_compiled_backbone_is_the_same(family: str, backend: str, cell: str) -
     """torch.compile of the backbone, hooks and all: logits, gradients, and logits again after a step."""
     torch.compiler.reset()
     ours = attached(family, ReadSpec(hidden=WIDTH, cell=cell, initial="embedding")).train()
-    compiled, inputs = copy.deepcopy(ours), sample_inputs(family)
+    compiled, inputs = copy.deepcopy(ours), padded_inputs(family)
     if family == "llama":
         compiled.model = torch.compile(compiled.model, backend=backend)
     else:

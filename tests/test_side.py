@@ -43,7 +43,7 @@ def outputs_of_layers(tokens: int = TOKENS) -> list[Tensor]:
 def corrected(stack: SideStack, states: Sequence[Tensor], memory: Memory | None = None) -> Tensor:
     """What the side network makes of them, as the hooks call it."""
     start = stack.start(states[0])
-    return stack.correction(stack([stack.read(x, memory) for x in states[1:]], start))
+    return stack.correction(stack([stack.read(x, stack.readers(), memory) for x in states[1:]], start))
 
 
 read_layer: Any = ReadLayer.apply
@@ -297,7 +297,8 @@ def test_the_joiner_is_attention_by_hand(kind: str, mask: Tensor | None) -> None
     stack, (x, *_), memory = joined(kind, mask)
     joiner: Any = stack.joiner
     wanted: Any = {**dict(joiner.named_parameters()), "norm": stack.norm, "states": memory.states_bsh}
-    mine, theirs = joiner(x, stack.norm, memory), join_by_hand(joiner, x, stack.norm, memory)
+    query = stack.readers()[1] if kind == "attention" else None
+    mine, theirs = joiner(x, query, memory), join_by_hand(joiner, x, stack.norm, memory)
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
     require_equal(gradients(mine, wanted), gradients(theirs, wanted))
     assert len(gradients(mine, wanted)) == (5 if kind == "attention" else 2)

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from surgery.checkpoint import require_folder, require_model, require_record
+from surgery.checkpoint import RECORD_FILE, require_folder, require_model, require_record
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
 MERGED_FORMATS = ("safetensors",)
@@ -299,10 +299,19 @@ def train(
 
 @cli.command()
 @click.argument("adapter", type=FOLDER, required=False)
-@click.option("--merge", is_flag=True, help="Write the trained columns into a dense checkpoint (format safetensors).")
+@click.option("--merge", is_flag=True, help="Write the trained columns into a dense checkpoint.")
 @OUT
-@click.option("--format", "format_", default="safetensors", show_default=True, help="safetensors, lora or remote-code.")
-@click.option("--dtype", default="keep", show_default=True, help="keep, fp32, bf16 or fp16: cast after the merge.")
+@click.option(
+    "--format", "format_", default="safetensors", show_default=True, help="safetensors, onnx, lora or remote-code."
+)
+@click.option(
+    "--dtype",
+    default="keep",
+    show_default=True,
+    help="keep, fp32, bf16 or fp16: cast after the merge; with --format onnx what the graph computes in.",
+)
+@click.option("--opset", type=int, help="With --format onnx: the version of ONNX's operators, 20 or newer.")
+@click.option("--onnx-data", help="With --format onnx: safetensors (weights are not copied) or copy (model.onnx_data).")
 @click.option("--max-shard-size", help="Cut files anew, e.g. 5GB. Default: the base's own files.")
 @click.option("--no-verify", is_flag=True, help="Leave out the check of what was written.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
@@ -316,6 +325,8 @@ def export(
     out: Path | None,
     format_: str,
     dtype: str,
+    opset: int | None,
+    onnx_data: str | None,
     max_shard_size: str | None,
     no_verify: bool,
     prompts: tuple[str, ...],
@@ -323,36 +334,43 @@ def export(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Export ADAPTER: a dense checkpoint (--merge), a LoRA adapter or a model with its side network (--format).
+    """Export ADAPTER: a dense checkpoint (--merge), with ONNX graphs, a LoRA adapter or a model with its side network.
 
-    Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` unless -o says
-    otherwise, and appears only after its check held.
+    Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` (or with another
+    format's name) unless -o says otherwise, and appears only after its check held. --format onnx also takes a model
+    that is no adapter.
 
     \b
     surgery export model-paca/ --merge
     surgery export model-paca/ --merge -o out/ --max-shard-size 5GB
+    surgery export model-paca/ --merge --format onnx
+    surgery export model/ --format onnx
     surgery export model-paca/ --format lora
     """
     if format_ != "onnx" and merge != (format_ in MERGED_FORMATS):
         found = f"--merge with --format {format_}" if merge else f"--format {format_} without --merge"
         raise RequestError("export", found, expected="--merge, or a format such as lora or remote-code without it")
-    if adapter:
+    is_model = adapter is not None and format_ == "onnx" and not (adapter / RECORD_FILE).is_file()
+    if is_model:
+        require_model(str(adapter))
+    elif adapter:
         require_record(adapter)
     from surgery import show as showing
     from surgery import workflow
 
-    folder = workflow.find_adapter(adapter)
-    result = workflow.export(
-        folder,
-        out,
-        format=format_,
-        base=base,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        check=not no_verify,
-        prompts=prompts,
-    )
+    settings: dict[str, Any] = {
+        "dtype": dtype, "max_shard_size": max_shard_size, "overwrite": overwrite, "check": not no_verify,
+        "opset": opset, "onnx_data": onnx_data,
+    }  # fmt: skip
+    if is_model:
+        if merge:
+            raise RequestError(str(adapter), "--merge of a model", expected="an adapter, or no --merge")
+        result = workflow.export_checkpoint(str(adapter), out, **settings)
+    else:
+        folder = workflow.find_adapter(adapter)
+        if format_ == "onnx":
+            workflow.require_merge(folder, is_asked=merge)
+        result = workflow.export(folder, out, format=format_, base=base, prompts=prompts, **settings)
     show(showing.export_lines(result), result, as_json=as_json)
 
 

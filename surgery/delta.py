@@ -158,7 +158,8 @@ class SideDelta:
     what: ClassVar[str] = "a READ adapter"
     nature: ClassVar[str] = "(a side network runs beside the layers and has no dense equivalent)"
     ways_out: ClassVar[str] = (
-        "Write --format remote-code, which transformers loads with the side network, or use surgery.load in Python"
+        "Write --format onnx, whose graph holds the side network, or --format remote-code, which transformers loads "
+        "with it, or use surgery.load in Python"
     )
 
     plan: SurgeryPlan

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.errors import RequestError, closest
+from surgery.errors import RequestError, UnsupportedError, closest
 
 METHODS = {"paca": "surgery.methods.paca:METHOD", "read": "surgery.methods.read:METHOD"}
 BACKENDS = {"local": "surgery.backends.local:BACKEND"}
@@ -14,14 +14,30 @@ EXPORTERS = {
     "safetensors": "exporters.dense:EXPORTER",
     "lora": "exporters.lora:EXPORTER",
     "remote-code": "exporters.remote_code:EXPORTER",
+    "onnx": "exporters.onnx_export:EXPORTER",
 }
 UNDO = "exporters.undo:undo"
+ONNX_OPTIONS = "exporters.onnx_folder:OnnxOptions"
+ONNX_CHECKPOINT = "exporters.onnx_export:export_checkpoint"
+ONNX_VERIFY = "exporters.onnx_folder:verify_graphs"
+
+
+EXTRAS = {"onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx"}  # by what is imported
 
 
 def resolve(reference: str) -> Any:
-    """What `module:attribute` names."""
+    """What `module:attribute` names. Raises UnsupportedError where it needs an extra that is not installed."""
     module, attribute = reference.split(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        fix = f"pip install 'checkpoint-surgery[{extra}]'"
+        raise UnsupportedError(
+            module, f"{error.name} is not installed", expected=f"the extra {extra}", fix=fix
+        ) from error
 
 
 def load(table: Mapping[str, str], name: str, kind: str) -> Any:

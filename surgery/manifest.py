@@ -16,7 +16,7 @@ from surgery.errors import DamagedError, NotAModelError, RequestError
 from surgery.plan import SurgeryPlan, from_json
 
 SCHEMA = 1
-ADAPTER, MERGED, REMOTE_CODE = "adapter", "merged", "remote-code"
+ADAPTER, MERGED, REMOTE_CODE, ONNX = "adapter", "merged", "remote-code", "onnx"
 UNDO_FILE = "surgery.undo"  # in a merged folder: all that the merge replaced
 _PACKAGES = ("checkpoint-surgery", "torch", "transformers", "safetensors", "accelerate")
 

@@ -123,9 +123,14 @@ class Untouched:
     reason: str
 
 
+NO_METHOD = "none"
+
+
 @dataclass(frozen=True)
 class SurgeryPlan:
-    """What a method does to a model: `targets` (PaCA) sorted by module and unique, or `stacks` (READ); never neither.
+    """What a method does to a model: `targets` (PaCA) sorted by module and unique, or `stacks` (READ).
+
+    It is never neither, but for the method `none`: a checkpoint that is exported as it is.
 
     `prefix` is what the task's class puts before the base's names (`bert.`); `architecture` the class that loads the
     result; `config` the entries of config.json that change. `side`: the tensors of the stacks' side networks, sorted;
@@ -150,7 +155,7 @@ class SurgeryPlan:
 
     def __post_init__(self) -> None:
         modules = [target.module for target in self.targets]
-        if modules != sorted(set(modules)) or bool(modules) == bool(self.stacks):
+        if modules != sorted(set(modules)) or bool(modules) + bool(self.stacks) != (self.method != NO_METHOD):
             raise DamagedError("plan", f"{len(modules)} targets", expected="a sorted list without repetition")
         side = [target.parameter for target in self.side]
         if side != sorted(set(side)) or bool(side) != bool(self.stacks):

@@ -416,6 +416,11 @@ class SideNetwork(nn.Module):
                 if hasattr(module, "pooler") and isinstance(module.pooler, nn.Module):
                     keep(module.pooler.register_forward_hook(_take_first))
 
+    def swap_memory(self, memory: Memory | None) -> Memory | None:
+        """Set what a decoder will ask, and return what it would have asked: for who runs the halves of a pair apart."""
+        before, self._memory = self._memory, memory
+        return before
+
     def unhook(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
@@ -481,6 +486,8 @@ class SideNetwork(nn.Module):
         memory = self._memory
         if self.settings.joiner == "none" or encoder_states is None or (memory and memory.source is encoder_states):
             return
+        if memory and torch.compiler.is_compiling() and memory.source.shape == encoder_states.shape:
+            return  # a graph cannot look at values
         batch = encoder_states.shape[0]
         repeats = batch // memory.source.shape[0] if memory else 0
         if memory is None or repeats * memory.source.shape[0] != batch:

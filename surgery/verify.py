@@ -25,7 +25,8 @@ from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import TRANSFORMERS_5, quiet_loading
 from surgery.delta import ADAPTER_FILE, bits, require_columns, require_side
 from surgery.errors import CheckError, DamagedError, SurgeryError, counted
-from surgery.manifest import MERGED, REMOTE_CODE, UNDO_FILE, Check, Record, read_record
+from surgery.lookup import ONNX_VERIFY, resolve
+from surgery.manifest import MERGED, ONNX, REMOTE_CODE, UNDO_FILE, Check, Record, read_record
 from surgery.methods.read import MODELING_FILE, modeling_config, modeling_source
 from surgery.operate import align, attach_plan, evaluating, load_base_model
 from surgery.plan import SurgeryPlan, Target
@@ -89,23 +90,27 @@ def verify(
     prompts: Sequence[str] = (),
     numeric: bool = True,
 ) -> Verification:
-    """Check a merged folder, or one with a side network, and write the outcome into its record.
+    """Check a merged folder, one with a side network or one with ONNX graphs; write the outcome into its record.
 
     Raises: CheckError where a check does not hold; NotAModelError, DamagedError, BaseMismatchError.
     """
     folder = Path(folder)
-    sides = _open_sides(folder, adapter, base)
-    checks = [_check_names(sides), _check_untouched(sides)]  # first: what follows reads tensors by these names
-    checks += _check_side(sides) if sides.record.plan.stacks else _check_targets(sides)
-    check, difference = _check_logits(sides, tuple(prompts) or PROMPTS) if numeric else (_skipped("--no-numeric"), None)
-    checks.append(check)
-    manifest = replace(sides.record.manifest, checks=tuple(checks))
-    replace_file(folder / RECORD_FILE, replace(sides.record, manifest=manifest).to_json())
+    record, checks, difference = read_record(folder, MERGED, REMOTE_CODE, ONNX), [], None
+    if record.kind != ONNX:
+        sides = _open_sides(folder, record, adapter, base)
+        checks += [_check_names(sides), _check_untouched(sides)]  # first: what follows reads tensors by these names
+        checks += _check_side(sides) if record.plan.stacks else _check_targets(sides)
+        skipped = (_skipped("--no-numeric"), None)
+        check, difference = _check_logits(sides, tuple(prompts) or PROMPTS) if numeric else skipped
+        checks.append(check)
+    if ONNX in record.manifest.export:
+        checks += resolve(ONNX_VERIFY)(folder, record, numeric=numeric)
+    manifest = replace(record.manifest, checks=tuple(checks))
+    replace_file(folder / RECORD_FILE, replace(record, manifest=manifest).to_json())
     return Verification(tuple(checks), difference)
 
 
-def _open_sides(folder: Path, adapter: str | Path | None, base: str | Path | None) -> _Sides:
-    record = read_record(folder, MERGED, REMOTE_CODE)
+def _open_sides(folder: Path, record: Record, adapter: str | Path | None, base: str | Path | None) -> _Sides:
     undo_path = folder / UNDO_FILE
     if record.kind == MERGED and not undo_path.is_file():
         raise DamagedError(str(folder), f"no {UNDO_FILE}", expected="a whole merged folder", fix="Export again")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
+from surgery.delta import ColumnDelta
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
-from surgery.lookup import EXPORTERS, UNDO, resolve
+from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, UNDO, resolve
 from surgery.lookup import load as lookup
-from surgery.manifest import ADAPTER, parse_record, read_document
+from surgery.manifest import ADAPTER, ONNX, parse_record, read_document
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
@@ -24,7 +25,7 @@ from surgery.train import TrainResult, train
 from surgery.verify import Verification, verify
 from surgery.writing import parse_size
 
-VERIFIED_FORMATS = ("safetensors", "remote-code")
+VERIFIED_FORMATS = ("safetensors", "remote-code", ONNX)
 EXPORT_DEFAULTS = {"format": "safetensors", "dtype": "keep", "max_shard_bytes": None}
 
 
@@ -99,43 +100,96 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     overwrite: bool = False,
     check: bool = True,
     prompts: Sequence[str] = (),
+    opset: int | None = None,
+    onnx_data: str | None = None,
 ) -> ExportResult:
     """Write an adapter's checkpoint in a format; the folder appears only after its check held.
 
+    dtype: of the files, and with format onnx what its graph computes in; opset and onnx_data: of that format alone.
     Raises: CheckError, BaseMismatchError, DamagedError, ResourceError, OutputExistsError, RequestError.
     """
     started = time.monotonic()
     opened = open_adapter(adapter)
-    if format == "onnx":
-        found = f"{opened.delta.what} cannot be written as ONNX yet"
-        raise UnsupportedError(
-            "--format onnx", found, expected=f"one of {', '.join(EXPORTERS)}", fix=opened.delta.ways_out
-        )
     exporter = lookup(EXPORTERS, format, "--format")
     if not isinstance(opened.delta, exporter.accepts):
         kinds = " or ".join(kind.what for kind in exporter.accepts)
         delta = opened.delta
         raise UnsupportedError(f"--format {format}", f"{delta.what} {delta.nature}", expected=kinds, fix=delta.ways_out)
     target = Path(out) if out else default_export_folder(opened.folder, format)
-    held: list[Verification] = []
+    difference: list[float | None] = []
 
     def checking(folder: Path) -> None:
-        held.append(verify(folder, adapter=opened.folder, base=base, prompts=prompts))
+        held = verify(folder, adapter=opened.folder, base=base, prompts=prompts)
+        difference.append(held.max_logit_difference)
 
-    wanted = checking if check and format in VERIFIED_FORMATS else None
+    is_checked = check and format in VERIFIED_FORMATS
     exporter.export(
         opened,
         target,
         base=base,
-        dtype=dtype,
         max_shard_bytes=_shard_bytes(max_shard_size),
         overwrite=overwrite,
-        check=wanted,
+        check=checking if is_checked else None,
+        **_format_settings(format, dtype, opset, onnx_data),
     )
+    result = _exported(target, format, started, is_checked=is_checked)
+    result = replace(result, notes=(*_untrained(opened), *result.notes))
+    if result.verification and difference:
+        result = replace(result, verification=replace(result.verification, max_logit_difference=difference[0]))
+    return result
+
+
+def require_merge(adapter: Path, *, is_asked: bool) -> None:
+    """--merge is said of columns, and of nothing else, with ONNX too. Raises: RequestError, UnsupportedError."""
+    delta = open_adapter(adapter).delta
+    if isinstance(delta, ColumnDelta) and not is_asked:
+        raise RequestError(str(adapter), f"{delta.what} and no --merge", expected="--merge with --format onnx")
+    if is_asked and not isinstance(delta, ColumnDelta):
+        fix = "Leave out --merge: the graph holds the side network"
+        raise UnsupportedError("--merge", f"{delta.what} {delta.nature}", expected=ColumnDelta.what, fix=fix)
+
+
+def export_checkpoint(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: str = "keep",
+    max_shard_size: str | None = None,
+    overwrite: bool = False,
+    check: bool = True,
+    opset: int | None = None,
+    onnx_data: str | None = None,
+) -> ExportResult:
+    """Write a checkpoint as it is, a folder or a hub id, with its ONNX graphs. Raises: as `export`."""
+    started = time.monotonic()
+    target = Path(out) if out else Path(default_adapter_folder(str(model), ONNX))
+    resolve(ONNX_CHECKPOINT)(
+        model,
+        target,
+        max_shard_bytes=_shard_bytes(max_shard_size),
+        overwrite=overwrite,
+        check=check,
+        **_format_settings(ONNX, dtype, opset, onnx_data),
+    )
+    return _exported(target, ONNX, started, is_checked=check)
+
+
+def _format_settings(format: str, dtype: str, opset: int | None, onnx_data: str | None) -> dict[str, Any]:
+    given = {"opset": opset, "data": onnx_data}
+    given = {name: value for name, value in given.items() if value is not None}
+    if format == ONNX:
+        return {"options": resolve(ONNX_OPTIONS)(dtype=dtype, **given)}
+    if given:
+        found = " and ".join("--opset" if name == "opset" else "--onnx-data" for name in given)
+        raise RequestError("export", f"{found} with --format {format}", expected="--format onnx")
+    return {"dtype": dtype}
+
+
+def _exported(target: Path, format: str, started: float, *, is_checked: bool) -> ExportResult:
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    notes = parse_record(read_document(target), str(target)).manifest.export.get("notes", ())
-    notes = (*_untrained(opened), *notes)
-    return ExportResult(target, format, time.monotonic() - started, size, held[0] if held else None, notes)
+    manifest = parse_record(read_document(target), str(target / RECORD_FILE)).manifest
+    held = Verification(manifest.checks, None) if is_checked else None
+    return ExportResult(target, format, time.monotonic() - started, size, held, tuple(manifest.export.get("notes", ())))
 
 
 def _untrained(adapter: Adapter) -> list[str]:

@@ -64,10 +64,16 @@ RANKS = {
     "exporters.undo": 10,
     "exporters.lora": 10,
     "exporters.remote_code": 10,
-    "surgery.workflow": 11,
-    "surgery.show": 12,
-    "surgery": 12,  # the facade: it names what the modules below offer, and loads them on demand
-    "surgery.cli": 13,
+    "exporters.onnx_graph": 5,
+    "exporters.onnx_side": 2,
+    "exporters.onnx_weights": 6,
+    "exporters.onnx_check": 6,
+    "exporters.onnx_folder": 10,
+    "exporters.onnx_export": 11,
+    "surgery.workflow": 12,
+    "surgery.show": 13,
+    "surgery": 13,  # the facade: it names what the modules below offer, and loads them on demand
+    "surgery.cli": 14,
 }
 
 # On the way of `surgery --help`, and of a path that is not there.

@@ -1,0 +1,595 @@
+"""Bring a PaCA adapter into an ONNX file that exists already, whoever exported it and whatever its weights are called.
+
+Weights are recognised by content. Every line (a row or a column) of a base weight has a digest; where the digests of
+successive lines of an initializer are those of a base weight, the weight lies there: as it is, transposed, or packed
+beside others. Digests only find: what was written is compared with the merged weight byte for byte in the end.
+
+Only lines that training changed are rewritten. External data is streamed; one tensor's new values are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from exporters.dense import export_record, require_targets
+from surgery.adapter import copy_small_files, find_base, open_adapter
+from surgery.checkpoint import INDEX_FILE, RECORD_FILE, Checkpoint, path_inside, read_json
+from surgery.delta import ColumnDelta, bits, count_not_finite, patched_chunks, require_base, require_columns
+from surgery.errors import (
+    BaseMismatchError,
+    CheckError,
+    DamagedError,
+    NotAModelError,
+    RefusedError,
+    UnsupportedError,
+    counted,
+    shorten,
+)
+from surgery.plan import SurgeryPlan
+from surgery.tensorfile import (
+    CHUNK_BYTES,
+    FLOAT_DTYPES,
+    read_range,
+    tensor_bytes,
+    tensor_from_bytes,
+    tensor_to_bytes,
+    torch_dtype,
+)
+from surgery.writing import CheckpointWriter, StreamWriter, require_apart, require_disk, write_file
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+ONNX_PATCH = "onnx-patch"
+DTYPES = {1: "F32", 10: "F16", 11: "F64", 16: "BF16"}  # onnx.TensorProto.DataType: the types a weight may have here
+EXTERNAL = 1  # onnx.TensorProto.DataLocation
+QUANTIZED = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul",
+    "QLinearConv", "MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+    "DynamicQuantizeLSTM", "QGemm", "QAttention", "QEmbedLayerNormalization", "QOrderedMatMul", "QMoE",
+    "GatherBlockQuantized",
+})  # fmt: skip
+_EXPORT_ANEW = "Merge it with --merge --format onnx, which writes a new graph"
+
+Bits: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+_Piece: TypeAlias = tuple[int, Iterator[memoryview]]
+Digests: TypeAlias = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]  # of the rows, of the columns
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """Where a base weight lies in an initializer: first row and column, how many of each, whether transposed."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+    weight: str
+    is_transposed: bool
+
+    def overlaps(self, other: Block) -> bool:
+        """Whether some values are of both."""
+        rows = max(self.row, other.row) < min(self.row + self.rows, other.row + other.rows)
+        return rows and max(self.column, other.column) < min(self.column + self.columns, other.column + other.columns)
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """A tensor of the graph, seen as a matrix. `path`: its external data (None: in the .onnx), from byte `begin`."""
+
+    name: str
+    proto: TensorProto
+    dtype: str
+    shape: tuple[int, int]
+    path: Path | None
+    begin: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + tensor_bytes(self.dtype, self.shape)
+
+    def row_chunks(self) -> Iterator[tuple[int, Bits]]:
+        """(first row, some rows as integers): writable, valid until the next one."""
+        if self.path is None:
+            return iter([(0, self.mapped())])
+        row_bytes = tensor_bytes(self.dtype, self.shape[1:])
+        views = read_range(self.path, self.begin, self.end, max(1, CHUNK_BYTES // row_bytes) * row_bytes)
+        return _numbered(np.frombuffer(view, _kind(self.dtype)).reshape(-1, self.shape[1]) for view in views)
+
+    def mapped(self) -> Bits:
+        """All of it as integers; what lies in a file is read as it is looked at."""
+        if self.path is None:
+            return np.frombuffer(_inline_bytes(self.proto), _kind(self.dtype)).reshape(self.shape)
+        return np.memmap(self.path, _kind(self.dtype), "r", self.begin, self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX file without its external data: its tensors that may be weights, and its data files by location."""
+
+    path: Path
+    model: ModelProto
+    initializers: tuple[Initializer, ...]
+    files: Mapping[str, Path]
+    quantized: tuple[NodeProto, ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """An initializer that changes, and the base weights in it."""
+
+    initializer: Initializer
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class PatchResult:
+    """The folder written, the .onnx in it, and per changed initializer which base weights lie where in it."""
+
+    out: Path
+    onnx: Path
+    blocks: Mapping[str, tuple[Block, ...]]
+
+
+def patch(
+    onnx: str | Path, adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> PatchResult:
+    """Write the folder `out`: the ONNX file with the adapter's columns in it, its data and the small files beside it.
+
+    base: the adapter's base, where it is not the one recorded.
+    Raises: UnsupportedError: READ, a new head, a quantized weight, no package onnx; BaseMismatchError: another base, a
+    weight that is not in the file; RefusedError: a weight that cannot be told from another; PathEscapeError,
+    DamagedError: external data; CheckError: values too large for the file's dtype, or a wrong result;
+    NotAModelError, OutputExistsError, ResourceError.
+    """
+    path, opened, out = Path(onnx), open_adapter(adapter), Path(out)
+    delta = require_columns(opened.delta, "surgery patch")
+    _require_onnx()
+    root = find_base(opened.record, opened.folder, base)
+    checkpoint = Checkpoint.open(root)
+    require_targets(checkpoint, opened.plan)
+    _require_old_heads(checkpoint, delta)
+    graph = read_graph(path)
+    require_apart(out, [path.parent, opened.folder, root])
+    matches = find_matches(graph, checkpoint, delta)
+    with CheckpointWriter(out, overwrite=overwrite) as writer:
+        _write(writer.path, graph, delta, matches)
+        check_result(writer.path / path.name, graph, checkpoint, delta, matches)
+        blocks = {match.initializer.name: match.blocks for match in matches}
+        settings = {"format": ONNX_PATCH, "onnx": path.name, "initializers": sorted(blocks)}
+        record = export_record(ONNX_PATCH, opened, root, out, settings, hub=base is None)
+        write_file(writer.path / RECORD_FILE, record.to_json())
+    return PatchResult(out, out / path.name, blocks)
+
+
+def _require_onnx() -> None:
+    if find_spec("onnx") is None:
+        raise UnsupportedError("surgery patch", "the package onnx is not installed",
+                               fix="pip install 'checkpoint-surgery[onnx]'")  # fmt: skip
+
+
+def _require_old_heads(checkpoint: Checkpoint, delta: ColumnDelta) -> None:
+    """Raises UnsupportedError for a head that the base, and so the ONNX file, does not have in this shape."""
+    for target in delta.plan.whole:
+        if not target.sha256 or checkpoint[target.weight].shape != target.shape:
+            raise UnsupportedError(target.parameter, "a head that the base does not have in this shape",
+                                   expected="one that can be replaced in the graph", fix=_EXPORT_ANEW)  # fmt: skip
+
+
+# --- the ONNX file
+
+
+def read_graph(path: Path) -> Graph:
+    """Parse an ONNX file and look for its external data, which is not read.
+
+    Raises: NotAModelError, DamagedError, PathEscapeError.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise NotAModelError(str(path), "no such file", expected="an .onnx file")
+    try:
+        model = onnx.load_model(path, format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise DamagedError(str(path), f"it does not parse ({error})", expected="an ONNX model") from error
+    if not model.graph.node:
+        raise DamagedError(str(path), "a graph without nodes", expected="an ONNX model")
+    nodes = list(_nodes([*model.graph.node, *(node for function in model.functions for node in function.node)]))
+    named = [(tensor.name, tensor) for tensor in model.graph.initializer]
+    named += [pair for node in nodes for pair in _inner_tensors(node)]
+    locations = {_location(tensor) for _, tensor in named if tensor.data_location == EXTERNAL}
+    files = {location: _data_file(path, location) for location in sorted(locations)}
+    weights = [(name, t) for name, t in named if t.data_type in DTYPES and all(size > 0 for size in t.dims)]
+    initializers = tuple(_initializer(name, tensor, files) for name, tensor in weights)
+    return Graph(path, model, initializers, files, tuple(node for node in nodes if node.op_type in QUANTIZED))
+
+
+def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """The nodes and those of the graphs inside them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node)
+
+
+def _inner_tensors(node: NodeProto) -> Iterator[tuple[str, TensorProto]]:
+    """Constants in a node's attributes and initializers of the graphs in them."""
+    for attribute in node.attribute:
+        for tensor in (attribute.t, *attribute.tensors):
+            yield next(iter(node.output), node.name), tensor
+        for graph in (attribute.g, *attribute.graphs):
+            yield from ((tensor.name, tensor) for tensor in graph.initializer)
+
+
+def _entries(tensor: TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _location(tensor: TensorProto) -> str:
+    return _entries(tensor).get("location", "")
+
+
+def _data_file(path: Path, location: str) -> Path:
+    """Raises: PathEscapeError: outside the folder; DamagedError: absent, or a name that has another use."""
+    found = path_inside(path.parent, location)
+    if not found.is_file() or found in (path, path.parent / RECORD_FILE):
+        raise DamagedError(str(path), f"external data in {location[:80]!r}, which is no data file",
+                           expected="a file beside it", fix="Copy all of its files into one folder")  # fmt: skip
+    return found
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor seen as a matrix: its last axis against all others; a vector is one column."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
+
+
+def _initializer(name: str, tensor: TensorProto, files: Mapping[str, Path]) -> Initializer:
+    dtype, shape = DTYPES[tensor.data_type], matrix_shape(tensor.dims)
+    size, entries = tensor_bytes(dtype, shape), _entries(tensor)
+    if tensor.data_location != EXTERNAL:
+        if tensor.HasField("raw_data") and len(tensor.raw_data) != size:
+            raise DamagedError(name, f"{len(tensor.raw_data)} bytes", expected=f"{size}, by its shape")
+        return Initializer(name, tensor, dtype, shape, None, 0)
+    path = files[_location(tensor)]
+    offset, length = entries.get("offset", "0"), entries.get("length", str(size))
+    are_numbers = all(text.isdecimal() and len(text) < 20 for text in (offset, length))
+    if not are_numbers or int(length) != size or int(offset) + size > path.stat().st_size:
+        found = f"offset {offset}, length {length} in {path.name} of {path.stat().st_size} bytes"
+        raise DamagedError(name, found, expected=f"{size} bytes inside it", fix="Copy the data file again")
+    return Initializer(name, tensor, dtype, shape, path, int(offset))
+
+
+def _inline_bytes(tensor: TensorProto) -> bytearray:
+    from onnx.numpy_helper import to_array
+
+    try:
+        return bytearray(tensor.raw_data or to_array(tensor).tobytes())  # else in one of the typed fields
+    except ValueError as error:
+        raise DamagedError(tensor.name, f"its values do not fill its shape ({error})", expected="as many") from error
+
+
+# --- digests of lines
+
+
+def _kind(dtype: str) -> str:
+    """numpy's unsigned integers of a dtype's width."""
+    return f"u{tensor_bytes(dtype, ())}"
+
+
+def _numbered(pieces: Iterable[Bits]) -> Iterator[tuple[int, Bits]]:
+    """Pieces of a matrix with the number of their first row."""
+    first = 0
+    for piece in pieces:
+        yield first, piece
+        first += len(piece)
+
+
+def _cast_rows(views: Iterable[memoryview], dtype: str, wanted: str, width: int) -> Iterator[tuple[int, Bits]]:
+    """A base weight's bytes as rows of `width` values, as an ONNX file holds them in the dtype `wanted`."""
+    for first, rows in _numbered(np.frombuffer(view, _kind(dtype)).reshape(-1, width) for view in views):
+        values = tensor_from_bytes(bytearray(rows), dtype, rows.shape) if dtype != wanted else None
+        yield first, rows if values is None else bits(values.to(torch_dtype(wanted)))
+
+
+def _factors(count: int) -> npt.NDArray[np.uint64]:
+    """Odd pseudo-random numbers, the same ones in every run."""
+    factors: npt.NDArray[np.uint64] = 2 * np.random.default_rng(0).integers(0, 1 << 63, count, dtype=np.uint64) + 1
+    return factors
+
+
+def digest_lines(shape: tuple[int, int], chunks: Iterable[tuple[int, Bits]]) -> Digests:
+    """Digests of all rows and of all columns in one pass; equal lines have equal ones, whichever way they run.
+
+    Shapes: chunks (first row, (n, columns)); returns (rows,) and (columns,) uint64.
+    A digest is the sum of a line's bits, value by value, times odd factors, modulo 2**64: sums over chunks give both.
+    Source: multilinear hashing, Lemire and Kaser, arXiv 1202.4961.
+    """
+    rows, columns = np.empty(shape[0], np.uint64), np.zeros(shape[1], np.uint64)
+    down, across = _factors(shape[0]), _factors(shape[1])
+    for first, chunk in chunks:
+        last = first + len(chunk)
+        rows[first:last] = np.einsum("ij,j->i", chunk, across)
+        columns += np.einsum("i,ij->j", down[first:last], chunk)
+    return rows, columns
+
+
+def _digest_base(
+    checkpoint: Checkpoint, plan: SurgeryPlan, shapes: set[tuple[int, int]], dtypes: Iterable[str]
+) -> dict[tuple[str, str], Digests]:
+    """Digests by (weight, dtype) of what changes and of what could be taken for it. Raises: BaseMismatchError."""
+    targets = {target.weight: target for target in plan.targets}
+    digests = {}
+    for name, info in checkpoint.items():
+        shape = matrix_shape(info.shape)
+        if info.dtype in FLOAT_DTYPES and shape in shapes:
+            for dtype in dtypes:
+                views = (view for _, view in checkpoint.row_chunks(name))
+                digests[name, dtype] = digest_lines(shape, _cast_rows(views, info.dtype, dtype, shape[1]))
+        if name in targets:
+            require_base(targets[name], checkpoint.sha256(name), str(checkpoint.root))
+    return digests
+
+
+# --- what changes
+
+
+@dataclass(frozen=True)
+class Change:
+    """New lines of a base weight: columns for axis 1, rows for axis 0.
+
+    Shapes: lines (n,); values and original (length of a line, n), in the base's dtype.
+    """
+
+    axis: int
+    lines: Tensor
+    values: Tensor
+    original: Tensor
+
+    def outcome(self) -> str:
+        """A digest of what becomes of the weight; empty where nothing moved."""
+        new = bits(self.values)
+        moved = np.flatnonzero((new != bits(self.original)).any(axis=0))
+        text = f"{self.axis} {self.lines.numpy()[moved].tolist()}".encode() + new[:, moved].tobytes()
+        return hashlib.sha256(text).hexdigest() if len(moved) else ""
+
+
+def _read_change(delta: ColumnDelta, weight: str) -> Change:
+    """A weight's columns, or all of a head's."""
+    for target in delta.plan.targets:
+        if target.weight == weight:
+            columns = delta.patches[target.module]
+            return Change(target.input_axis, columns.columns, columns.stored(), columns.original)
+    head = next(head for head in delta.plan.whole if head.weight == weight)
+    whole, shape = delta.whole[head.parameter], matrix_shape(head.shape)
+    original = cast("Tensor", whole.original).reshape(shape)
+    return Change(1, torch.arange(shape[1]), whole.values.to(original.dtype).reshape(shape), original)
+
+
+# --- which base weight lies where
+
+
+def _could_hold(shape: tuple[int, int], weight: tuple[int, int]) -> bool:
+    pairs = (weight, weight[::-1])
+    return any(shape[a] == pair[a] and shape[1 - a] >= pair[1 - a] for pair in pairs for a in (0, 1))
+
+
+def find_blocks(digests: Digests, known: Mapping[str, Digests]) -> list[Block]:
+    """Every place of a matrix where successive lines are those of a known one, sorted."""
+    found = set()
+    for (name, lines), axis, other in ((k, a, b) for k in known.items() for a in (0, 1) for b in (0, 1)):
+        ours, theirs = digests[axis], lines[other]
+        is_vector = len(lines[1]) == 1  # parts of a vector would be found by chance
+        fits = len(theirs) == len(ours) if is_vector else len(theirs) <= len(ours)
+        if not fits or len(digests[1 - axis]) != len(lines[1 - other]):
+            continue
+        for start in np.flatnonzero(ours[: len(ours) - len(theirs) + 1] == theirs[0]).tolist():
+            if np.array_equal(ours[start : start + len(theirs)], theirs):
+                row, column = (start, 0) if axis == 0 else (0, start)
+                rows, columns = len(lines[axis ^ other]), len(lines[1 ^ axis ^ other])
+                found.add(Block(row, column, rows, columns, name, axis != other))
+    return sorted(found)
+
+
+def find_matches(graph: Graph, checkpoint: Checkpoint, delta: ColumnDelta) -> list[Match]:
+    """The initializers that change. Every weight of the plan must lie in one at least.
+
+    Raises: BaseMismatchError, UnsupportedError: a weight that is missing, or quantized; RefusedError: ambiguous.
+    """
+    weights = [target.weight for target in delta.plan.targets] + [head.weight for head in delta.plan.whole]
+    outcomes = {weight: _read_change(delta, weight).outcome() for weight in weights}
+    shapes = {matrix_shape(checkpoint[weight].shape) for weight in outcomes}
+    candidates = [i for i in graph.initializers if any(_could_hold(i.shape, shape) for shape in shapes)]
+    dtypes = sorted({initializer.dtype for initializer in candidates})
+    base = _digest_base(checkpoint, delta.plan, shapes | {shape[::-1] for shape in shapes}, dtypes)
+    _require_distinct(graph, base, outcomes)
+    matches: list[Match] = []
+    seen: set[str] = set()
+    for initializer in candidates:
+        known = {name: digests for (name, dtype), digests in base.items() if dtype == initializer.dtype}
+        blocks = find_blocks(digest_lines(initializer.shape, initializer.row_chunks()), known)
+        seen.update(block.weight for block in blocks)
+        changing = tuple(block for block in blocks if outcomes.get(block.weight))
+        if changing:
+            _require_plain(graph, initializer)
+            _require_one_meaning(initializer, blocks, outcomes)
+            matches.append(Match(initializer, changing))
+    missing = [weight for weight in outcomes if weight not in seen]
+    if missing:
+        raise _explain_missing(graph, missing, dtypes)
+    return matches
+
+
+def _require_distinct(graph: Graph, base: Mapping[tuple[str, str], Digests], outcomes: Mapping[str, str]) -> None:
+    """Raises RefusedError for a weight that any constant of the graph could be taken for."""
+    for (weight, _), digests in base.items():
+        if outcomes.get(weight) and all((lines == lines[0]).all() for lines in digests):
+            raise RefusedError(f"{graph.path}: {weight}", "its values are all equal in the base",
+                               expected="values that can be recognised", fix=_EXPORT_ANEW)  # fmt: skip
+
+
+def _require_plain(graph: Graph, initializer: Initializer) -> None:
+    """Raises UnsupportedError where something else depends on an initializer's values."""
+    surplus = sorted(set(_entries(initializer.proto)) - {"location", "offset", "length"})
+    if surplus:
+        raise UnsupportedError(initializer.name, f"external data with {surplus[0]!r}", expected="plain data",
+                               fix="Save it without checksums and prepacked weights")  # fmt: skip
+    for node in graph.quantized:
+        if initializer.name in node.input:
+            raise UnsupportedError(initializer.name, f"a weight that {node.op_type} reads", expected="a plain weight",
+                                   fix="Patch the model before it is quantized")  # fmt: skip
+
+
+def _require_one_meaning(initializer: Initializer, blocks: Sequence[Block], outcomes: Mapping[str, str]) -> None:
+    """Raises RefusedError where the same values are those of two weights that differ after training."""
+    for one, two in combinations(blocks, 2):
+        outcome, other = outcomes.get(one.weight, ""), outcomes.get(two.weight, "")
+        same = replace(one, weight=two.weight) == two  # in the same place, and the same way
+        if one.overlaps(two) and (outcome or other) and not (same and outcome == other):
+            names = one.weight if one.weight == two.weight else f"{one.weight} and {two.weight}"
+            raise RefusedError(initializer.name, f"{names}, equal in the base, differ after training",
+                               expected="values with one meaning", fix=_EXPORT_ANEW)  # fmt: skip
+
+
+def _explain_missing(graph: Graph, missing: Sequence[str], dtypes: Sequence[str]) -> RefusedError | UnsupportedError:
+    where, found = str(graph.path), f"{counted(len(missing), 'weight')} not found by content, first {missing[0]}"
+    if graph.quantized:
+        kinds = ", ".join(sorted({node.op_type for node in graph.quantized}))
+        return UnsupportedError(where, f"{found}; it is quantized ({kinds})", expected="weights in floating point",
+                                fix="Patch the model before it is quantized")  # fmt: skip
+    expected = f"exactly the base's values in {' or '.join(dtypes) or 'floating point'}"
+    return BaseMismatchError(where, found, expected=expected, fix="Name the base it was exported from with --base")
+
+
+# --- writing and checking
+
+
+def _write(folder: Path, graph: Graph, delta: ColumnDelta, matches: Sequence[Match]) -> None:
+    _copy_beside(folder, graph)
+    with StreamWriter() as stream:
+        for location, path in graph.files.items():
+            (folder / location).parent.mkdir(parents=True, exist_ok=True)
+            inside = {m.initializer.begin: m for m in matches if m.initializer.path == path}  # shared bytes: once
+            stream.write(folder / location, b"", _pieces(path, inside, delta))
+    inline = [match for match in matches if match.initializer.path is None]
+    for match in inline:
+        proto, data = match.initializer.proto, b"".join(_patched(match, delta))
+        for field in ("float_data", "double_data", "int32_data"):
+            proto.ClearField(field)
+        proto.raw_data = data
+    write_file(folder / graph.path.name, graph.model.SerializeToString() if inline else graph.path.read_bytes())
+
+
+def _copy_beside(folder: Path, graph: Graph) -> None:
+    """Small files that stand beside the graph, once there is room for all of it. Raises: ResourceError."""
+    beside = Checkpoint(graph.path.parent, {}, None)
+    small = [path_inside(beside.root, name) for name in beside.small_files()]
+    require_disk(folder, sum(path.stat().st_size for path in (graph.path, *graph.files.values(), *small)))
+    copy_small_files(beside, folder, None)
+    index = path_inside(beside.root, INDEX_FILE)
+    if index.is_file() and set(read_json(index).get("weight_map", {"": ""}).values()) <= set(graph.files):
+        write_file(folder / INDEX_FILE, index.read_bytes())
+
+
+def _pieces(path: Path, inside: Mapping[int, Match], delta: ColumnDelta) -> Iterator[_Piece]:
+    """A data file with changed initializers, by their first byte, in place. Raises: DamagedError: they overlap."""
+    position = 0
+    for begin, match in sorted(inside.items()):
+        if begin < position:
+            raise DamagedError(match.initializer.name, f"it begins inside another, at byte {begin} of {path.name}",
+                               expected=f"byte {position} or later")  # fmt: skip
+        yield position, read_range(path, position, begin)
+        yield begin, _patched(match, delta)
+        position = match.initializer.end
+    yield position, read_range(path, position, path.stat().st_size)
+
+
+def _patched(match: Match, delta: ColumnDelta) -> Iterator[memoryview]:
+    """The bytes of an initializer with its new lines. Raises: CheckError."""
+    dtype = match.initializer.dtype
+    changes = [(block, _read_change(delta, block.weight)) for block in match.blocks]
+    new = [_fitting(block.weight, change.values, dtype) for block, change in changes]
+    for first, rows in match.initializer.row_chunks():
+        for (block, change), values in zip(changes, new, strict=True):
+            _put(rows, first, block, change, values)
+        yield rows.data.cast("B")
+
+
+def _fitting(weight: str, values: Tensor, dtype: str) -> Bits:
+    stored = values.to(torch_dtype(dtype))
+    if overflows := count_not_finite(stored):
+        raise CheckError(weight, f"{overflows} values too large for {dtype}", expected="all values to fit",
+                         fix="Export the base to ONNX in bf16 or fp32")  # fmt: skip
+    return bits(stored)
+
+
+def _put(rows_nc: Bits, first: int, block: Block, change: Change, values: Bits) -> None:
+    """Replace a block's lines where they cross rows [first, first + n) of its initializer."""
+    begin, end = max(first, block.row), min(first + len(rows_nc), block.row + block.rows)
+    if begin >= end:
+        return
+    part = rows_nc[begin - first : end - first, block.column : block.column + block.columns]
+    lines, begin, end = change.lines.numpy(), begin - block.row, end - block.row
+    if change.axis ^ block.is_transposed:
+        part[:, lines] = values[begin:end]
+    else:
+        here = np.flatnonzero((lines >= begin) & (lines < end))
+        part[lines[here] - begin] = values[:, here].T
+
+
+def _fault(path: Path) -> str:
+    """What onnx.checker says against a file; empty for a valid one."""
+    from onnx import checker
+
+    try:
+        checker.check_model(str(path))
+    except checker.ValidationError as error:
+        return str(error)
+    return ""
+
+
+def check_result(
+    path: Path, graph: Graph, checkpoint: Checkpoint, delta: ColumnDelta, matches: Sequence[Match]
+) -> None:
+    """The file is as valid as it was, and each weight in it is the merged one, byte for byte in its layout.
+
+    Raises: CheckError.
+    """
+    fault = _fault(path)
+    if fault and fault != _fault(graph.path):  # onnxruntime saves some models that the checker never accepts
+        raise CheckError(path.name, shorten(fault, 200), expected="a model that onnx.checker accepts")
+    written = {initializer.name: initializer for initializer in read_graph(path).initializers}
+    for match in matches:
+        values = written[match.initializer.name].mapped()
+        for block in match.blocks:
+            part = values[block.row : block.row + block.rows, block.column : block.column + block.columns]
+            part = part.T if block.is_transposed else part
+            for first, rows in _merged_rows(checkpoint, delta, block.weight, match.initializer.dtype):
+                if not np.array_equal(part[first : first + len(rows)], rows):
+                    raise CheckError(match.initializer.name, f"it differs from the merged {block.weight}",
+                                     expected="the same bytes")  # fmt: skip
+
+
+def _merged_rows(checkpoint: Checkpoint, delta: ColumnDelta, weight: str, dtype: str) -> Iterator[tuple[int, Bits]]:
+    """A merged weight, computed from the base and not from the ONNX file, in rows of the dtype asked for."""
+    change, info = _read_change(delta, weight), checkpoint[weight]
+    target = next((target for target in delta.plan.targets if target.weight == weight), None)
+    views: Iterable[memoryview]
+    if target:
+        views = patched_chunks(checkpoint, weight, target, change.lines, change.values)
+    else:
+        views = [memoryview(tensor_to_bytes(change.values))]
+    return _cast_rows(views, info.dtype, dtype, matrix_shape(info.shape)[1])

@@ -14,7 +14,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -75,19 +75,17 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attach: Callable[[
     if TRANSFORMERS_5:
         model.set_experts_implementation("batched_mm")
     model.tie_weights()
+    model.export_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     wide = {NAME, *(model._keep_in_fp32_modules or () if dtype == torch.float16 else ())}  # noqa: SLF001
-    replaced: dict[int, nn.Parameter] = {}
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in replaced:
+    empty: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in empty:
             kind = torch.float32 if wide & set(name.split(".")) else dtype
-            with mode:
-                fake = torch.empty(parameter.shape, dtype=kind, device="cpu")
-            replaced[id(parameter)] = nn.Parameter(fake, requires_grad=False)
-            replaced[id(replaced[id(parameter)])] = replaced[id(parameter)]
+            with model.export_mode:
+                values = torch.empty(parameter.shape, dtype=kind, device="cpu")
+            empty[id(parameter)] = nn.Parameter(values, requires_grad=False)
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = replaced[id(parameter)]  # noqa: SLF001
-    model.export_mode = mode
+        setattr(model.get_submodule(owner), leaf, empty[id(parameter)])
     return model.eval()
 
 
@@ -254,20 +252,18 @@ def _pair(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
     states = Port("last_hidden_state", ("batch", "encoder_sequence", width), dtype)
     crossed = _cache_ports("present", "encoder.", "encoder_sequence", sizes, dtype)
     side = _side(model)
-    asked = (
-        []
-        if side is None
-        else [("batch", "encoder_sequence", side.settings.hidden * (1 + side.settings.bidirectional))]
-    )
-    encoder_out = [states, *crossed, *(Port("side_states", axes, torch.float32) for axes in asked)]
-    encoder = GraphSpec(ENCODER, _Encoder(model), (ids, mask), tuple(encoder_out))
+    asked: list[Port] = []
+    if side is not None:
+        joined = side.settings.hidden * (1 + side.settings.bidirectional)
+        asked = [Port("side_states", ("batch", "encoder_sequence", joined), torch.float32)]
+    encoder = GraphSpec(ENCODER, _Encoder(model), (ids, mask), (states, *crossed, *asked))
     inputs = [
         Port("input_ids", ("batch", "sequence"), torch.int64),
         Port("encoder_attention_mask", mask.axes, mask.dtype),
     ]
     inputs += _cache_ports("past_key_values", "decoder.", "past_sequence", sizes, dtype)
     inputs += _cache_ports("past_key_values", "encoder.", "encoder_sequence", sizes, dtype)
-    inputs += [Port("encoder_side_states", axes, torch.float32) for axes in asked]
+    inputs += [replace(port, name=f"encoder_{port.name}") for port in asked]
     outputs = [Port("logits", ("batch", "sequence", config.vocab_size), dtype)]
     outputs += _cache_ports("present", "decoder.", "past_sequence + sequence", sizes, dtype)
     return [encoder, GraphSpec(DECODER, _PairDecoder(model, layers, width), tuple(inputs), tuple(outputs))]

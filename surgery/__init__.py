@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the table below
     from surgery.train import train as train
     from surgery.verify import verify as verify
     from surgery.workflow import export as export
+    from surgery.workflow import export_checkpoint as export_checkpoint
     from surgery.workflow import run as run
     from surgery.workflow import undo as undo
 
@@ -47,6 +48,7 @@ _NAMES = {
     "train": "surgery.train",
     "verify": "surgery.verify",
     "export": "surgery.workflow",
+    "export_checkpoint": "surgery.workflow",
     "run": "surgery.workflow",
     "undo": "surgery.workflow",
 }

@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from surgery.checkpoint import RECORD_FILE, require_folder, require_model, require_record
+from surgery.cli_generate import generate_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
 MERGED_FORMATS = ("safetensors",)
@@ -494,6 +495,9 @@ def settings(*, as_json: bool) -> None:
     value_width = max(len(default) for _, default, _ in rows)
     lines = [f"{key:{width}}  {default:{value_width}}  {text}".rstrip() for key, default, text in rows]
     show(lines, [{"key": key, "default": default, "help": text} for key, default, text in rows], as_json=as_json)
+
+
+cli.add_command(generate_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from surgery import arrow
-from surgery.errors import DataError, counted
+from surgery.errors import DataError, closest, counted, shorten
 from surgery.formats import (
     FORMATS,
     TASKS,
@@ -144,13 +144,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Sets and collator for the trainer. `pad_token_id` is the end-of-text token where the tokenizer has no other."""
+    """Sets and collator for the trainer. `pad_token_id` is the end-of-text token where the tokenizer has no other.
+
+    `pads_left`: rows are padded on the left, as the tokenizer does.
+    """
 
     train: Dataset
     eval: Dataset | None
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     labels: tuple[str, ...]
     pad_token_id: int
+    pads_left: bool
     report: Report
 
 
@@ -170,6 +174,7 @@ def prepare(spec: DataSpec, *, task: str, tokenizer: PreTrainedTokenizerBase, la
     """
     source = _Source.of(spec, task)
     names = labels or inspect_labels(spec, task)
+    source = replace(source, classes=names)
     padder = padder_of(tokenizer)
     tokenizing = _Tokenizing.of(source, tokenizer, names)
     train, held = _train_and_eval(source, tokenizing)
@@ -189,6 +194,7 @@ def prepare(spec: DataSpec, *, task: str, tokenizer: PreTrainedTokenizerBase, la
         collator=collator,
         labels=names,
         pad_token_id=pad_token_id,
+        pads_left=padder.padding_side == "left",
         report=report,
     )
 
@@ -198,11 +204,15 @@ def prepare(spec: DataSpec, *, task: str, tokenizer: PreTrainedTokenizerBase, la
 
 @dataclass(frozen=True)
 class _Source:
-    """The request with the format that its first file turned out to have."""
+    """The request with the format that its first file turned out to have.
+
+    `classes`: those that a training row may be of; empty where there are none, or they are still to be found.
+    """
 
     spec: DataSpec
     task: str
     format: Format
+    classes: tuple[str, ...] = ()
 
     @staticmethod
     def of(spec: DataSpec, task: str) -> _Source:
@@ -219,7 +229,8 @@ class _Source:
         return _Source(spec, task, shape.format)
 
     def train(self) -> Iterator[Example]:
-        return self._limited(self._examples(self.spec.train, default_split="train"))
+        examples = self._limited(self._examples(self.spec.train, default_split="train"))
+        return map(self._known, examples) if self.classes else examples
 
     def eval(self) -> Iterator[Example]:
         return self._limited(self._examples(self.spec.eval, default_split=None))
@@ -227,11 +238,17 @@ class _Source:
     def class_names(self) -> tuple[str, ...]:
         names: set[str] = set()
         for example in self._examples(self.spec.train, default_split="train"):
-            if isinstance(example, Tagged):
-                names.update(example.tags)
-            elif isinstance(example, Labelled):
-                names.add(class_name(example.label, place=example.place))
+            names.update(_classes_of(example))
         return class_order(names, place=", ".join(self.spec.train))
+
+    def _known(self, example: Example) -> Example:
+        """The example itself. Raises DataError where it has a class that was not named."""
+        unknown = next((name for name in _classes_of(example) if name not in self.classes), None)
+        if unknown is not None:
+            fix = closest(unknown, self.classes) or "Give --labels as they stand in the data"
+            expected = f"one of {shorten(', '.join(self.classes), 160)}"
+            raise DataError(example.place, f"found the class {unknown!r}", expected=expected, fix=fix)
+        return example
 
     def _limited(self, examples: Iterator[Example]) -> Iterator[Example]:
         return examples if self.spec.max_rows is None else islice(examples, self.spec.max_rows)
@@ -253,6 +270,13 @@ class _Source:
             fix = "Train on files of one format, or set data.format"
             raise DataError(first.place, f"found the format {shape.format.name}", expected=self.format.name, fix=fix)
         return shape
+
+
+def _classes_of(example: Example) -> Sequence[str]:
+    """The names of the classes that a row has. Raises DataError where its label names none."""
+    if isinstance(example, Tagged):
+        return example.tags
+    return (class_name(example.label, place=example.place),) if isinstance(example, Labelled) else ()
 
 
 def _check_streams(reference: str, *, spec: DataSpec, task: str) -> None:

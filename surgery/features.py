@@ -4,6 +4,8 @@ A cache folder holds `features.json` (what it is of, and its layout), `states.bi
 each read layer and the last hidden state, (states, tokens, width), in the backbone's dtype) and `done.bin` (a byte a
 row: 1 once its states are on disk). A batch whose rows are all there runs without the backbone's layers: each returns
 what it returned before. Embeddings, masks, the side network and what comes after the exit run as ever.
+
+A row's states must not depend on how far it is padded: where they do, padding on the left is refused.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from surgery.checkpoint import read_json
 from surgery.delta import bits
@@ -33,10 +36,22 @@ from surgery.survey import TASKS
 from surgery.table import size_text
 from surgery.writing import parse_size, replace_file, require_disk
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 ROW = "surgery_row"  # the column that numbers the rows of a training set
 _RECORD, _STATES, _DONE = "features.json", "states.bin", "done.bin"
-_SCHEMA = 1
+_SCHEMA = 2
 _FLUSH_ROWS = 2048  # rows whose states are forced to disk together
+_PROBE_TOKENS = 8  # of a row that is run alone, and padded by as many
+_NOT_OF_STATES = ("_name_or_path", "transformers_version", "use_cache")  # entries of a configuration
+_KEPT = {
+    "schema": "by another version of this tool",
+    "model": "of another model",
+    "config": "of a model configured otherwise",
+    "data": "of other data",
+    "settings": "with other settings",
+}
 
 
 @dataclass(frozen=True)
@@ -89,30 +104,48 @@ def row_tokens(rows: Any, plan: SurgeryPlan) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(len(row) for row in rows[column]) for column in row_columns(plan))
 
 
-def describe(plan: SurgeryPlan, rows: Any, precision: str) -> dict[str, str]:
-    """What a cache is of: digests of the model, of the rows as token numbers, and what is read in which precision."""
+def describe(plan: SurgeryPlan, config: PretrainedConfig, rows: Dataset, precision: str) -> dict[str, str]:
+    """What a cache is of: digests of the model, its configuration and the rows, and what is read in which precision.
+
+    Of the rows: all that the model is given, and labels where a decoder reads them.
+    """
     tokens = hashlib.sha256()
-    for name in sorted({"input_ids", *row_columns(plan)}):
-        for row in rows[name]:
-            tokens.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
-    stacks = [asdict(stack) for stack in plan.stacks]
-    return {"model": plan.backbone_sha256, "data": tokens.hexdigest(), "settings": json.dumps([stacks, precision])}
+    for name in sorted({*rows.column_names, *row_columns(plan)}):
+        if name != "labels" or name in row_columns(plan):
+            tokens.update(f"{name}\n".encode())
+            for row in rows[name]:
+                tokens.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
+    entries = json.loads(config.to_json_string(use_diff=False))
+    kept = {name: value for name, value in entries.items() if name not in _NOT_OF_STATES}
+    return {
+        "model": plan.backbone_sha256,
+        "config": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
+        "data": tokens.hexdigest(),
+        "settings": json.dumps([[asdict(stack) for stack in plan.stacks], precision]),
+    }
 
 
 class FeatureCache:
-    """The states of a training set's rows, in a folder. One process writes it at a time; several may read it."""
+    """The states of a training set's rows, in a folder: of one run while it fills, of any number once it is complete."""
 
     def __init__(self, folder: Path, key: Mapping[str, str], layout: Layout, *, max_bytes: int | None) -> None:
         """Open a cache, or begin one. Raises: ResourceError, BaseMismatchError, DamagedError, RequestError."""
         self.folder, self.layout = folder, layout
         _require_room(folder, layout, max_bytes)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / _RECORD).open("a+")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / _RECORD).open("a+")
+        except OSError as error:
+            raise RequestError(
+                "--cache-features", f"{folder}: {error.strerror}", expected="a folder to write in", fix="Name another"
+            ) from error
+        try:
+            self._take_lock()
             self._begin(key)
             dtype = {2: np.uint16, 4: np.uint32, 8: np.uint64}[layout.dtype.itemsize]
             self._states = np.memmap(folder / _STATES, dtype, mode="r+")
             self._done = np.fromfile(folder / _DONE, np.uint8)
+            self._share()
         except BaseException:
             self._lock.close()  # and gives the lock back: whoever handles the error may keep this object alive
             raise
@@ -120,12 +153,21 @@ class FeatureCache:
         self._unflushed: list[int] = []
         self._lengths: dict[str, int] = {}
 
-    def _begin(self, key: Mapping[str, str]) -> None:
+    def _take_lock(self) -> None:
+        record, done = self.folder / _RECORD, self.folder / _DONE
+        is_finished = record.stat().st_size > 0 and done.is_file() and all(done.read_bytes())  # and will stay so
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, (fcntl.LOCK_SH if is_finished else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             found = "another run is writing it"
             raise RequestError(str(self.folder), found, expected="a cache of its own", fix="Name another") from error
+
+    def _share(self) -> None:
+        """Nothing is left to write: others may read."""
+        if self.is_complete:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def _begin(self, key: Mapping[str, str]) -> None:
         size, record = self.layout.size_bytes, {"schema": _SCHEMA, **key, "bytes": self.layout.size_bytes}
         if (self.folder / _RECORD).stat().st_size:
             _require_same(self.folder, read_json(self.folder / _RECORD), record)
@@ -169,6 +211,7 @@ class FeatureCache:
             self._states.flush()
             replace_file(self.folder / _DONE, self._done.tobytes())
             self._unflushed.clear()
+            self._share()
 
     def __enter__(self) -> FeatureCache:
         return self
@@ -239,23 +282,74 @@ class FeatureCache:
 
 
 def open_cache(
-    plan: SurgeryPlan, rows: Any, model: nn.Module, folder: str, *, limit: str | None, precision: str
+    plan: SurgeryPlan,
+    rows: Dataset,
+    model: Any,
+    folder: str,
+    *,
+    limit: str | None,
+    precision: str,
+    left_pad: int | None = None,
 ) -> FeatureCache:
     """The cache of a model's states on a training set, in `folder`.
 
-    rows: a data set with columns of token numbers; limit: such as 20GB; precision: what the backbone computes in.
-    Raises: RecipeError where the backbone changes; ResourceError, BaseMismatchError, DamagedError, RequestError.
+    rows: a data set with columns of token numbers; limit: such as 20GB; precision: what the backbone computes in;
+    left_pad: the token with which rows are padded on the left, None where padding is on the right.
+    Raises: RecipeError where the backbone changes, or a row's states with its padding; ResourceError,
+    BaseMismatchError, DamagedError, RequestError.
     """
+    if not folder:
+        raise RecipeError("--cache-features", "an empty name", expected="a folder", fix="Or leave it out")
     if not plan.stacks:
         found, fix = f"with method {plan.method}, whose backbone changes", "Leave it out"
         raise RecipeError("--cache-features", found, expected="method read", fix=fix)
     try:
         max_bytes = None if limit is None else parse_size(limit)
     except ValueError as error:
-        raise RecipeError("--cache-bytes", str(error), expected="a size such as 20GB") from error
+        raise RecipeError("--cache-bytes", repr(limit), expected="a size such as 20GB") from error
     dtype = next(model.parameters()).dtype
     layout = Layout(plan.stacks, row_tokens(rows, plan), row_columns(plan), dtype)
-    return FeatureCache(Path(folder), describe(plan, rows, f"{dtype} {precision}"), layout, max_bytes=max_bytes)
+    if left_pad is not None and any(len(set(tokens)) > 1 for tokens in layout.tokens):
+        _require_own_states(model, layout, max(rows["input_ids"], key=len), left_pad)
+    key = describe(plan, model.config, rows, f"{dtype} {precision}")
+    return FeatureCache(Path(folder), key, layout, max_bytes=max_bytes)
+
+
+def _require_own_states(model: nn.Module, layout: Layout, row: Sequence[int], pad: int) -> None:
+    """A row's states are the same where it is padded on the left. Raises: RecipeError.
+
+    Two short forwards say so: rounding, as of rotations, stays far below half of the dtype's digits, and positions that
+    count the padding far above. A decoder's mask has no place for padding before the first token.
+    """
+    ids = torch.tensor([row[:_PROBE_TOKENS]])
+    padded = torch.cat([torch.full_like(ids, pad), ids], dim=1)
+    if all(stack.name != DECODER for stack in layout.stacks):
+        alone = _states(model, layout, ids, torch.ones_like(ids))
+        beside = _states(model, layout, padded, (torch.arange(padded.shape[1]) >= ids.shape[1]).long()[None])
+        gap = torch.stack([(b[:, -a.shape[1] :] - a).norm() / a.norm() for a, b in zip(alone, beside, strict=True)])
+        if float(gap.max()) < torch.finfo(layout.dtype).eps ** 0.5:
+            return
+    found = f"rows are padded on the left, which changes their states in {type(model).__name__}"
+    fix = "Set padding_side to right in the adapter's tokenizer_config.json, or leave out --cache-features"
+    raise RecipeError("--cache-features", found, expected="states that are a row's own", fix=fix)
+
+
+@torch.no_grad()
+def _states(model: nn.Module, layout: Layout, ids_bt: Tensor, mask_bt: Tensor) -> list[Tensor]:
+    """What a cache would keep of one forward."""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append((output if isinstance(output, Tensor) else output[0]).double())
+
+    paths = [path for stack in layout.stacks for path in layout.kept(stack)]
+    handles = [model.get_submodule(path).register_forward_hook(keep, prepend=True) for path in paths]
+    try:
+        model(input_ids=ids_bt, attention_mask=mask_bt)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _positions(mask: Tensor | None, line: int, count: int, length: int) -> slice:
@@ -276,14 +370,14 @@ def _returning(state: Tensor | None, length: int) -> Callable[..., Any]:
 
 def _require_room(folder: Path, layout: Layout, max_bytes: int | None) -> None:
     size = layout.size_bytes
-    fix = "Read fewer layers (surgery apply --layers), or train without --cache-features"
+    fix = "Raise --cache-bytes, read fewer layers (surgery apply --layers), or train without --cache-features"
     if max_bytes is not None and size > max_bytes:
         found = f"the states of {sum(map(sum, layout.tokens)):,} tokens take {size_text(size)}"
         raise ResourceError("--cache-bytes", found, expected=f"at most {size_text(max_bytes)}", fix=fix)
     there = folder / _STATES
     if not there.is_file():
         nearest = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-        require_disk(nearest, size)
+        require_disk(nearest, size, fix="Free some space or name another folder with --cache-features")
 
 
 def _require_size(path: Path, size: int) -> None:
@@ -294,11 +388,11 @@ def _require_size(path: Path, size: int) -> None:
 
 
 def _require_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    other = [name for name in ("schema", "model", "data", "settings") if found.get(name) != wanted[name]]
+    other = [text for name, text in _KEPT.items() if found.get(name) != wanted[name]]
     if other:
         raise BaseMismatchError(
             str(folder),
-            f"the states there were kept with another {' and another '.join(other)}",
+            f"the states there were kept {' and '.join(other)}",
             expected="a cache of this model, this data and these settings",
             fix="Name another folder with --cache-features, or remove this one",
         )

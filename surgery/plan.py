@@ -160,6 +160,8 @@ class SurgeryPlan:
         side = [target.parameter for target in self.side]
         if side != sorted(set(side)) or bool(side) != bool(self.stacks):
             raise DamagedError("plan", f"{len(side)} side tensors", expected="a sorted list without repetition")
+        if self.architecture and not self.architecture.isidentifier():  # it goes into a modeling file, which is run
+            raise DamagedError("plan", f"architecture {self.architecture!r}", expected="the name of a class")
         weights = [target.weight for target in self.targets] + [target.weight for target in self.whole]
         if len(set(weights)) != len(weights):
             raise DamagedError("plan", "two targets in one weight", expected="a weight for each")

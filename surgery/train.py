@@ -206,7 +206,8 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     figures = {name: value for name, value in asdict(result).items() if name not in _OF_THE_CALL}
     training = {**figures, "settings": settings.model_dump(), "run": job.run.digest}
     delta = collect(model)
-    require_disk(adapter.folder, sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE)))
+    needed = sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE))
+    require_disk(adapter.folder, needed, fix="Free some space, and end the run with --resume auto")
     update_adapter(adapter, delta, replace(adapter.record.manifest, training=training))
     job.run.write(folder, finished=True)
     return result
@@ -418,6 +419,7 @@ def _open_features(job: _Job, model: Any, autocast: str) -> FeatureCache | None:
         section.cache_features,
         limit=section.cache_bytes,
         precision=autocast,
+        left_pad=job.prepared.pad_token_id if job.prepared.pads_left else None,
     )
 
 

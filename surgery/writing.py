@@ -144,7 +144,9 @@ def replace_file(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def require_disk(folder: Path, needed_bytes: int) -> None:
+def require_disk(
+    folder: Path, needed_bytes: int, *, fix: str = "Free some space or choose another folder with -o"
+) -> None:
     """Raises ResourceError where `folder`'s file system has less than `needed_bytes` free."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -153,7 +155,7 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
             str(folder),
             f"{free:,} bytes free on its disk",
             expected=f"{needed_bytes:,} bytes",
-            fix="Free some space or choose another folder with -o",
+            fix=fix,
         )
 
 

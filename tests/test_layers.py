@@ -60,6 +60,9 @@ RANKS = {
     "surgery.trainer": 7,
     "surgery.train": 8,
     "surgery.verify": 8,
+    "surgery.generate": 9,
+    "surgery.onnx_runtime": 10,
+    "surgery.cli_generate": 12,
     "exporters.dense": 9,
     "exporters.undo": 10,
     "exporters.lora": 10,
@@ -77,7 +80,15 @@ RANKS = {
 }
 
 # On the way of `surgery --help`, and of a path that is not there.
-LAZY = ("surgery", "surgery.checkpoint", "surgery.cli", "surgery.errors", "surgery.lookup", "surgery.tensorfile")
+LAZY = (
+    "surgery",
+    "surgery.checkpoint",
+    "surgery.cli",
+    "surgery.cli_generate",
+    "surgery.errors",
+    "surgery.lookup",
+    "surgery.tensorfile",
+)
 HEAVY = frozenset({"torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "numpy"})
 LOADED = "'loaded:', sorted({'torch', 'transformers'} & set(sys.modules))"  # in a process of its own
 EXPORTERS_IMPORTED_BY = frozenset({"surgery.cli"})

@@ -6,6 +6,7 @@ compared with itself. Numbers at padded places mean nothing and are not looked a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from exporters.onnx_graph import DECODER, ENCODER, MODEL
-from surgery.errors import CheckError
+from surgery.errors import CheckError, shorten
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the range of the model's outputs
 STEPS = 4  # tokens one by one after a prefill
@@ -36,15 +37,30 @@ class _Session:
     """An ONNX file in onnxruntime, on the CPU, called with tensors by name."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with self._running():
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def __call__(self, **given: Tensor) -> dict[str, Tensor]:
         feed = {name: tensor.numpy() for name, tensor in given.items() if name in self.inputs}
-        return {n: torch.from_numpy(v) for n, v in zip(self.outputs, self.session.run(None, feed), strict=True)}
+        with self._running():
+            found = self.session.run(None, feed)
+        return {n: torch.from_numpy(v) for n, v in zip(self.outputs, found, strict=True)}
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """onnxruntime's errors, which have no class in common, as ours."""
+        try:
+            yield
+        except Exception as error:
+            why = shorten(str(error), 200)
+            raise CheckError(
+                str(self.path), f"onnxruntime cannot run it ({why})", expected="a graph that runs"
+            ) from error
 
     def empty_cache(self, batch: int, middle: str = "") -> dict[str, Tensor]:
         """A cache without tokens."""
@@ -120,6 +136,8 @@ def _plain(session: _Session, model: Any) -> _Cases:
         return
     for batch, count, padding in SHAPES:
         ids, mask = _tokens(model, batch, count, padding)
+        if model.config.is_encoder_decoder and model.config.eos_token_id is not None:  # where its classifier looks
+            ids[torch.arange(batch), positions(mask).argmax(-1)] = model.config.eos_token_id
         given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": (ids % 2) * mask}
         given = {name: tensor for name, tensor in given.items() if name in session.inputs}
         (found,) = session(**given).values()

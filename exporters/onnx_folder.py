@@ -77,7 +77,8 @@ def add_graphs(folder: Path, options: OnnxOptions, delta: Any, *, is_checked: bo
     record = parse_record(read_document(folder), str(folder / RECORD_FILE))
     dtype = _computing_dtype(folder, options.dtype)
     graphs = write_graphs(folder, _skeleton(folder, record.plan, delta, dtype), dtype, options)
-    if own_task(read_config(folder)) == "causal-lm":
+    config = read_config(folder)
+    if own_task(config) == "causal-lm" and hasattr(config.get_text_config(), "max_position_embeddings"):
         write_file(folder / GENAI_FILE, json.dumps(genai_config(folder), indent=2) + "\n")
     outcome = Check(ONNX, "not run", "--no-verify")
     differences: dict[str, float] = {}

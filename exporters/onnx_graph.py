@@ -180,6 +180,18 @@ def _entries(cache: Any) -> list[Tensor]:
 
 def describe(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
     """The graphs of a model: one, or an encoder's and its decoder's. Raises UnsupportedError."""
+    try:
+        return _describe(model, dtype)
+    except AttributeError as error:  # a configuration without the sizes that all known families have
+        raise _unknown(model, str(error)) from error
+
+
+def _unknown(model: Any, why: str) -> UnsupportedError:
+    found = f"{type(model).__name__} could not be exported ({why})"
+    return UnsupportedError("--format onnx", found, expected="a known family")
+
+
+def _describe(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
     config, task = model.config, own_task(model.config)
     if task == "causal-lm" and not config.is_encoder_decoder:
         return [_decoder(model, dtype)]
@@ -287,12 +299,12 @@ def trace(spec: GraphSpec, opset: int) -> ir.Model:
             )  # fmt: skip
     except Exception as error:
         why = shorten(str(error).splitlines()[0], 200) if str(error) else type(error).__name__
-        name = type(spec.module.model).__name__
-        raise UnsupportedError(
-            "--format onnx", f"{name} could not be exported ({why})", expected="a known family"
-        ) from error
+        raise _unknown(spec.module.model, why) from error
     assert exported is not None  # noqa: S101  as dynamo exporters return
     model: ir.Model = exported.model
+    for value, port in zip(model.graph.outputs, spec.outputs, strict=True):
+        if value.shape is None or len(value.shape) != len(port.axes):
+            raise _unknown(spec.module.model, f"its first output is no {port.name} of {len(port.axes)} axes")
     weights = spec.module.model.state_dict()
     for name, value in model.graph.initializers.items():
         if name.removeprefix("model.") in weights:

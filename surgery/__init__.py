@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the table below
     from surgery.verify import verify as verify
     from surgery.workflow import export as export
     from surgery.workflow import export_checkpoint as export_checkpoint
+    from surgery.workflow import patch as patch
     from surgery.workflow import run as run
     from surgery.workflow import undo as undo
 
@@ -49,6 +50,7 @@ _NAMES = {
     "verify": "surgery.verify",
     "export": "surgery.workflow",
     "export_checkpoint": "surgery.workflow",
+    "patch": "surgery.workflow",
     "run": "surgery.workflow",
     "undo": "surgery.workflow",
 }

@@ -23,7 +23,6 @@ from surgery.checkpoint import RECORD_FILE, require_folder, require_model, requi
 from surgery.cli_generate import generate_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
-MERGED_FORMATS = ("safetensors",)
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -278,7 +277,7 @@ def train(
     flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
     flags |= {"train.cache_features": cache_features, "train.cache_bytes": cache_bytes}
     for key, value in flags.items():
-        if value:
+        if value not in (None, []):
             section, name = key.split(".")
             document.setdefault(section, {})[name] = value
     for text in settings:
@@ -348,9 +347,6 @@ def export(
     surgery export model/ --format onnx
     surgery export model-paca/ --format lora
     """
-    if format_ != "onnx" and merge != (format_ in MERGED_FORMATS):
-        found = f"--merge with --format {format_}" if merge else f"--format {format_} without --merge"
-        raise RequestError("export", found, expected="--merge, or a format such as lora or remote-code without it")
     is_model = adapter is not None and format_ == "onnx" and not (adapter / RECORD_FILE).is_file()
     if is_model:
         require_model(str(adapter))
@@ -369,8 +365,7 @@ def export(
         result = workflow.export_checkpoint(str(adapter), out, **settings)
     else:
         folder = workflow.find_adapter(adapter)
-        if format_ == "onnx":
-            workflow.require_merge(folder, is_asked=merge)
+        workflow.require_merge(folder, format_, is_asked=merge)
         result = workflow.export(folder, out, format=format_, base=base, prompts=prompts, **settings)
     show(showing.export_lines(result), result, as_json=as_json)
 
@@ -395,6 +390,31 @@ def verify(
 
     result = run_checks(merged, adapter=adapter, base=base, prompts=prompts, numeric=not no_numeric)
     show(result.lines(), result, as_json=as_json)
+
+
+@cli.command()
+@click.argument("onnx", type=FOLDER)
+@click.argument("adapter", type=FOLDER)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write.")
+@BASE
+@OVERWRITE
+@JSON
+def patch(onnx: Path, adapter: Path, *, out: Path, base: str | None, overwrite: bool, as_json: bool) -> None:
+    """Bring the columns of ADAPTER into ONNX, a file that exists already, whoever exported it.
+
+    Weights are recognised by what they hold: as they are, transposed, packed or renamed. Only what training changed is
+    rewritten, in a copy.
+
+    \b
+    surgery patch theirs/model.onnx model-paca/ -o patched/
+    """
+    require_record(adapter)
+    from surgery import workflow
+
+    result = workflow.patch(onnx, adapter, out, base=base, overwrite=overwrite)
+    count = sum(len(blocks) for blocks in result.blocks.values())
+    lines = [f"Wrote {result.onnx}: {count} trained weights in {len(result.blocks)} of its tensors, checked."]
+    show(lines, result, as_json=as_json)
 
 
 @cli.command()

@@ -6,6 +6,7 @@ Values are the same when their bits are: 0.0 and -0.0 differ (by 0), a NaN equal
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import RequestError
+from surgery.manifest import ADAPTER, read_record
 from surgery.table import align, ranges
 from surgery.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo, read_range, tensor_from_bytes
 
@@ -66,15 +68,18 @@ class TensorComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All tensors of both checkpoints, by name."""
+    """All tensors of both checkpoints, by name. prefix_a, prefix_b: what stands before that one's names alone."""
 
     a: str
     b: str
     tensors: tuple[TensorComparison, ...]
+    prefix_a: str = ""
+    prefix_b: str = ""
 
     @property
     def is_identical(self) -> bool:
-        return all(tensor.status == IDENTICAL for tensor in self.tensors)
+        has_own_names = not self.prefix_a and not self.prefix_b
+        return has_own_names and all(tensor.status == IDENTICAL for tensor in self.tensors)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -89,6 +94,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: the counts and every tensor that differs."""
         facts = {"a": self.a, "b": self.b, "identical": self.is_identical, "counts": self.counts}
+        facts |= {"prefix_a": self.prefix_a, "prefix_b": self.prefix_b}
         return {**facts, "tensors": [asdict(tensor) for tensor in self.different]}
 
     def lines(self) -> list[str]:
@@ -97,7 +103,11 @@ class Comparison:
         rows = [_row(tensor) for tensor in self.different]
         total = ", ".join(f"{count} {_SAYS[status]}" for status, count in self.counts.items()) or "no tensors"
         table = [*align([head, *rows], right=(3, 4, 5)), ""] if rows else []
-        return [f"A: {self.a}", f"B: {self.b}", "", *table, f"{len(self.tensors)} tensors: {total}"]
+        sides = [
+            f"{side}: {folder}" + (f" (where names begin with {prefix}, left out here)" if prefix else "")
+            for side, folder, prefix in (("A", self.a, self.prefix_a), ("B", self.b, self.prefix_b))
+        ]
+        return [*sides, "", *table, f"{len(self.tensors)} tensors: {total}"]
 
 
 _SAYS = {
@@ -132,26 +142,46 @@ def _which(lines: Lines | None) -> str:
 def compare(a: Path, b: Path) -> Comparison:
     """Compare two model folders. Raises: NotAModelError, DamagedError; RequestError for an adapter folder."""
     first, second = _open(a), _open(b)
-    names = sorted({*first, *second})
-    return Comparison(str(a), str(b), tuple(_compare_tensor(name, first, second) for name in names))
+    prefix_a, prefix_b = _prefix(first, second), _prefix(second, first)
+    mine, theirs = _by_name(first, second, prefix_a), _by_name(second, first, prefix_b)
+    tensors = (
+        _compare_tensor(name, first, mine.get(name, ""), second, theirs.get(name, ""))
+        for name in sorted({*mine, *theirs})
+    )
+    return Comparison(str(a), str(b), tuple(tensors), prefix_a, prefix_b)
+
+
+def _prefix(one: Checkpoint, other: Checkpoint) -> str:
+    """What a task's class puts before the other's names (`bert.`), empty where it puts nothing there."""
+    parts = (name.partition(".") for name in one if name not in other)
+    counts = Counter(f"{first}." for first, _, rest in parts if rest in other and rest not in one)
+    return max(counts, key=lambda prefix: counts[prefix], default="")
+
+
+def _by_name(one: Checkpoint, other: Checkpoint, prefix: str) -> dict[str, str]:
+    """The checkpoint's own name of each tensor, by the name without the prefix that the other does not have."""
+    short = {name: name.removeprefix(prefix) for name in one}
+    return {short[name] if short[name] in other and short[name] not in one else name: name for name in one}
 
 
 def _open(folder: Path) -> Checkpoint:
     if (folder / ADAPTER_FILE).is_file():
+        way = "--format remote-code (or onnx)" if read_record(folder, ADAPTER).plan.stacks else "--merge"
         raise RequestError(str(folder), "an adapter folder", expected="a whole model",
-                           fix=f"Export it first: surgery export {folder} --merge")  # fmt: skip
+                           fix=f"Export it first: surgery export {folder} {way}")  # fmt: skip
     return Checkpoint.open(folder)
 
 
-def _compare_tensor(name: str, a: Checkpoint, b: Checkpoint) -> TensorComparison:
-    one, other = a.get(name), b.get(name)
+def _compare_tensor(name: str, a: Checkpoint, in_a: str, b: Checkpoint, in_b: str) -> TensorComparison:
+    """in_a, in_b: what the tensor is called there, empty where it is not."""
+    one, other = a.get(in_a), b.get(in_b)
     if one is None or other is None:
         return TensorComparison(name, ONLY_B if one is None else ONLY_A, _kind(one), _kind(other))
     if one.shape != other.shape:
         return TensorComparison(name, SHAPE, _kind(one), _kind(other))
     if one.dtype != other.dtype and not {one.dtype, other.dtype} <= set(TORCH_NAMES):
         return TensorComparison(name, DTYPE, _kind(one), _kind(other))
-    return _Tally(one, other).run(a.path_of(name), b.path_of(name))
+    return replace(_Tally(one, other).run(a.path_of(in_a), b.path_of(in_b)), name=name)
 
 
 def _kind(info: TensorInfo | None) -> str:

@@ -35,7 +35,13 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "datasets": (">=3.6,<6",),
 }
 EXTRAS: Mapping[str, Mapping[str, str]] = {
-    "onnx": {"onnx": ">=1.19,<2", "onnx-ir": ">=1,<2", "onnxruntime": ">=1.23,<2", "onnxscript": ">=0.7,<1"},
+    "onnx": {
+        "onnx": ">=1.19,<2",
+        "onnx-ir": ">=1,<2",
+        "onnxruntime": ">=1.23,<2",
+        "onnxscript": ">=0.7,<1",
+        "protobuf": ">=5",
+    },
     "bnb": {"bitsandbytes": ">=0.46,<1"},
     "gaudi": {"optimum-habana": "==1.21.2"},
     "lora": {"peft": ">=0.17,<1"},

@@ -126,13 +126,13 @@ def describe(plan: SurgeryPlan, config: PretrainedConfig, rows: Dataset, precisi
 
 
 class FeatureCache:
-    """The states of a training set's rows, in a folder: of one run while it fills, of any number once it is complete."""
+    """The states of a training set's rows, in a folder: one run's while it fills, everyone's once it is complete."""
 
     def __init__(self, folder: Path, key: Mapping[str, str], layout: Layout, *, max_bytes: int | None) -> None:
         """Open a cache, or begin one. Raises: ResourceError, BaseMismatchError, DamagedError, RequestError."""
         self.folder, self.layout = folder, layout
-        _require_room(folder, layout, max_bytes)
         try:
+            _require_room(folder, layout, max_bytes)
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / _RECORD).open("a+")
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What a folder is: a checkpoint, an adapter, a merged checkpoint or an exported LoRA adapter, and what stands in it.
+"""What a folder is: a checkpoint, an adapter, or an export of one in any format, and what stands in it.
 
 Reads headers, records and configuration; of an adapter also its values, one layer at a time.
 """
@@ -14,8 +14,19 @@ from typing import Any
 from surgery.adapter import open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json, require_folder
 from surgery.errors import NotAModelError, counted
-from surgery.manifest import ADAPTER, MERGED, REMOTE_CODE, UNDO_FILE, Base, Check, Record, parse_record, read_document
-from surgery.plan import SurgeryPlan
+from surgery.manifest import (
+    ADAPTER,
+    MERGED,
+    ONNX,
+    REMOTE_CODE,
+    UNDO_FILE,
+    Base,
+    Check,
+    Record,
+    parse_record,
+    read_document,
+)
+from surgery.plan import NO_METHOD, SurgeryPlan
 from surgery.runs import CHECKPOINTS, latest_checkpoint, open_run, step_of
 from surgery.table import align, plan_lines, size_text, target_rows
 
@@ -97,7 +108,10 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class MergedFacts:
-    """What an export did. `undo`: empty where the base can be restored from the folder, else why it cannot."""
+    """What an export did. `undo`: empty where the base can be restored from the folder, else why it cannot.
+
+    Of a folder with ONNX graphs, `settings` has them under `onnx`.
+    """
 
     settings: Mapping[str, Any]
     checks: tuple[Check, ...]
@@ -108,12 +122,13 @@ class MergedFacts:
         checks = [("check", f"{check.name}: {check.result} {check.detail}".rstrip()) for check in self.checks]
         notes = [("note", f"{note}") for note in self.settings.get("notes", ())]
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items() if isinstance(value, (str, int)))
-        return [("export", settings), ("undo", self.undo or "possible"), *notes, *(checks or [("check", "none ran")])]
+        facts = [("export", settings), *_graph_pairs(self.settings.get(ONNX)), ("undo", self.undo or "possible")]
+        return [*facts, *notes, *(checks or [("check", "none ran")])]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A folder of `kind` model, adapter, merged or lora, and what applies to such a one."""
+    """A folder of `kind` model, adapter, merged, lora, remote-code or onnx, and what applies to such a one."""
 
     path: str
     kind: str
@@ -145,6 +160,7 @@ _KINDS = {
     MERGED: "a merged checkpoint",
     LORA: "a LoRA adapter for PEFT",
     REMOTE_CODE: "a model with a side network, which transformers loads with trust_remote_code",
+    ONNX: "a model with ONNX graphs",
 }
 
 
@@ -186,12 +202,12 @@ def _inspect_merged(path: Path, record: Record) -> Inspection:
     return Inspection(str(path), MERGED, model=model, origin=_origin(path, record), merged=merged, plan=record.plan)
 
 
-def _inspect_remote(path: Path, record: Record) -> Inspection:
+def _inspect_untouched(path: Path, record: Record) -> Inspection:
+    """A folder that holds the base's tensors as they were, and something beside them."""
     manifest, model = record.manifest, _model_facts(Checkpoint.open(path))
     merged = MergedFacts(manifest.export, manifest.checks, "nothing to undo: the base's tensors are untouched")
-    return Inspection(
-        str(path), REMOTE_CODE, model=model, origin=_origin(path, record), merged=merged, plan=record.plan
-    )
+    plan = None if record.plan.method == NO_METHOD else record.plan
+    return Inspection(str(path), record.kind, model=model, origin=_origin(path, record), merged=merged, plan=plan)
 
 
 def _inspect_lora(path: Path, record: Record) -> Inspection:
@@ -199,7 +215,13 @@ def _inspect_lora(path: Path, record: Record) -> Inspection:
     return Inspection(str(path), LORA, origin=_origin(path, record), merged=merged, plan=record.plan)
 
 
-_INSPECT = {ADAPTER: _inspect_adapter, MERGED: _inspect_merged, LORA: _inspect_lora, REMOTE_CODE: _inspect_remote}
+_INSPECT = {
+    ADAPTER: _inspect_adapter,
+    MERGED: _inspect_merged,
+    LORA: _inspect_lora,
+    REMOTE_CODE: _inspect_untouched,
+    ONNX: _inspect_untouched,
+}
 
 
 def _model_facts(checkpoint: Checkpoint) -> ModelFacts:
@@ -249,6 +271,16 @@ def _why_no_undo(folder: Path, record: Record) -> str:
     if dtype != "keep":
         return f"not possible: --dtype {dtype} rounded the base's values"
     return "" if path_inside(folder, UNDO_FILE).is_file() else f"not possible: {UNDO_FILE} is missing"
+
+
+def _graph_pairs(described: object) -> _Pairs:
+    """The ONNX graphs of a record, if it has any."""
+    if not isinstance(described, Mapping):
+        return []
+    names = ", ".join(described.get("graphs", ()))
+    facts = {"operators": "opset", "computing in": "dtype", "data in": "data"}
+    said = ", ".join(f"{label} {described[key]}" for label, key in facts.items() if key in described)
+    return [("graphs", f"{names}: {said}")]
 
 
 def _plan_pairs(plan: SurgeryPlan) -> _Pairs:

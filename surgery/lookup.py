@@ -19,6 +19,7 @@ EXPORTERS = {
 UNDO = "exporters.undo:undo"
 ONNX_OPTIONS = "exporters.onnx_folder:OnnxOptions"
 ONNX_CHECKPOINT = "exporters.onnx_export:export_checkpoint"
+ONNX_PATCH = "exporters.onnx_patch:patch"
 ONNX_VERIFY = "exporters.onnx_folder:verify_graphs"
 
 

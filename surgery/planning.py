@@ -6,15 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import base_prefix, memory_names
-from surgery.errors import DamagedError, RequestError
+from surgery.errors import DamagedError, RequestError, UnsupportedError
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
+from surgery.manifest import read_document
 from surgery.methods import PlanRequest
 from surgery.plan import Stored, SurgeryPlan, WholeTarget
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
@@ -26,6 +28,7 @@ def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = N
 
     spec: a method's, such as PacaSpec. Raises: SelectorError, UnsupportedError, NotAModelError, DamagedError.
     """
+    require_bare(checkpoint.root)
     seen = survey(checkpoint.root, task or TaskSpec())
     names = memory_names(seen.model, checkpoint)
     stored = {m.name: _stored(checkpoint[disk]) for disk, m in names.items() if m.is_verbatim}
@@ -33,6 +36,19 @@ def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = N
     prefix = f"{base_prefix(seen.model)}." if any(m.is_prefixed for m in names.values()) else ""
     plan = plan_model(seen.model, spec, stored, converted, task=seen.task, heads=seen.heads)
     return replace(plan, architecture=seen.architecture, prefix=prefix, config=dict(seen.config_changes))
+
+
+def require_bare(root: Path) -> None:
+    """No side network lies in a model folder: transformers would load it without. Raises: UnsupportedError."""
+    config = read_json(root / CONFIG_FILE) if (root / CONFIG_FILE).is_file() else {}
+    plan = read_document(root).get("plan") if (root / RECORD_FILE).is_file() else None
+    if ("auto_map" in config and "read" in config) or (isinstance(plan, dict) and plan.get("stacks")):
+        raise UnsupportedError(
+            str(root),
+            "a model with a side network, which would be lost",
+            expected="a plain or merged checkpoint",
+            fix="Train the adapter that it was exported from, or start from that adapter's base",
+        )
 
 
 def _stored(info: TensorInfo) -> Stored:

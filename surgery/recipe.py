@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from surgery.data import DataSpec
 from surgery.errors import RecipeError, closest, shorten
@@ -60,6 +60,13 @@ class PacaSection(_Section):
     seed: int = Field(0, ge=0, description="decides the columns")
 
 
+def _layers(value: object) -> object:
+    """`3` and `[0, 3]` as the text that they stand for."""
+    numbers = value if isinstance(value, list) else [value]
+    is_numbers = bool(numbers) and all(type(number) is int for number in numbers)
+    return ",".join(map(str, numbers)) if is_numbers else value
+
+
 class ReadSection(_Section):
     """What READ does; see `ReadSpec`."""
 
@@ -71,7 +78,9 @@ class ReadSection(_Section):
     reduce: str = Field("last", description="last state over the layers, or their mean")
     output_norm: bool = Field(default=False, description="RMS norm of the correction")
     scale: float = Field(1.0, gt=0, description="factor of the correction")
-    layers: str = Field("all", description="all, every:2, last:6 or numbers such as 0,3,5")
+    layers: Annotated[str, BeforeValidator(_layers)] = Field(
+        "all", description="all, every:2, last:6 or numbers such as 0,3,5"
+    )
     stacks: str = Field("both", description="encoder, decoder or both, of an encoder-decoder")
     joiner: str = Field("auto", description="attention, mean or none, from encoder to decoder")
     pooling: str = Field("own", description="first, mean or last state for a classifier; own: as its class picks it")

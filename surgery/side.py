@@ -1,10 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+# checkpoint-surgery 0.1.0
 """READ's side network: a recurrence over the layers of a frozen stack, and one correction of its last hidden state.
 
 Step i of the recurrence reads the output of layer i. Nothing of the backbone is recorded by autograd: its weights are
 frozen and what enters its first layer is detached; backward keeps each layer's output and, of a step, the gates. Depth
 costs no parameters.
 
-This module imports torch and nothing else: `export --format remote-code` writes it, as it stands, beside the weights.
+It needs torch and nothing else: `surgery export --format remote-code` writes it, as it stands, beside the weights, with
+a class of the model's after it.
 
 Shape suffixes: b sequences, t tokens, n = b * t or, where padding is left out, fewer, d width of the backbone, h width
 of the side network, g gates of a step (3 h for a GRU, 4 h for an LSTM, h for a plain RNN), s tokens of the encoder.
@@ -17,6 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -24,6 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 NAME = "side_network"  # of the side network as a child of the model
 EPSILON = 1e-6
@@ -32,7 +37,7 @@ GATES = {"gru": 3, "lstm": 4, "rnn": 1}
 
 @dataclass(frozen=True)
 class SideSettings:
-    """What a side network is built from. The fields are those of `surgery.methods.read.ReadSpec`."""
+    """What a side network is built from: settings of checkpoint-surgery's `ReadSpec`, which says what each means."""
 
     cell: str = "gru"
     hidden: int = 256
@@ -78,8 +83,11 @@ def _exact(x: Tensor) -> torch.autocast:
 
 
 def _product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """16-bit states are multiplied as they are where a device has fast products of them, else as the weights are."""
-    return weight.dtype if x.device.type == "cpu" or x.dtype.itemsize > 2 else x.dtype
+    """bf16 states are multiplied as they are where a device has fast products of them, others as the weights are.
+
+    In fp16 large states would overflow, and the gradients of a mean over many tokens vanish.
+    """
+    return x.dtype if x.dtype == torch.bfloat16 and x.device.type != "cpu" else weight.dtype
 
 
 class ReadLayer(torch.autograd.Function):
@@ -370,6 +378,52 @@ class _Run:
     steps: list[list[Tensor]] = field(default_factory=list)
 
 
+@dataclass
+class _Forward:
+    """What a model's forward holds while it lasts. masks, runs: by stack; memory: what the encoder left last."""
+
+    masks: dict[str, Tensor | None] = field(default_factory=dict)
+    runs: dict[str, _Run] = field(default_factory=dict)
+    memory: Memory | None = None
+
+
+class _Thread(threading.local):
+    """Each thread's forward, in a box: torch.compile loses what is set on a threading.local. A copy holds nothing."""
+
+    def __init__(self) -> None:
+        self.forward = _Forward()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Thread, ()
+
+
+class _Memories:
+    """What encoders left, each for as long as the output lives that it belongs to. A copy holds nothing."""
+
+    def __init__(self) -> None:
+        self._left: Any = WeakIdKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Memories, ()
+
+    def keep(self, memory: Memory) -> None:
+        """Hold it by its source, which must not be held itself."""
+        self._left[memory.source] = memory.states_bsh, memory.mask_bs
+
+    def find(self, given_bsd: Tensor) -> Memory | None:
+        """The memory of an encoder's output, or of rows of the latest that has them, repeated for beams or picked."""
+        left = self._left.get(given_bsd)
+        if left is not None:
+            return Memory(given_bsd, *left)
+        for reference in reversed(self._left.keyrefs()):
+            source = reference()
+            rows = None if source is None else _rows(given_bsd.detach(), source.detach())
+            if rows is not None:
+                states, mask = self._left[source]
+                return Memory(given_bsd, states[rows], None if mask is None else mask[rows])
+        return None
+
+
 class SideNetwork(nn.Module):
     """The side networks of a model's stacks, and the hooks by which they read it and correct it.
 
@@ -388,9 +442,7 @@ class SideNetwork(nn.Module):
             joiner = settings.joiner if number else "none"
             is_source = self.is_pair and not number
             self.stacks[stack.name] = SideStack(settings, stack.width, joiner=joiner, is_source=is_source)
-        self._masks: dict[str, Tensor | None] = {}
-        self._runs: dict[str, _Run] = {}
-        self._memory: Memory | None = None
+        self._thread, self._memories = _Thread(), _Memories()
         self._handles: list[Any] = []
 
     def hook(self, model: nn.Module, frozen: Sequence[str]) -> None:
@@ -411,6 +463,10 @@ class SideNetwork(nn.Module):
             for number in stack.read:
                 keep(layers[number].register_forward_hook(functools.partial(self._read, stack.name)))
             keep(model.get_submodule(stack.exit).register_forward_hook(functools.partial(self._leave, stack)))
+        if self.is_pair and self.settings.joiner != "none":
+            decoder = model.get_submodule(self.descriptions[1].around[-1])
+            ask = functools.partial(self._ask, _position(decoder, "encoder_hidden_states"))
+            keep(decoder.register_forward_pre_hook(ask, with_kwargs=True))
         if self.settings.pooling != "own":
             for module in model.modules():
                 if hasattr(module, "pooler") and isinstance(module.pooler, nn.Module):
@@ -418,7 +474,7 @@ class SideNetwork(nn.Module):
 
     def swap_memory(self, memory: Memory | None) -> Memory | None:
         """Set what a decoder will ask, and return what it would have asked: for who runs the halves of a pair apart."""
-        before, self._memory = self._memory, memory
+        before, self._now.memory = self._now.memory, memory
         return before
 
     def unhook(self) -> None:
@@ -427,20 +483,41 @@ class SideNetwork(nn.Module):
             handle.remove()
         self._handles.clear()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_masks": {}, "_runs": {}, "_memory": None}
+    @property
+    def _now(self) -> _Forward:
+        return self._thread.forward
 
     # The hooks, in the order in which they are called.
 
     def _enter(self, name: str, first: bool, position: int, _module: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: FBT001
         """Before a module around a stack: keep the mask that it is given, if it is one of tokens."""
-        mask = kwargs.get("attention_mask", args[position] if 0 <= position < len(args) else None)
+        mask, masks = kwargs.get("attention_mask", _placed(args, position)), self._now.masks
         if first:
-            self._masks[name] = None
-        if self._masks.get(name) is None and isinstance(mask, Tensor) and mask.dim() == 2:
-            self._masks[name] = mask
-        if self.is_pair and name == self.descriptions[1].name:
-            self._expand_memory(kwargs.get("encoder_hidden_states"))
+            masks[name] = None
+        if masks.get(name) is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            masks[name] = mask
+
+    def _ask(self, position: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the decoder: find the side states that belong to the encoder's output that it is given."""
+        given, memory = kwargs.get("encoder_hidden_states", _placed(args, position)), self._now.memory
+        if given is None:
+            return
+        if memory is not None:
+            if torch.compiler.is_compiling() and memory.source.shape == given.shape:
+                return  # a graph cannot look at values
+            self._memories.keep(memory)  # a compiled encoder has not
+        found = self._memories.find(given)
+        if found is None:
+            raise RuntimeError(
+                f"encoder_outputs: no side states for {tuple(given.shape)}, expected what this model's own encoder "
+                "returned, or rows of it. Run that encoder, and keep its output until the decoder has run."
+            )
+        self._hold(found)
+
+    def _hold(self, memory: Memory) -> None:
+        self._now.memory = memory
+        if not torch.compiler.is_compiling():
+            self._memories.keep(memory)
 
     def _begin(self, name: str, layers: nn.ModuleList, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the first layer: with its input detached and its weights frozen, autograd records nothing there."""
@@ -448,30 +525,31 @@ class SideNetwork(nn.Module):
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
         kwargs = {key: x.detach() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
         state = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
-        side, mask = self._side(name), self._masks.pop(name, None)
+        side, mask = self._side(name), self._now.masks.pop(name, None)
         tokens, kept = _padding(state, mask, may_skip=side.joiner is None)
         with _exact(state):
-            self._runs[name] = _Run(mask, tokens, kept, side.readers(), side.start(_flat(state, tokens)))
+            self._now.runs[name] = _Run(mask, tokens, kept, side.readers(), side.start(_flat(state, tokens)))
         return args, kwargs
 
     def _read(self, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
         """After a layer: its output as gates of the recurrence."""
-        state, run = _first(output), self._runs[name]
+        state, run = _first(output), self._now.runs[name]
         with _exact(state):
-            run.steps.append(self._side(name).read(_flat(state, run.tokens_n), run.readers, self._memory))
+            run.steps.append(self._side(name).read(_flat(state, run.tokens_n), run.readers, self._now.memory))
 
     def _leave(self, stack: Stack, _module: nn.Module, _args: Any, output: Any) -> Any:
         """After the exit: the recurrence, and the corrected state (or what the decoder will ask)."""
-        run, side, last = self._runs.pop(stack.name), self._side(stack.name), _first(output).detach()
+        run, side, last = self._now.runs.pop(stack.name), self._side(stack.name), _first(output).detach()
         if len(run.steps) != len(stack.read):
-            raise RuntimeError(f"{stack.layers}: {len(run.steps)} layers were seen, not {len(stack.read)}")
+            seen = f"{len(run.steps)} layers were seen, expected {len(stack.read)}"
+            raise RuntimeError(f"{stack.layers}: {seen}. Run each layer once, in a forward of the whole stack.")
         with _exact(last):
             reduced = side(run.steps, run.start_nh)
             if side.output is None:
-                self._memory = Memory(_first(output), _unflat(reduced, run.tokens_n, last.shape[:2]), run.mask_bt)
+                self._hold(Memory(_first(output), _unflat(reduced, run.tokens_n, last.shape[:2]), run.mask_bt))
                 return output
-            if torch.is_grad_enabled():
-                self._memory = None
+            if torch.is_grad_enabled() or not torch.compiler.is_compiling():
+                self._now.memory = None
             correction = _unflat(side.correction(reduced).to(last.dtype), run.tokens_n, last.shape[:2])
             corrected = last + (correction if run.kept_bt1 is None else correction * run.kept_bt1)
         if self.settings.pooling != "own":
@@ -480,23 +558,6 @@ class SideNetwork(nn.Module):
 
     def _side(self, name: str) -> SideStack:
         return cast("SideStack", self.stacks[name])
-
-    def _expand_memory(self, encoder_states: Tensor | None) -> None:
-        """Check that the side states belong to the encoder's output that the decoder sees; repeat them for beams."""
-        memory = self._memory
-        if self.settings.joiner == "none" or encoder_states is None or (memory and memory.source is encoder_states):
-            return
-        if memory and torch.compiler.is_compiling() and memory.source.shape == encoder_states.shape:
-            return  # a graph cannot look at values
-        batch = encoder_states.shape[0]
-        repeats = batch // memory.source.shape[0] if memory else 0
-        if memory is None or repeats * memory.source.shape[0] != batch:
-            raise RuntimeError("encoder_outputs: no side states for them, run the encoder through this same model")
-        source = memory.source.repeat_interleave(repeats, dim=0)
-        if source.shape != encoder_states.shape or not torch.equal(source, encoder_states.to(source.device)):
-            raise RuntimeError("encoder_outputs: not those of the encoder's last run through this model")
-        mask = None if memory.mask_bs is None else memory.mask_bs.repeat_interleave(repeats, dim=0)
-        self._memory = Memory(encoder_states, memory.states_bsh.repeat_interleave(repeats, dim=0), mask)
 
 
 def _keep_eval(module: nn.Module, _args: object = None) -> None:
@@ -511,10 +572,26 @@ def _position(module: nn.Module, argument: str) -> int:
     return names.index(argument) if argument in names else -1
 
 
+def _placed(args: Any, position: int) -> Any:
+    """The argument at a place, None where it is not given there."""
+    return args[position] if 0 <= position < len(args) else None
+
+
 def _first(output: Any) -> Tensor:
     """The hidden state that a layer returns, alone or as the first of several things."""
     state: Tensor = output if isinstance(output, Tensor) else output[0]
     return state
+
+
+def _rows(given_bsd: Tensor, source_bsd: Tensor) -> Tensor | None:
+    """The number of the source's row that each given row is, bit for bit; None where one is not among them."""
+    if given_bsd.shape[1:] != source_bsd.shape[1:] or given_bsd.dtype != source_bsd.dtype:
+        return None
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[source_bsd.dtype.itemsize]
+    given, source = (x.to(source_bsd.device).contiguous().view(whole) for x in (given_bsd, source_bsd))
+    sums = [x.sum((1, 2)) for x in (given, source)]  # of whole numbers, so the same in any order
+    rows = (sums[0].unsqueeze(1) == sums[1]).int().argmax(1)
+    return rows if torch.equal(source[rows], given) else None
 
 
 def _padding(state_btd: Tensor, mask_bt: Tensor | None, *, may_skip: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from surgery.errors import UnsupportedError
 from surgery.side import Stack
@@ -44,6 +45,8 @@ def find_stacks(model: nn.Module) -> tuple[Stack, ...]:
     Raises: UnsupportedError where no module list is a stack, and where the model cannot be run dry.
     """
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError("--method read", f"{name} is no transformers model", expected="a PreTrainedModel")
     trace = _Trace()
     try:
         twin = meta_twin(model)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
-from surgery.delta import ColumnDelta
+from surgery.delta import ColumnDelta, Delta, SideDelta
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
-from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, UNDO, resolve
+from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, ONNX_PATCH, UNDO, resolve
 from surgery.lookup import load as lookup
 from surgery.manifest import ADAPTER, ONNX, parse_record, read_document
 from surgery.operate import apply
@@ -25,8 +25,14 @@ from surgery.train import TrainResult, train
 from surgery.verify import Verification, verify
 from surgery.writing import parse_size
 
+MERGED_FORMATS = ("safetensors", ONNX)
 VERIFIED_FORMATS = ("safetensors", "remote-code", ONNX)
 EXPORT_DEFAULTS = {"format": "safetensors", "dtype": "keep", "max_shard_bytes": None}
+# What the adapters of each method hold, and the formats for it.
+METHOD_EXPORTS: Mapping[str, tuple[type[Delta], str]] = {
+    "paca": (ColumnDelta, "safetensors, lora or onnx"),
+    "read": (SideDelta, "remote-code or onnx"),
+}
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,7 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     started = time.monotonic()
     opened = open_adapter(adapter)
     exporter = lookup(EXPORTERS, format, "--format")
-    if not isinstance(opened.delta, exporter.accepts):
-        kinds = " or ".join(kind.what for kind in exporter.accepts)
-        delta = opened.delta
-        raise UnsupportedError(f"--format {format}", f"{delta.what} {delta.nature}", expected=kinds, fix=delta.ways_out)
+    _require_accepted(exporter, type(opened.delta), f"--format {format}", opened.delta.ways_out)
     target = Path(out) if out else default_export_folder(opened.folder, format)
     difference: list[float | None] = []
 
@@ -139,14 +142,30 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     return result
 
 
-def require_merge(adapter: Path, *, is_asked: bool) -> None:
-    """--merge is said of columns, and of nothing else, with ONNX too. Raises: RequestError, UnsupportedError."""
+def _require_accepted(exporter: Any, delta: type[Delta], where: str, fix: str) -> None:
+    if not issubclass(delta, exporter.accepts):
+        kinds = " or ".join(kind.what for kind in exporter.accepts)
+        raise UnsupportedError(where, f"{delta.what} {delta.nature}", expected=kinds, fix=fix)
+
+
+def require_merge(adapter: Path, format: str, *, is_asked: bool) -> None:
+    """--merge is said of columns alone, and there with each format that has them in the weights.
+
+    Raises: RequestError, UnsupportedError.
+    """
     delta = open_adapter(adapter).delta
-    if isinstance(delta, ColumnDelta) and not is_asked:
+    if not isinstance(delta, ColumnDelta):
+        if is_asked:
+            leave = "Leave out --merge: this format holds the side network"
+            fix = delta.ways_out if format == EXPORT_DEFAULTS["format"] else leave
+            raise UnsupportedError("--merge", f"{delta.what} {delta.nature}", expected=ColumnDelta.what, fix=fix)
+        if format == EXPORT_DEFAULTS["format"]:
+            raise RequestError(str(adapter), f"{delta.what} and no --format", expected="--format onnx or remote-code")
+    elif format == ONNX and not is_asked:
         raise RequestError(str(adapter), f"{delta.what} and no --merge", expected="--merge with --format onnx")
-    if is_asked and not isinstance(delta, ColumnDelta):
-        fix = "Leave out --merge: the graph holds the side network"
-        raise UnsupportedError("--merge", f"{delta.what} {delta.nature}", expected=ColumnDelta.what, fix=fix)
+    elif is_asked != (format in MERGED_FORMATS):
+        found = f"--merge with --format {format}" if is_asked else f"--format {format} without --merge"
+        raise RequestError("export", found, expected="--merge, or a format such as lora or remote-code without it")
 
 
 def export_checkpoint(
@@ -210,7 +229,14 @@ def _shard_bytes(text: str | None) -> int | None:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise RequestError("--max-shard-size", str(error), expected="a size such as 5GB") from error
+        raise RequestError("--max-shard-size", repr(text), expected="a size such as 5GB") from error
+
+
+def patch(
+    onnx: str | Path, adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
+) -> Any:
+    """Bring a PaCA adapter into an ONNX file that exists already. Returns and raises: see exporters.onnx_patch."""
+    return resolve(ONNX_PATCH)(onnx, adapter, out, base=base, overwrite=overwrite)
 
 
 def undo(merged: str | Path, out: str | Path) -> Path:
@@ -240,8 +266,7 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
     """
     skipped = []
     spec = recipe.spec()
-    lookup(EXPORTERS, recipe.export.format, "export.format")
-    _shard_bytes(recipe.export.max_shard_size)
+    _require_export(recipe)
     folder = Path(recipe.adapter) if recipe.adapter else default_adapter_folder(recipe.model, recipe.method)
     if overwrite or not folder.exists():
         say(f"apply: {recipe.model} -> {folder}")
@@ -268,6 +293,18 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
         check=recipe.export.verify,
     )
     return RunResult(folder, out, trained, done.verification, tuple(skipped))
+
+
+def _require_export(recipe: Recipe) -> None:
+    """The export is one that the method has, before hours of training. Raises: RequestError, UnsupportedError."""
+    wanted = recipe.export
+    exporter = lookup(EXPORTERS, wanted.format, "export.format")
+    delta, formats = METHOD_EXPORTS[recipe.method]
+    _require_accepted(exporter, delta, f"export.format: {wanted.format}", f"Set export.format to {formats}")
+    if wanted.dtype != EXPORT_DEFAULTS["dtype"] and wanted.format not in MERGED_FORMATS:
+        raise RequestError("export.dtype", repr(wanted.dtype), expected=f"keep with export.format {wanted.format}")
+    _format_settings(wanted.format, wanted.dtype, None, None)
+    _shard_bytes(wanted.max_shard_size)
 
 
 def _require_same_plan(recipe: Recipe, spec: Any, folder: Path) -> None:

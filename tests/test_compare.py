@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,10 @@ from surgery import compare as module
 from surgery.compare import DTYPE, IDENTICAL, ONLY_A, ONLY_B, SHAPE, VALUES, TensorComparison, compare
 from surgery.errors import DamagedError, NotAModelError, RequestError
 from surgery.methods.paca import PacaSpec
+from surgery.survey import TaskSpec
 from surgery.tensorfile import build_header
 from tests.conftest import TinyModel
-from tests.trained import make_adapter
+from tests.trained import make_adapter, make_read_adapter
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> Path:
@@ -226,6 +228,64 @@ def test_adapters_and_other_folders_are_refused(tiny_model: TinyModel, tmp_path:
     (tmp_path / "short" / "model.safetensors").write_bytes(whole[:-7])
     with pytest.raises(DamagedError):
         compare(tmp_path / "short", base)
+
+
+def test_an_adapter_is_told_how_it_is_exported(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Columns are merged; a side network has no dense equivalent."""
+    base = tiny_model("llama")
+    make_adapter(base, tmp_path / "paca")
+    make_read_adapter(base, tmp_path / "read")
+    for name, way in (("paca", r"--merge\."), ("read", r"--format remote-code \(or onnx\)\.")):
+        with pytest.raises(RequestError, match=rf"surgery export {tmp_path / name} {way}$"):
+            compare(base, tmp_path / name)
+
+
+@pytest.mark.parametrize("is_turned", (False, True))
+def test_what_stands_before_all_names_is_seen_through(
+    tiny_model: TinyModel, tmp_path: Path, *, is_turned: bool
+) -> None:
+    """A classifier's class puts `bert.` before the base's names: the tensors are still compared, and it is said."""
+    base = tiny_model("bert")
+    bare = {name.removeprefix("bert."): safetensors_of(base)[name] for name in safetensors_of(base)}
+    a, b = write(tmp_path / "bare", bare), base
+    result = compare(b, a) if is_turned else compare(a, b)
+    assert (result.prefix_a, result.prefix_b) == (("bert.", "") if is_turned else ("", "bert."))
+    assert result.counts == {IDENTICAL: len(bare)}
+    assert not result.is_identical
+    assert {tensor.name for tensor in result.tensors} == set(bare)
+    side = "A" if is_turned else "B"
+    assert f"{side}: {base} (where names begin with bert., left out here)" in result.lines()
+    assert result.to_dict()[f"prefix_{side.lower()}"] == "bert."
+
+
+def test_a_classifier_is_compared_with_its_base(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Of a base without a head and its merge: the columns that moved, the new head, and nothing else."""
+    base = copy_bare(tiny_model("bert"), tmp_path / "base")
+    adapter = make_adapter(
+        base, tmp_path / "adapter", PacaSpec(rank=3), task=TaskSpec("sequence-classification", ("a", "b"))
+    )
+    assert adapter.plan.prefix == "bert."
+    export(adapter, tmp_path / "merged")
+    result = compare(base, tmp_path / "merged")
+    assert result.prefix_b == "bert."
+    targets = {target.weight for target in adapter.plan.targets}
+    assert {tensor.name for tensor in result.different if tensor.status == VALUES} == targets
+    assert {t.name for t in result.different if t.status != VALUES} == {w.weight for w in adapter.plan.whole}
+
+
+def safetensors_of(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of one file."""
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def copy_bare(folder: Path, to: Path) -> Path:
+    """BERT without its head, under the names of the model alone."""
+    shutil.copytree(folder, to)
+    tensors = safetensors_of(folder)
+    write(to, {name.removeprefix("bert."): value for name, value in tensors.items() if name.startswith("bert.")})
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    return to
 
 
 def test_long_lists_are_cut_in_text_and_whole_in_json(tmp_path: Path) -> None:

@@ -238,6 +238,20 @@ def test_a_pair_is_given_to_the_tokenizer_as_one(tmp_path: Path) -> None:
     assert prepared.report.train.truncated_rows == 1
 
 
+def test_labels_are_named_as_they_stand_in_the_data(tmp_path: Path) -> None:
+    """Named otherwise, the first row says so; rows that are held out are told to be in the training set."""
+    train = jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": label} for label in (0, 1)])
+    other = jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": 7}])
+    found = r"a.jsonl, line 1: found the class '0', expected one of neg, pos\. Give --labels as they stand in the data"
+    with pytest.raises(DataError, match=found):
+        prepare(DataSpec(train=(train,)), task="sequence-classification", tokenizer=PAIRED, labels=("neg", "pos"))
+    with pytest.raises(DataError, match=r"b.jsonl, line 1: .* Put at least one row of each class into the training"):
+        prepare(DataSpec(train=(train,), eval=(other,)), task="sequence-classification", tokenizer=PAIRED)
+    tagged = jsonl(tmp_path / "c.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "B"]}])
+    with pytest.raises(DataError, match=r"found the class 'B', expected one of O, X\. Give --labels"):
+        prepare(DataSpec(train=(tagged,)), task="token-classification", tokenizer=PAIRED, labels=("O", "X"))
+
+
 @pytest.mark.parametrize("split", ("train", "eval"))
 def test_a_class_that_is_not_in_the_training_set_is_an_error(tmp_path: Path, split: str) -> None:
     """With the row's place and the nearest class, in either set."""

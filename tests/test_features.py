@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from torch import Tensor, nn
 
 import surgery
@@ -231,6 +233,38 @@ def test_another_side_network_takes_the_same_states(text: Bench) -> None:
     assert digest_folder(Path(text.cache)) == before
 
 
+def left(bench: Bench) -> Bench:
+    """The same with a tokenizer that pads on the left."""
+    base = shutil.copytree(bench.base, bench.root / "left")
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    return replace(bench, base=base)
+
+
+CHAT = Variant("chat", _BY_NAME["llama-causal-lm-chat.jsonl"], settings={"batch_size": 8})
+
+
+def test_padding_on_the_left_changes_no_loss_either(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Where states are a row's own: in each epoch a row stands beside others, and is padded by other counts."""
+    bench = left(Bench.make(CHAT, tiny_model, tmp_path))
+    plain = bench.losses("plain", max_steps=11)
+    assert bench.losses("filling", max_steps=11, cache_features=bench.cache) == pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "variant", (VARIANTS[4], Variant("bert", LABELS), Variant("t5", T5)), ids=lambda variant: variant.name
+)
+def test_padding_on_the_left_is_refused_before_training(
+    variant: Variant, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Where it moves a row: what the tokenizer does decides, and without a cache it trains."""
+    bench = left(Bench.make(variant, tiny_model, tmp_path))
+    folder = bench.fresh("adapter")
+    refused(bench, folder, RecipeError, r"--cache-features: rows are padded on the left, which changes their states")
+    assert not Path(bench.cache).exists()
+    bench.train(folder, max_steps=1)
+
+
 # --- interrupted
 
 
@@ -281,14 +315,14 @@ def test_rows_that_are_not_flagged_are_computed_again(text: Bench) -> None:
 # --- one forward
 
 
-def rows_of(lengths: tuple[int, ...]) -> dict[str, list[list[int]]]:
-    """Rows of those many tokens, as a data set gives them."""
+def rows_of(lengths: tuple[int, ...], **columns: list[list[int]]) -> Dataset:
+    """Rows of those many tokens, with what other columns they have."""
     ids = sample_inputs("llama", batch=len(lengths), tokens=max(lengths))["input_ids"]
     rows = [ids[number, :length].tolist() for number, length in enumerate(lengths)]
-    return {"input_ids": rows, "labels": rows}
+    return Dataset.from_dict({"input_ids": rows, "labels": rows, **columns})
 
 
-def batch_of(rows: dict[str, list[list[int]]], chosen: list[int], *, side: str, extra: int = 0) -> dict[str, Tensor]:
+def batch_of(rows: Dataset, chosen: list[int], *, side: str, extra: int = 0) -> dict[str, Tensor]:
     """Rows padded to one length, on a side."""
     width = max(len(rows["input_ids"][n]) for n in chosen) + extra
     ids = torch.full((len(chosen), width), PAD)
@@ -298,13 +332,15 @@ def batch_of(rows: dict[str, list[list[int]]], chosen: list[int], *, side: str, 
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
-def opened(model: nn.Module, rows: Any, folder: Path, **options: Any) -> FeatureCache:
+def opened(model: nn.Module, rows: Dataset, folder: Path, **options: Any) -> FeatureCache:
     """A cache of a model in memory."""
     given = {"limit": None, "precision": "fp32", **options}
     return open_cache(state_of(model).plan, rows, model, str(folder), **given)
 
 
-def run_batch(cache: FeatureCache, model: Any, rows: Any, chosen: list[int], **batching: Any) -> tuple[Tensor, Tensor]:
+def run_batch(
+    cache: FeatureCache, model: Any, rows: Dataset, chosen: list[int], **batching: Any
+) -> tuple[Tensor, Tensor]:
     """Logits at the places that hold tokens, and the gradient of the projection back."""
     inputs = batch_of(rows, chosen, **batching)
     model.zero_grad()
@@ -314,23 +350,54 @@ def run_batch(cache: FeatureCache, model: Any, rows: Any, chosen: list[int], **b
     return logits.detach(), model.get_parameter("side_network.stacks.backbone.output.weight").grad.clone()
 
 
-@pytest.mark.parametrize("side", ("left", "right"))
-@pytest.mark.parametrize("family", ("llama", "bert"))
-def test_padding_may_be_on_either_side(family: str, side: str, tmp_path: Path) -> None:
-    """States go to the places of their tokens, however long the other rows of a batch are."""
-    positions: dict[str, object] = {} if family == "llama" else {"max_position_embeddings": 128}
-    model, rows = attached(family, overrides=positions), rows_of((9, 4, 6, 1))
-    with opened(model, rows, tmp_path / "cache") as cache, opened(model, rows, tmp_path / "unused") as unused:
+POSITIONS: Mapping[str, Mapping[str, object]] = {"bert": {"max_position_embeddings": 128}}
+PLACED = ("llama", "gemma2", "opt", "roberta")  # by differences, or by places that the mask or the ids give
+
+
+@pytest.mark.parametrize(
+    ("family", "side"), (*((family, "left") for family in PLACED), ("llama", "right"), ("bert", "right"))
+)
+def test_states_go_to_the_places_of_their_tokens(family: str, side: str, tmp_path: Path) -> None:
+    """However long the other rows of a batch are, and also beside others than those they were kept beside."""
+    model, rows = attached(family, overrides=POSITIONS.get(family)), rows_of((9, 4, 6, 1))
+    pad = PAD if side == "left" else None
+    with (
+        opened(model, rows, tmp_path / "cache", left_pad=pad) as cache,
+        opened(model, rows, tmp_path / "unused", left_pad=pad) as unused,
+    ):
         run_batch(cache, model, rows, [0, 1], side=side)
         run_batch(cache, model, rows, [3, 2], side=side)
         assert cache.is_complete
-        for chosen in ([1, 0], [3, 2]):
+        for chosen in ([1, 0], [1, 2], [3, 0], [3, 2]):
             expected = run_batch(unused, model, rows, chosen, side=side)
             with counting() as calls:
                 found = run_batch(cache, model, rows, chosen, side=side)
             assert inner_calls(calls) <= 4
             for ours, theirs in zip(found, expected, strict=True):
                 assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("family", ("bert", "gpt2", "distilbert", "t5", "bart"))
+def test_padding_that_moves_a_row_is_refused(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In a model that counts places from the first token, padding or not; and in a decoder that has no mask."""
+    model, rows = attached(family, dtype=dtype, overrides=POSITIONS.get(family)), rows_of((9, 4))
+    before = patched(model)
+    with pytest.raises(RecipeError, match=r"padded on the left, which changes .*Set padding_side to right") as caught:
+        opened(model, rows, tmp_path / "cache", left_pad=PAD)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "cache").exists()
+    assert patched(model) == before
+    opened(model, rows, tmp_path / "cache").__exit__()
+    opened(model, rows_of((9, 9)), tmp_path / "equal", left_pad=PAD).__exit__()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("family", PLACED)
+def test_rounding_is_no_reason_to_refuse(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Where a row is padded, rotations round otherwise."""
+    model = attached(family, dtype=dtype, overrides=POSITIONS.get(family))
+    opened(model, rows_of((9, 4)), tmp_path / "cache", left_pad=PAD).__exit__()
 
 
 def test_padding_beyond_the_longest_row_is_allowed(tmp_path: Path) -> None:
@@ -447,7 +514,7 @@ def test_a_cache_of_another_model_is_refused(filled: Bench, tiny_model: TinyMode
         other,
         other.fresh("other"),
         BaseMismatchError,
-        r"cache: the states there were kept with another model, expected",
+        r"cache: the states there were kept of another model, expected",
     )
     assert error.exit_code == 4
     assert "Name another folder with --cache-features" in str(error)
@@ -458,7 +525,7 @@ def test_a_cache_of_other_data_is_refused(filled: Bench) -> None:
     path = Path(filled.data.train[0])
     path.write_text(path.read_text().replace("the hen jumps", "the pen jumps", 1))
     folder = filled.fresh("other")
-    refused(filled, folder, BaseMismatchError, r"kept with another data, expected a cache of this model")
+    refused(filled, folder, BaseMismatchError, r"kept of other data, expected a cache of this model")
 
 
 def test_a_cache_of_other_targets_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -467,15 +534,37 @@ def test_a_cache_of_other_targets_is_refused(tiny_model: TinyModel, tmp_path: Pa
     bench.train(bench.fresh("first"), cache_features=bench.cache)
     path = Path(bench.data.train[0])
     path.write_text(path.read_text().replace("the answer is 3", "the answer is 4", 1))
-    refused(bench, bench.fresh("second"), BaseMismatchError, r"another data")
+    refused(bench, bench.fresh("second"), BaseMismatchError, r"kept of other data")
+
+
+@pytest.mark.parametrize(("entry", "value"), (("hidden_act", "relu"), ("rms_norm_eps", 1e-3)))
+def test_a_cache_of_a_model_configured_otherwise_is_refused(entry: str, value: object, filled: Bench) -> None:
+    """The same weights compute other states under another config.json; where it lies, and who wrote it, is no part."""
+    for name, changes in (("same", {"transformers_version": "4.0.0"}), ("other", {entry: value})):
+        other = replace(filled, base=shutil.copytree(filled.base, filled.root / name))
+        path = other.base / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        folder = other.fresh(f"{name}-adapter")
+        if name == "same":
+            other.train(folder, cache_features=filled.cache)
+        else:
+            refused(other, folder, BaseMismatchError, r"kept of a model configured otherwise, expected")
+
+
+def test_a_cache_of_other_segments_is_refused(tmp_path: Path) -> None:
+    """Whatever the model is given beside the tokens decides their states."""
+    model = attached("bert")
+    for segments, is_same in (([[0, 0, 0], [0, 0]], True), ([[0, 0, 0], [0, 0]], True), ([[0, 0, 1], [0, 0]], False)):
+        with contextlib.nullcontext() if is_same else pytest.raises(BaseMismatchError, match="kept of other data"):
+            opened(model, rows_of((3, 2), token_type_ids=segments), tmp_path / "cache").__exit__()
 
 
 def test_a_cache_of_other_layers_is_refused(filled: Bench) -> None:
     """Or read in another way, or computed in another precision."""
     folder = filled.fresh("other", replace(SPEC, layers="last:1"))
-    refused(filled, folder, BaseMismatchError, r"kept with another settings, expected")
+    refused(filled, folder, BaseMismatchError, r"kept with other settings, expected")
     folder = filled.fresh("autocast")
-    refused(filled, folder, BaseMismatchError, r"kept with another settings, expected", precision="bf16")
+    refused(filled, folder, BaseMismatchError, r"kept with other settings, expected", precision="bf16")
 
 
 @pytest.mark.parametrize("limit", ("1KB", "1kib", "900"))
@@ -484,7 +573,8 @@ def test_a_cache_that_is_too_large_is_refused(limit: str, text: Bench) -> None:
     error = refused(text, text.fresh("adapter"), ResourceError, r"--cache-bytes: the states of [\d,]+ tokens take ",
                     cache_bytes=limit)  # fmt: skip
     assert error.exit_code == 4
-    assert "Read fewer layers (surgery apply --layers), or train without --cache-features" in str(error)
+    fix = "Raise --cache-bytes, read fewer layers (surgery apply --layers), or train without --cache-features"
+    assert fix in str(error)
     assert not Path(text.cache).exists()
 
 
@@ -506,12 +596,24 @@ def test_a_disk_that_is_too_small_is_refused(text: Bench, monkeypatch: pytest.Mo
     folder = text.fresh("adapter")
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
-        refused(text, folder, ResourceError, r"1,000 bytes free on its disk")
+        refused(text, folder, ResourceError, r"1,000 bytes free on its disk.*another folder with --cache-features\.")
     assert not Path(text.cache).exists()
     model, rows = attached("llama"), rows_of((5, 3))
     opened(model, rows, text.root / "small").__exit__()
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=0))
     opened(model, rows, text.root / "small").__exit__()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    (("", "an empty name"), ("text.txt", "text.txt: File exists"), ("text.txt/x", "x: Not a directory"),
+     ("x" * 300, "x: File name too long")),
+)  # fmt: skip
+def test_a_name_that_can_be_no_folder_is_refused(name: str, found: str, text: Bench) -> None:
+    """None given, a file, something in a file, what the file system does not take."""
+    given = str(text.root / name) if name else ""
+    error = refused(text, text.fresh("adapter"), RequestError, rf"--cache-features: .*{found}", cache_features=given)
+    assert error.exit_code == 2
 
 
 def test_a_limit_alone_is_refused(text: Bench) -> None:
@@ -532,7 +634,11 @@ def test_a_backbone_that_changes_has_no_cache(text: Bench) -> None:
 def test_a_size_that_is_none_is_refused(limit: str, text: Bench) -> None:
     """With an example of one."""
     refused(
-        text, text.fresh("adapter"), RecipeError, r"--cache-bytes: .*expected a size such as 20GB", cache_bytes=limit
+        text,
+        text.fresh("adapter"),
+        RecipeError,
+        r"--cache-bytes: '[^']+', expected a size such as 20GB\.$",
+        cache_bytes=limit,
     )
     assert not Path(text.cache).exists()
 
@@ -616,6 +722,19 @@ def test_an_open_cache_is_locked_until_it_is_left(tmp_path: Path) -> None:
     assert caught.value.__traceback__
     subprocess.run([sys.executable, "-c", TRY, record], check=True)
     opened(model, rows, tmp_path / "cache").__exit__()
+
+
+def test_a_complete_cache_is_shared(tmp_path: Path) -> None:
+    """From the moment when its last row is kept: any number of runs read it together, and none writes alone."""
+    model, rows = attached("llama"), rows_of((5, 3))
+    record = str(tmp_path / "cache" / "features.json")
+    with opened(model, rows, tmp_path / "cache") as first:
+        expected = run_batch(first, model, rows, [0, 1], side="right")
+        with opened(model, rows, tmp_path / "cache") as second, opened(model, rows, tmp_path / "cache") as third:
+            for cache in (second, third, first):
+                assert torch.equal(run_batch(cache, model, rows, [0, 1], side="right")[0], expected[0])
+            assert subprocess.run([sys.executable, "-c", TRY, record], check=False, capture_output=True).returncode
+    subprocess.run([sys.executable, "-c", TRY, record], check=True)
 
 
 # --- the run around it

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporters import dense, lora
+from exporters import dense, lora, onnx_export
+from exporters.onnx_folder import OnnxOptions
 from surgery.adapter import Adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import DamagedError, NotAModelError, SurgeryError
@@ -22,7 +23,7 @@ from surgery.survey import TaskSpec
 from surgery.table import plan_lines
 from surgery.verify import verify
 from tests.conftest import TinyModel
-from tests.trained import make_adapter
+from tests.trained import make_adapter, make_read_adapter
 
 
 def fact(inspection: Inspection, label: str) -> str:
@@ -200,6 +201,30 @@ def test_a_lora_folder_shows_its_notes(tiny_model: TinyModel, tmp_path: Path) ->
     assert result.kind == "lora"
     assert fact(result, "export") == "format lora, rank 8"
     assert "vLLM refuses modules_to_save" in fact(result, "note")
+
+
+@pytest.mark.parametrize("kind", ("model", "merged", "read"))
+def test_graphs_are_shown(kind: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """With what they compute in and where their data lie: of a checkpoint as it is, a merge and a side network."""
+    base, out, options = tiny_model("llama"), tmp_path / "out", OnnxOptions(dtype="fp16", data="copy")
+    if kind == "model":
+        onnx_export.export_checkpoint(base, out, check=False, options=options)
+    else:
+        make = make_adapter if kind == "merged" else make_read_adapter
+        onnx_export.export(make(base, tmp_path / "adapter"), out, options=options)
+    result = inspect(out)
+    assert result.kind == ("merged" if kind == "merged" else "onnx")
+    assert fact(result, "graphs") == "model.onnx: operators 20, computing in fp16, data in copy"
+    assert fact(result, "architecture") == "LlamaForCausalLM (llama)"
+    assert fact(result, "base").endswith(" (found)")
+    assert "onnx: not run" in fact(result, "check")
+    assert fact(result, "undo").startswith("possible" if kind == "merged" else "nothing to undo")
+    lines = "\n".join(result.lines())
+    assert ("read, gru 7 wide" in lines, "paca, rank" in lines) == (kind == "read", kind == "merged")
+    assert ("../adapter (found)" in lines) == (kind != "model")
+    document = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert document["merged"]["settings"]["onnx"]["opset"] == 20
+    assert ("plan" in document) == (kind != "model")
 
 
 @pytest.mark.parametrize("kind", ("model", "adapter", "merged", "lora"))

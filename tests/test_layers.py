@@ -67,6 +67,8 @@ RANKS = {
     "exporters.undo": 10,
     "exporters.lora": 10,
     "exporters.remote_code": 10,
+    "exporters.onnx_file": 3,
+    "exporters.onnx_patch": 10,
     "exporters.onnx_graph": 5,
     "exporters.onnx_side": 2,
     "exporters.onnx_weights": 6,

@@ -339,7 +339,7 @@ def test_every_layout_is_patched(
     storage: str, chunk_bytes: int, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As is, transposed, packed by rows or columns, stacked, named otherwise: the merged weight in the same layout."""
-    for module in ("exporters.onnx_patch", "surgery.checkpoint"):
+    for module in ("exporters.onnx_file", "surgery.checkpoint"):
         monkeypatch.setattr(f"{module}.CHUNK_BYTES", chunk_bytes)
     base = tiny_model("llama")
     adapter = make_adapter(base, tmp_path / "adapter", PacaSpec(rank=5, targets=("*.layers.0.self_attn.[qkv]_proj",)))
@@ -404,6 +404,14 @@ def test_a_weight_is_found_wherever_it_lies(data: st.DataObject) -> None:
     assert find_blocks(digest_lines(matrix.shape, chunks), known) == [Block(*place, *shape, "w", is_transposed)]
     matrix[place[0] + data.draw(st.integers(0, shape[0] - 1)), place[1] + data.draw(st.integers(0, shape[1] - 1))] ^= 1
     assert find_blocks(digest_lines(matrix.shape, [(0, matrix)]), known) == []
+
+
+def test_a_vector_is_found_only_as_a_whole() -> None:
+    """A head's bias of two values could stand in a longer vector by chance: it is not looked for there."""
+    bias, longer = (np.array([[1], [2], *rest], np.uint32) for rest in ([], [[3]]))
+    known = {"bias": digest_lines((2, 1), [(0, bias)])}
+    assert find_blocks(digest_lines((2, 1), [(0, bias)]), known) == [Block(0, 0, 2, 1, "bias", is_transposed=False)]
+    assert find_blocks(digest_lines((3, 1), [(0, longer)]), known) == []
 
 
 # --- data files
@@ -500,10 +508,10 @@ def test_tied_weights_are_patched_once_and_the_embedding_stays(
 def test_memory_does_not_grow_with_the_model(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights of 13 MB pass through chunks of 64 KB: at most one target's columns and some chunks are held."""
-    for module in ("exporters.onnx_patch", "surgery.checkpoint", "surgery.tensorfile"):
+    """Weights of 29 MB, 4 MB the largest, pass in chunks of 64 KB; columns are held."""
+    for module in ("exporters.onnx_file", "surgery.checkpoint", "surgery.tensorfile"):
         monkeypatch.setattr(f"{module}.CHUNK_BYTES", 1 << 16)
-    base = tiny_model("llama", overrides={"hidden_size": 512, "intermediate_size": 768})
+    base = tiny_model("llama", overrides={"hidden_size": 512, "intermediate_size": 2048})
     make_adapter(base, tmp_path / "adapter")
     tensors = {f"t{i}": t.t() if t.ndim == 2 else t for i, t in enumerate(weights(base).values())}
     file = write_onnx(tmp_path / "onnx" / "model.onnx", tensors, data="model.data")
@@ -514,8 +522,8 @@ def test_memory_does_not_grow_with_the_model(
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (file.parent / "model.data").stat().st_size > 12 << 20
-    assert peak_bytes < 3 << 20
+    assert (file.parent / "model.data").stat().st_size > 28 << 20
+    assert peak_bytes < 6 << 20  # 4 of them are the buffer that takes the base's digests, 8 MB at most
 
 
 # --- dtypes
@@ -724,7 +732,7 @@ def test_data_that_lies_about_itself_is_refused(
             next(entry for entry in tensor.external_data if entry.key == key).value = value
 
     edit(plain_file, change)
-    refuse(DamagedError, 4, "inside it|no data file", plain_file, tmp_path / "adapter")
+    refuse(DamagedError, 4, "no data file" if key == "location" else "inside it", plain_file, tmp_path / "adapter")
 
 
 def test_values_that_do_not_fill_their_shape_are_refused(llama: Adapter, tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ EXTRAS = {"onnx", "bnb", "gaudi", "lora", "dev"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # Where the name one imports is not the name one installs.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "optimum": "optimum-habana", "onnx_ir": "onnx-ir"}
+DISTRIBUTIONS = {
+    "google": "protobuf", "sklearn": "scikit-learn", "yaml": "pyyaml", "optimum": "optimum-habana",
+    "onnx_ir": "onnx-ir",
+}  # fmt: skip
 
 # Names of package hosts, and folders of one machine. In pieces, so that this file holds none of them.
 HOSTS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,20 @@ from hypothesis import strategies as st
 
 from surgery.checkpoint import RECORD_FILE
 from surgery.delta import ADAPTER_FILE
-from surgery.errors import BaseMismatchError, DataError, OutputExistsError, RecipeError, RequestError
+from surgery.errors import (
+    BaseMismatchError,
+    DataError,
+    OutputExistsError,
+    RecipeError,
+    RequestError,
+    SurgeryError,
+    UnsupportedError,
+)
+from surgery.lookup import METHODS
 from surgery.methods.paca import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.recipe import Recipe, check, describe_keys, known_keys, parse_yaml, read_recipe
-from surgery.workflow import RunResult, run
+from surgery.workflow import METHOD_EXPORTS, RunResult, run
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import LABELLED, TEXTS, write_rows
 
@@ -208,6 +218,24 @@ def test_what_a_section_says_arrives_in_its_record(name: str) -> None:
     assert {k: getattr(spec, k) for k in said} == {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
 
 
+@pytest.mark.parametrize(
+    ("given", "text"), (("3", "3"), ("[0, 3]", "0,3"), ("'0,3'", "0,3"), ("last:2", "last:2"), ("[2]", "2"))
+)
+def test_layers_may_be_numbers(given: str, text: str, read: Read) -> None:
+    """A number and a list of them are what YAML makes of what the help shows."""
+    recipe = read(f"model: m\nmethod: read\nread: {{layers: {given}}}")
+    assert recipe.read.layers == text
+    assert recipe.spec() == ReadSpec(layers=text)
+    assert read("model: m\nmethod: read", f"read.layers={given}") == recipe
+
+
+@pytest.mark.parametrize("given", ("true", "1.5", "[0, true]", "[0, x]", "[]", "{a: 1}", "null"))
+def test_layers_are_nothing_else(given: str, read: Read) -> None:
+    """Neither truth values nor parts of a layer."""
+    with pytest.raises(RecipeError, match=r"read\.layers: .*expected a valid string"):
+        read(f"model: m\nmethod: read\nread: {{layers: {given}}}")
+
+
 def test_the_settings_of_another_method_are_refused() -> None:
     """A setting that would be ignored is an error that says which method has it."""
     recipe = check(Recipe, {"model": "m", "paca": {"rank": 4}, "method": "read"}, "test")
@@ -357,13 +385,46 @@ def test_a_lora_export_is_recognised(project: Path) -> None:
         run_recipe(project, "export.out=model-paca-lora")
 
 
-@pytest.mark.parametrize("override", ("export.format=onxx", "export.max_shard_size=huge"))
-def test_a_wrong_export_is_refused_before_anything_is_done(override: str, project: Path) -> None:
-    """Not after hours of training."""
+WRONG_EXPORTS: tuple[tuple[str, type[SurgeryError], str], ...] = (
+    ("export.format=onxx", RequestError, r"export\.format: unknown name 'onxx'"),
+    ("export.max_shard_size=huge", RequestError, r"--max-shard-size: 'huge', expected a size such as 5GB\.$"),
+    ("export.format=remote-code", UnsupportedError, r"export\.format: remote-code: a PaCA adapter .*expected a READ"),
+    ("export.format=remote-code", UnsupportedError, r"Set export\.format to safetensors, lora or onnx\.$"),
+    ("method=read", UnsupportedError, r"export\.format: safetensors: a READ adapter .*expected a PaCA adapter"),
+    ("method=read", UnsupportedError, r"Set export\.format to remote-code or onnx\.$"),
+    ("method=read export.format=lora", UnsupportedError, r"export\.format: lora: a READ adapter"),
+    ("method=read export.format=remote-code export.dtype=bf16", RequestError, r"export\.dtype: 'bf16', expected keep"),
+    (
+        "export.format=lora export.dtype=fp16",
+        RequestError,
+        r"export\.dtype: 'fp16', expected keep with export.format l",
+    ),
+)
+
+
+@pytest.mark.parametrize(("overrides", "kind", "match"), WRONG_EXPORTS)
+def test_a_wrong_export_is_refused_before_anything_is_done(
+    overrides: str, kind: type[SurgeryError], match: str, project: Path
+) -> None:
+    """Not after hours of training; with what can be written instead."""
+    path = project / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(path.read_text()).items() if k != "paca"}))
     before = digest_folder(project)
-    with pytest.raises(RequestError, match=r"export\.format|max-shard-size"):
-        run_recipe(project, override)
+    with pytest.raises(kind, match=match):
+        run_recipe(project, *overrides.split())
     assert digest_folder(project) == before
+
+
+def test_onnx_is_asked_for_before_training(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its extra nothing is begun; each method says what it can be written as."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("onnx", "onnx_ir") or "exporters.onnx" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    before = digest_folder(project)
+    with pytest.raises(UnsupportedError, match=r"not installed.*checkpoint-surgery\[onnx\]"):
+        run_recipe(project, "export.format=onnx")
+    assert digest_folder(project) == before
+    assert set(METHOD_EXPORTS) == set(METHODS)
 
 
 def test_a_classifier_runs_twice_too(project: Path) -> None:

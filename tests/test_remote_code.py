@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as introspection
 import json
+import re
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ import transformers
 from torch import Tensor
 
 import surgery
-from surgery import PacaSpec, ReadSpec, TaskSpec, side
+from surgery import PacaSpec, ReadSpec, TaskSpec, side, workflow
 from surgery.adapter import Adapter
 from surgery.checkpoint import INDEX_FILE, RECORD_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.cli import main
@@ -34,7 +35,7 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.inspection import inspect
-from surgery.manifest import REMOTE_CODE, read_record
+from surgery.manifest import ONNX, REMOTE_CODE, read_record
 from surgery.methods.read import MODELING_FILE
 from surgery.operate import align
 from surgery.verify import own_class
@@ -448,6 +449,34 @@ def test_inspect_describes_it(plain: Exported) -> None:
     assert document["plan"]["stacks"][0]["layers"] == "model.layers"
 
 
+BARE = r"a model with a side network, which would be lost, expected a plain or merged checkpoint\. Train the adapter"
+
+
+@pytest.mark.parametrize("spec", (PacaSpec(rank=2), SPEC), ids=("paca", "read"))
+def test_it_is_no_base(spec: PacaSpec | ReadSpec, copied: Exported, command: Callable[..., tuple[int, str]]) -> None:
+    """Transformers would load its backbone alone. Without our record its configuration still says so."""
+    out = copied.folder.parent / "new"
+    for _ in range(2):
+        with nothing_written(copied.folder.parent):
+            with pytest.raises(UnsupportedError, match=BARE):
+                surgery.apply(copied.folder, out, spec)
+            code, said = command("apply", copied.folder, "--plan", "--method", spec.method)
+            assert (code, bool(re.search(BARE, said))) == (5, True)
+        (copied.folder / RECORD_FILE).unlink(missing_ok=True)
+
+
+def test_graphs_beside_a_side_network_are_no_base_either(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Those beside a checkpoint as it is, or merged, are: its weights are all there is."""
+    base, options = tiny_model("llama"), {"format": ONNX, "check": False}
+    for name, make_one in (("merged", make_adapter), ("side", make_read_adapter)):
+        surgery.export(make_one(base, tmp_path / name).folder, tmp_path / f"{name}-onnx", **options)
+    workflow.export_checkpoint(base, tmp_path / "plain-onnx", check=False)
+    for name in ("merged-onnx", "plain-onnx"):
+        surgery.apply(tmp_path / name, tmp_path / f"{name}-again", SPEC)
+    with nothing_written(tmp_path), pytest.raises(UnsupportedError, match=BARE):
+        surgery.apply(tmp_path / "side-onnx", tmp_path / "new", PacaSpec(rank=2))
+
+
 def test_it_is_named_after_its_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
     """`adapter-remote-code`, beside it."""
     adapter = make_read_adapter(tiny_model("llama"), tmp_path / "adapter")
@@ -493,7 +522,7 @@ def nothing_written(folder: Path) -> Iterator[None]:
     assert digest_folder(folder) == before
 
 
-WAYS_OUT = r"Write --format remote-code, which transformers loads with the side network, or use surgery\.load in Python"
+WAYS_OUT = r"Write --format onnx, .* or --format remote-code, which transformers loads with it, or use surgery\.load"
 
 
 @pytest.mark.parametrize("arguments", (("--merge",), ("--format", "lora")), ids=" ".join)
@@ -506,7 +535,7 @@ def test_a_side_network_is_not_merged(
         code, said = command("export", adapter.folder, *arguments)
         assert code == 5
         assert "a side network runs beside the layers and has no dense equivalent" in said
-        assert "Write --format remote-code, which transformers loads with the side network" in said
+        assert re.search(WAYS_OUT, said)
         assert said.count("\n") == 1
         name = "lora" if "lora" in arguments else "safetensors"
         with pytest.raises(UnsupportedError, match=rf"a READ adapter .*has no dense equivalent.*{WAYS_OUT}"):
@@ -573,7 +602,7 @@ def test_the_command_exports_and_verifies(
         code, said = command("export", adapter.folder, "--format", "remote-code", "-o", tmp_path / "out")
         assert (code, "it exists" in said) == (2, True)
         code, said = command("export", adapter.folder, "--merge", "--format", "remote-code")
-        assert code == 2
+        assert (code, "Leave out --merge" in said) == (5, True)
         assert command("undo", tmp_path / "out", "-o", tmp_path / "again")[0] == 2
     flip(tmp_path / "out", SIDE)
     assert command("verify", tmp_path / "out")[0] == 3

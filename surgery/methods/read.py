@@ -35,6 +35,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "joiner": ("auto", "attention", "mean", "none"),
     "pooling": ("own", "first", "mean", "last"),
 }
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
+_LAYERS = "all, every:2, last:6 or numbers from 0 such as 0,3,5"
 _AUTO_TABLES = {"AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
 POOLED_TASKS = ("sequence-classification", "regression", "image-classification")
 
@@ -73,22 +75,34 @@ class ReadSpec:
             if (given := getattr(self, name)) not in known:
                 expected, fix = f"one of {', '.join(known)}", closest(str(given), known)
                 raise RequestError(f"--{name}", repr(given), expected=expected, fix=fix)
+        for entry in fields(self):
+            given, kind = getattr(self, entry.name), type(entry.default)
+            wanted = (int, float) if kind is float else kind
+            if not isinstance(given, wanted) or (isinstance(given, bool) and kind is not bool):
+                expected = f"text: {_LAYERS}" if entry.name == "layers" else _KINDS[kind]
+                raise RequestError(_option(entry.name), repr(given), expected=expected)
         for name in ("hidden", "recurrent_layers"):
             if getattr(self, name) < 1:
-                raise RequestError(f"--{name.replace('_', '-')}", str(getattr(self, name)), expected="at least 1")
+                raise RequestError(_option(name), str(getattr(self, name)), expected="at least 1")
         if not 0 < self.scale < math.inf:
             raise RequestError("--scale", str(self.scale), expected="a positive number")
         choose_layers(self.layers, None)
 
 
-def choose_layers(text: str, depth: int | None) -> tuple[int, ...]:
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def choose_layers(text: str, depth: int | None, *, stack: str = BACKBONE) -> tuple[int, ...]:
     """The layers that `all`, `every:2`, `last:6` or `0,3,5` means in a stack of that depth (None: only check the form).
+
+    stack: its name, for the message.
 
     Raises: RequestError.
     """
     form = re.fullmatch(r"all|(?P<kind>every|last):(?P<number>[1-9]\d*)|(?P<list>\d+(?:,\d+)*)", text.replace(" ", ""))
     if form is None:
-        raise RequestError("--layers", repr(text), expected="all, every:2, last:6 or numbers from 0 such as 0,3,5")
+        raise RequestError("--layers", repr(text), expected=_LAYERS)
     if depth is None:
         return ()
     number = int(form["number"] or 1)
@@ -100,7 +114,8 @@ def choose_layers(text: str, depth: int | None) -> tuple[int, ...]:
         chosen = list(range(depth - 1, -1, -number))[::-1]
     outside = [layer for layer in chosen if not 0 <= layer < depth]
     if outside or (form["kind"] == "every" and number > depth):
-        raise RequestError("--layers", repr(text), expected=f"layers of a stack of {depth}, 0 to {depth - 1}")
+        found = f"{text!r} for the {stack}"
+        raise RequestError("--layers", found, expected=f"layers of a stack of {depth}, 0 to {depth - 1}")
     return tuple(chosen)
 
 
@@ -124,18 +139,23 @@ def _choose_stacks(spec: ReadSpec, found: tuple[Stack, ...]) -> tuple[Stack, ...
     if found[0].name == BACKBONE:
         for option, given, default in (("--stacks", spec.stacks, "both"), ("--joiner", spec.joiner, "auto")):
             if given != default:
-                raise RequestError(
-                    option, f"{given!r} for a model of one stack", expected=f"{default}, or an encoder-decoder"
-                )
-        return (replace(found[0], read=choose_layers(spec.layers, found[0].depth)),)
-    encoder, decoder = (replace(stack, read=choose_layers(spec.layers, stack.depth)) for stack in found)
+                of_one = f"{given!r} for a model of one stack"
+                raise RequestError(option, of_one, expected="an encoder-decoder", fix=f"Leave {option} out")
+        return (_read(spec, found[0]),)
+    encoder, decoder = found
     if (spec.joiner == "none") != (spec.stacks == "decoder") and spec.joiner != "auto":
         expected = "none with --stacks decoder, and attention or mean where the encoder is read"
         raise RequestError("--joiner", f"{spec.joiner!r} with --stacks {spec.stacks}", expected=expected)
     if spec.stacks == DECODER:
-        return (decoder,)
+        return (_read(spec, decoder),)
     # Without the decoder's recurrence its last layer alone asks the joiner.
-    return (encoder, decoder if spec.stacks != ENCODER else replace(decoder, read=(decoder.depth - 1,)))
+    last = replace(decoder, read=(decoder.depth - 1,))
+    return (_read(spec, encoder), last if spec.stacks == ENCODER else _read(spec, decoder))
+
+
+def _read(spec: ReadSpec, stack: Stack) -> Stack:
+    """The stack with the layers that are read of it."""
+    return replace(stack, read=choose_layers(spec.layers, stack.depth, stack=stack.name))
 
 
 def settings_of(spec: ReadSpec, stacks: tuple[Stack, ...]) -> dict[str, Any]:
@@ -247,6 +267,9 @@ class Read{base}({base}):
     def __init__(self, config):
         super().__init__(config)
         attach_side(self, **config.read)
+        for part in (*map(self.get_submodule, config.read["frozen"]), self.get_output_embeddings()):
+            if part is not None:
+                part.requires_grad_(False)
         self._keep_in_fp32_modules_strict = {{*(self._keep_in_fp32_modules_strict or ()), NAME}}
 '''
 

@@ -56,7 +56,8 @@ def export(
         tensors = {t.weight: adapter.delta.whole[t.parameter].stored(t.dtype) for t in adapter.plan.whole}
         tensors |= dict(adapter.delta.state)
         write_file(writer.path / SIDE_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
-        record = export_record(ONNX, adapter, root, out, {"format": ONNX}, hub=base is None)
+        settings = {"format": ONNX, "max_shard_bytes": max_shard_bytes}
+        record = export_record(ONNX, adapter, root, out, settings, hub=base is None)
         write_file(writer.path / RECORD_FILE, record.to_json())
     return out
 

@@ -27,7 +27,7 @@ from surgery.manifest import ONNX, Check, Record, parse_record, read_document
 from surgery.operate import attach_plan, load_base_model
 from surgery.plan import SurgeryPlan
 from surgery.survey import own_task, read_config
-from surgery.tensorfile import file_sha256, read_header, torch_dtype
+from surgery.tensorfile import TensorInfo, file_sha256, read_header, torch_dtype
 from surgery.verify import load_merged
 from surgery.writing import replace_file, write_file
 
@@ -92,7 +92,8 @@ def add_graphs(folder: Path, options: OnnxOptions, delta: Any, *, is_checked: bo
         for name in set(files.values()) - set(graphs.files):
             (folder / name).unlink()
     described = {
-        "opset": options.opset, "dtype": _name(dtype), "data": graphs.data, "differences": differences,
+        "opset": options.opset, "dtype": _name(dtype), "asked_dtype": options.dtype, "data": graphs.data,
+        "differences": differences,
         "graphs": {name: file_sha256(folder / name) for name in graphs.files}, "headers": header_digests(folder),
     }  # fmt: skip
     exported = {**record.manifest.export, "format": ONNX, ONNX: described}
@@ -119,7 +120,14 @@ def _skeleton(folder: Path, plan: SurgeryPlan, delta: Any, dtype: torch.dtype) -
         attach_plan(model, plan, delta)
         for_graph(model)
 
-    return build_model(read_config(folder), dtype, attach_side if isinstance(delta, SideDelta) else None)
+    attach = attach_side if isinstance(delta, SideDelta) else None
+    return build_model(read_config(folder), dtype, attach, stored=[info.name for info in _stored(folder)])
+
+
+def _stored(folder: Path) -> list[TensorInfo]:
+    """The tensors of a folder's files. Of two of one name the trained head comes last."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda path: (path.name == SIDE_FILE, path.name))
+    return [info for path in files for info in read_header(path).tensors]
 
 
 def write_graphs(folder: Path, model: Any, dtype: torch.dtype, options: OnnxOptions, *, prefix: str = "") -> Graphs:
@@ -127,8 +135,7 @@ def write_graphs(folder: Path, model: Any, dtype: torch.dtype, options: OnnxOpti
 
     model: of `build_model`; prefix: before the graphs' names. Raises: UnsupportedError, RequestError, CheckError.
     """
-    infos = [info for path in sorted(folder.glob("*.safetensors")) for info in read_header(path).tensors]
-    sources = find_sources(model, infos)
+    sources = find_sources(model, _stored(folder))
     missing = [name for name, _ in model.named_parameters() if name not in sources]
     notes = []
     if missing:

@@ -13,7 +13,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from surgery.compat import TRANSFORMERS_5, quiet_loading
+from surgery.compat import TRANSFORMERS_5, memory_names, quiet_loading
 from surgery.errors import UnsupportedError, shorten
 from surgery.side import NAME, Memory, SideNetwork
 from surgery.survey import class_for, own_task
@@ -61,10 +61,17 @@ class GraphSpec:
 # --- the model, with sizes and no values
 
 
-def build_model(config: PretrainedConfig, dtype: torch.dtype, attach: Callable[[Any], Any] | None = None) -> Any:
+def build_model(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attach: Callable[[Any], Any] | None = None,
+    *,
+    stored: Iterable[str] = (),
+) -> Any:
     """The model of a configuration in eval mode, on no device: parameters without values, buffers with theirs.
 
-    dtype: what it computes in. attach: called with the model before its parameters are replaced.
+    dtype: what it computes in. attach: called with the model before its parameters are replaced. stored: the names of
+    its checkpoint's tensors: what stands there twice is not tied, whatever the configuration says.
     """
     with quiet_loading(), init_empty_weights(include_buffers=False):
         model_class = class_for(config, own_task(config))
@@ -77,16 +84,26 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attach: Callable[[
     model.tie_weights()
     model.export_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     wide = {NAME, *(model._keep_in_fp32_modules or () if dtype == torch.float16 else ())}  # noqa: SLF001
-    empty: dict[int, nn.Parameter] = {}
+    untied = _stored_apart(model, stored) if TRANSFORMERS_5 else set()
+    empty: dict[int | str, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if id(parameter) not in empty:
+        key = name if name in untied else id(parameter)
+        if key not in empty:
             kind = torch.float32 if wide & set(name.split(".")) else dtype
             with model.export_mode:
                 values = torch.empty(parameter.shape, dtype=kind, device="cpu")
-            empty[id(parameter)] = nn.Parameter(values, requires_grad=False)
+            empty[key] = nn.Parameter(values, requires_grad=False)
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, empty[id(parameter)])
+        setattr(model.get_submodule(owner), leaf, empty[key])
     return model.eval()
+
+
+def _stored_apart(model: nn.Module, stored: Iterable[str]) -> set[str]:
+    """Tied parameters that a checkpoint holds besides another of their tie: transformers 5 loads each by itself."""
+    held = {found.name for found in memory_names(model, stored).values() if found.is_verbatim}
+    tied = [(id(p), name) for name, p in model.named_parameters(remove_duplicate=False) if name in held]
+    first = dict(reversed(tied))
+    return {name for key, name in tied if first[key] != name}
 
 
 # --- what is traced

@@ -514,10 +514,13 @@ class SideNetwork(nn.Module):
             )
         self._hold(found)
 
-    def _hold(self, memory: Memory) -> None:
-        self._now.memory = memory
+    def _hold(self, memory: Memory | None) -> None:
+        """Set what the decoder asks. Outside a graph the memories learn it, and what a graph may have set before."""
+        before, self._now.memory = self._now.memory, memory
         if not torch.compiler.is_compiling():
-            self._memories.keep(memory)
+            for known in (before, memory):
+                if known is not None:
+                    self._memories.keep(known)
 
     def _begin(self, name: str, layers: nn.ModuleList, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the first layer: with its input detached and its weights frozen, autograd records nothing there."""
@@ -549,7 +552,7 @@ class SideNetwork(nn.Module):
                 self._hold(Memory(_first(output), _unflat(reduced, run.tokens_n, last.shape[:2]), run.mask_bt))
                 return output
             if torch.is_grad_enabled() or not torch.compiler.is_compiling():
-                self._now.memory = None
+                self._hold(None)
             correction = _unflat(side.correction(reduced).to(last.dtype), run.tokens_n, last.shape[:2])
             corrected = last + (correction if run.kept_bt1 is None else correction * run.kept_bt1)
         if self.settings.pooling != "own":
@@ -659,3 +662,15 @@ def attach_side(
     model.add_module(NAME, side)
     side.hook(model, frozen)
     return side
+
+
+def freeze(loaded: Any) -> Any:
+    """What a class's from_pretrained has returned, with all but side network and new heads frozen.
+
+    Loading makes every parameter trainable, and autograd would record the whole backbone.
+    """
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    for part in (*map(model.get_submodule, model.config.read["frozen"]), model.get_output_embeddings()):
+        if part is not None:
+            part.requires_grad_(requires_grad=False)
+    return loaded

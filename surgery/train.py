@@ -203,14 +203,19 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         after,
         tuple(prepared.report.lines()),
     )
+    _store(job, collect(model), result)
+    job.run.write(folder, finished=True)
+    return result
+
+
+def _store(job: _Job, delta: Delta, result: TrainResult) -> None:
+    """Put what was trained, and what the run said, into the adapter folder. Raises: ResourceError."""
+    adapter = job.adapter
     figures = {name: value for name, value in asdict(result).items() if name not in _OF_THE_CALL}
-    training = {**figures, "settings": settings.model_dump(), "run": job.run.digest}
-    delta = collect(model)
+    training = {**figures, "settings": job.settings.model_dump(), "run": job.run.digest}
     needed = sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE))
     require_disk(adapter.folder, needed, fix="Free some space, and end the run with --resume auto")
     update_adapter(adapter, delta, replace(adapter.record.manifest, training=training))
-    job.run.write(folder, finished=True)
-    return result
 
 
 def _go(trainer: Any, job: _Job, steps: int, interruption: Interruption) -> float:

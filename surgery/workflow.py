@@ -229,7 +229,7 @@ def _shard_bytes(text: str | None) -> int | None:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise RequestError("--max-shard-size", repr(text), expected="a size such as 5GB") from error
+        raise RequestError("--max-shard-size", str(error), expected="a size such as 5GB") from error
 
 
 def patch(
@@ -341,7 +341,8 @@ def _is_exported(recipe: Recipe, folder: Path, out: Path) -> bool:
     same = record and record.manifest.adapter.get("sha256") in adapter.files.values()
     settings = record.manifest.export if record else {}
     asked = (wanted.format, wanted.dtype, _shard_bytes(wanted.max_shard_size))
-    if not same or asked != tuple(settings.get(k, v) for k, v in EXPORT_DEFAULTS.items()):
+    found = {**EXPORT_DEFAULTS, **settings, **({"dtype": settings[ONNX]["asked_dtype"]} if ONNX in settings else {})}
+    if not same or asked != tuple(found[name] for name in EXPORT_DEFAULTS):
         raise OutputExistsError(
             str(out),
             "not this adapter's export",

@@ -24,8 +24,13 @@ from torch import Tensor
 from tests.tiny import FAMILIES, SPECIAL
 
 TOLERANCE = 1e-4  # of the outputs' range, in fp32
-ONNX_DTYPES = {"F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16, "BF16": onnx.TensorProto.BFLOAT16}
-CACHE_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+ONNX_DTYPES = {
+    "F32": onnx.TensorProto.FLOAT,
+    "F16": onnx.TensorProto.FLOAT16,
+    "BF16": onnx.TensorProto.BFLOAT16,
+    "I64": onnx.TensorProto.INT64,
+}
+FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
 class Graph:
@@ -45,7 +50,7 @@ class Graph:
     def no_tokens(self, batch: int, middle: str = "") -> dict[str, Tensor]:
         """A cache that is empty: (batch, heads, 0, width)."""
         caches = {n: v for n, v in self.inputs.items() if n.startswith("past_key_values.") and middle in n}
-        return {n: torch.zeros(batch, v.shape[1], 0, v.shape[3], dtype=CACHE_DTYPES[v.type]) for n, v in caches.items()}
+        return {n: torch.zeros(batch, v.shape[1], 0, v.shape[3], dtype=FLOATS[v.type]) for n, v in caches.items()}
 
 
 def as_past(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -152,7 +157,7 @@ def image_differences(graph: Graph, model: Any) -> Differences:
     found: Differences = {}
     for count in (1, 3):
         pixels = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
-        (values,) = graph({"pixel_values": pixels}).values()
+        (values,) = graph({"pixel_values": pixels.to(FLOATS[graph.inputs["pixel_values"].type])}).values()
         for row in range(count):
             found[f"{count} images, {row}"] = difference(values[row], model(pixel_values=pixels[row : row + 1])[0][0])
     return found
@@ -305,7 +310,7 @@ def tensors_on_disk(folder: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            assert name not in found
+            assert name not in found or path.name == "read.safetensors"  # which a replaced head is in once more
             found[name] = Stored(
                 path.name, ONNX_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin
             )
@@ -341,8 +346,9 @@ def nodes_of(path: Path) -> list[Any]:
 
 
 def inline_values(path: Path) -> int:
-    """How many numbers lie in a graph's own file."""
-    own = [t for t in initializers(path) if t.data_location != onnx.TensorProto.EXTERNAL]
+    """How many numbers, integers left out, lie in a graph's own file."""
+    kinds = set(ONNX_DTYPES.values()) - {onnx.TensorProto.INT64}
+    own = [t for t in initializers(path) if t.data_location != onnx.TensorProto.EXTERNAL and t.data_type in kinds]
     return sum(math.prod(tensor.dims) for tensor in own)
 
 

@@ -212,7 +212,7 @@ HEADS = {
     "roberta": ("roberta", "RobertaForSequenceClassification", ONE_LAYER),
     "t5-encoder": ("t5", "T5EncoderModel", {"num_layers": 1}),
 }
-FAST_HEADS = ("bert", "bert-tokens")
+FAST_HEADS = ("bert",)
 
 
 def head_folder(kind: str, folder: Path) -> tuple[Path, str]:
@@ -247,7 +247,7 @@ def assert_weights_lie_there(export: Export, *, folder: Path | None = None) -> d
         weights = graphs.weights_of(path)
         assert {name: disk.get(name) for name in weights} == weights
         assert graphs.inline_values(path) <= 200, "a weight lies in the graph"
-        assert path.stat().st_size < 50_000
+        assert path.stat().st_size < 100_000
         used |= weights
     return used
 
@@ -266,9 +266,8 @@ def test_no_weight_is_written_twice(family: str, made: Made) -> None:
 
 
 STORAGE: Mapping[str, dict[str, Any]] = {
-    "shards": {"max_shard_size": "10KB"},
-    "bf16": {"dtype": torch.bfloat16},
-    "untied": {"overrides": {"tie_word_embeddings": False}},
+    "shards": {"max_shard_size": "10KB", "overrides": ONE_LAYER},
+    "bf16": {"dtype": torch.bfloat16, "overrides": ONE_LAYER},
 }
 
 
@@ -278,7 +277,7 @@ def test_weights_are_read_as_they_are_stored(storage: str, made: Made) -> None:
     export = made("bert", **STORAGE[storage])
     used = assert_weights_lie_there(export)
     assert set(used) == set(graphs.tensors_on_disk(export.base))
-    assert ("cls.predictions.decoder.weight" in used) == (storage == "untied")
+    assert "cls.predictions.decoder.weight" not in used
     assert len({stored.file for stored in used.values()}) > 1 or storage != "shards"
     model = graphs.reference(export.base, "BertForMaskedLM")
     assert too_large(graphs.differences(export.folder, model)) == {}
@@ -358,7 +357,7 @@ def test_the_headers_digests_are_recorded(made: Made) -> None:
 
 def test_weights_can_be_copied(made: Made) -> None:
     """model.onnx_data holds each weight once, as it is stored; the graph without the safetensors is the model."""
-    export = made("bert", options={"onnx_data": "copy"})
+    export = made("bert", overrides=ONE_LAYER, options={"onnx_data": "copy"})
     data, disk = (export.folder / "model.onnx_data").read_bytes(), graphs.tensors_on_disk(export.base)
     source = (export.base / "model.safetensors").read_bytes()
     weights = graphs.weights_of(export.folder / "model.onnx")
@@ -511,18 +510,18 @@ AGAIN = "import sys; from surgery.workflow import export_checkpoint as e; e(sys.
 
 
 @pytest.mark.parametrize(
-    "family", (*by_family(("bert",)), *[pytest.param(f, marks=pytest.mark.slow) for f in ("t5", "gemma3")])
+    "family", ("vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "t5", "gemma3")))
 )
 def test_the_same_input_gives_the_same_bytes(family: str, made: Made, tmp_path: Path) -> None:
-    """In another process, with other hashes, in another place, written over an older one."""
+    """In another process, with other hashes, in another place, without a check."""
     export = made(family)
-    for seed in ("1", "2"):
+    (tmp_path / "elsewhere").mkdir()
+    for seed in ("1", "2")[: 1 if family == "vit" else 2]:
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(PROJECT)}
-        (tmp_path / seed).mkdir()
-        arguments = [sys.executable, "-c", AGAIN, str(export.base), "out"]
-        subprocess.run(arguments, cwd=tmp_path / seed, env=environment, check=True, capture_output=True)
+        arguments = [sys.executable, "-c", AGAIN, str(export.base), f"out-{seed}"]
+        subprocess.run(arguments, cwd=tmp_path / "elsewhere", env=environment, check=True, capture_output=True)
         for path in graphs.graph_files(export.folder):
-            assert (tmp_path / seed / "out" / path.name).read_bytes() == path.read_bytes()
+            assert (tmp_path / "elsewhere" / f"out-{seed}" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("family", by_family(FAMILIES))
@@ -538,30 +537,31 @@ def test_no_local_path_is_in_a_graph(family: str, made: Made) -> None:
 
 # --- what it computes in
 
+INTEGERS = {"input_ids", "attention_mask", "position_ids"}
 
-def test_a_graph_can_compute_in_fp16(made: Made) -> None:
-    """Inputs, cache and logits are fp16; the weights stay fp32 in the file and are cast."""
-    export = made("llama", overrides=ONE_LAYER, options={"dtype": "fp16"})
+
+@pytest.mark.parametrize("family", ("vit", pytest.param("llama", marks=pytest.mark.slow)))
+def test_a_graph_can_compute_in_fp16(family: str, made: Made) -> None:
+    """Pixels, cache and logits are fp16; the weights stay fp32 in the file and are cast."""
+    export = made(family, overrides=ONE_LAYER, options={"dtype": "fp16"})
     kinds = graphs.dtypes_of(export.folder / "model.onnx")
-    integers = {"input_ids", "attention_mask", "position_ids"}
-    assert {name: kinds.pop(name) for name in integers} == dict.fromkeys(integers, onnx.TensorProto.INT64)
+    assert {kinds.pop(name) for name in INTEGERS & set(kinds)} <= {onnx.TensorProto.INT64}
     assert set(kinds.values()) == {onnx.TensorProto.FLOAT16}
     used = assert_weights_lie_there(export)
     assert {stored.dtype for stored in used.values()} == {onnx.TensorProto.FLOAT}
-    found = graphs.differences(export.folder, graphs.reference(export.base, "LlamaForCausalLM"))
+    found = graphs.differences(export.folder, graphs.reference(export.base, graphs.class_of(family)))
     assert too_large(found, 1e-2) == {}
     assert max(found.values()) > 1e-5, "it computed in fp32"
     assert (export.folder / "model.safetensors").read_bytes() == (export.base / "model.safetensors").read_bytes()
 
 
-def test_a_graph_can_compute_in_bf16(made: Made) -> None:
-    """Which no onnxruntime for CPUs can: checked by a stand-in that is gone, and here by ONNX's own reference."""
-    export = made("llama", overrides=ONE_LAYER, options={"dtype": "bf16"})
+@pytest.mark.parametrize("family", ("vit", pytest.param("llama", marks=pytest.mark.slow)))
+def test_a_graph_can_compute_in_bf16(family: str, made: Made) -> None:
+    """Which onnxruntime's CPU cannot: the check ran a stand-in, which is gone. Opset 22: bf16 convolutions."""
+    export = made(family, overrides=ONE_LAYER, options={"dtype": "bf16", "opset": 22})
     assert [path.name for path in graphs.graph_files(export.folder)] == ["model.onnx"]
     kinds = graphs.dtypes_of(export.folder / "model.onnx")
-    assert {kinds[name] for name in kinds if name not in ("input_ids", "attention_mask", "position_ids")} == {
-        onnx.TensorProto.BFLOAT16
-    }
+    assert {kinds[name] for name in set(kinds) - INTEGERS} == {onnx.TensorProto.BFLOAT16}
     assert export.said["dtype"] == "bf16"
     assert list(export.said["graphs"]) == ["model.onnx"]
     (check,) = export.result.verification.checks
@@ -652,7 +652,9 @@ def test_a_folder_with_graphs_can_move(made: Made, tmp_path: Path) -> None:
 
 def test_values_that_a_graph_does_not_have_are_noticed(made: Made, tmp_path: Path) -> None:
     """A graph with data of its own beside other weights: the numbers differ, exit code 3."""
-    folder = Path(shutil.copytree(made("bert", options={"onnx_data": "copy"}).folder, tmp_path / "out"))
+    folder = Path(
+        shutil.copytree(made("bert", overrides=ONE_LAYER, options={"onnx_data": "copy"}).folder, tmp_path / "out")
+    )
     surgery.verify(folder)
     data = bytearray((folder / "model.safetensors").read_bytes())
     stored = graphs.tensors_on_disk(folder)["bert.encoder.layer.0.output.dense.weight"]
@@ -725,7 +727,8 @@ def test_a_wrong_graph_is_not_let_out(
     """The export runs what it wrote: exit code 3, the case that differs by how much, and no output."""
     family, wrapper, forward, case = FAULTS[fault]
     monkeypatch.setattr(wrapper, "forward", forward)
-    code, error = command("export", tiny_model(family), "--format", "onnx", "-o", tmp_path / "out")
+    base = tiny_model(family, overrides=ONE_LAYER if family == "bert" else {})
+    code, error = command("export", base, "--format", "onnx", "-o", tmp_path / "out")
     assert code == 3
     assert "onnxruntime differs from torch by" in error
     assert case in error
@@ -796,17 +799,17 @@ REFUSED = (
     ("paca --merge --opset 19", 2, "--opset: 19"),
     ("model --onnx-data inline", 2, "--onnx-data: 'inline', expected one of auto, safetensors, copy"),
     ("model --dtype fp8", 2, "--dtype: 'fp8', expected keep, fp32, fp16, bf16"),
-    ("model --max-shard-size much", 2, "--max-shard-size: 'much' is no size"),
+    ("model --max-shard-size much", 2, "--max-shard-size: 'much', expected a size such as 5GB"),
     ("model --merge", 2, "--merge of a model, expected an adapter, or no --merge"),
-    ("paca", 2, "trained columns and no --merge, expected --merge with --format onnx"),
-    ("read --merge", 5, "Leave out --merge: the graph holds the side network"),
+    ("paca", 2, "paca: a PaCA adapter and no --merge, expected --merge with --format onnx"),
+    ("read --merge", 5, "Leave out --merge: "),
     ("orphan --merge", 4, "its base '../gone' is not there, expected the base's folder. Name it with --base"),
     ("model -o exists", 2, "exists: it exists, expected a new folder"),
     ("model -o exists --overwrite", 2, "exists: it has no surgery.json, expected a folder that surgery made"),
     ("paca --merge -o exists", 2, "exists: it exists, expected a new folder"),
     ("read -o exists", 2, "exists: it exists, expected a new folder"),
     ("model -o model --overwrite", 2, "model, which is read, would be replaced"),
-    ("empty", 2, "no config.json"),
+    ("empty", 2, "no model.safetensors and no model.safetensors.index.json"),
     ("nowhere", 2, "nowhere"),
 )
 
@@ -943,6 +946,10 @@ def test_links_of_the_hubs_cache_become_files(tiny_model: TinyModel, tmp_path: P
 WITHOUT = """
 import sys
 from surgery.cli import main
+class Absent:
+    def find_spec(self, name, *_):
+        if name == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 def run(*arguments):
     for name in [name for name in sys.modules if name.startswith("exporters.onnx")]:
         del sys.modules[name]
@@ -952,10 +959,10 @@ def run(*arguments):
         print(end.code)
 for missing in ("onnx_ir", "onnxruntime", "onnxscript", "onnx"):
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == missing}
-    sys.modules[missing] = None
+    sys.meta_path.insert(0, Absent())
     for line in sys.argv[1:]:
         run(*line.split())
-    del sys.modules[missing]
+    del sys.meta_path[0]
     sys.modules.update(kept)
 """
 

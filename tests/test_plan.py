@@ -512,7 +512,7 @@ plans = st.builds(
     SurgeryPlan,
     method=st.just("paca"),
     spec=documents,
-    architecture=words,
+    architecture=st.sampled_from(("LlamaForCausalLM", "BertModel", "")),
     task=words,
     targets=st.lists(targets(), min_size=1, max_size=3, unique_by=(lambda t: t.module, lambda t: t.weight)).map(
         lambda found: tuple(sorted(found, key=lambda t: t.module))
@@ -522,6 +522,13 @@ plans = st.builds(
     prefix=words,
     config=documents,
 )
+
+
+@pytest.mark.parametrize("name", ("Llama ForCausalLM", "a.b", "x:\n    import os", "1st"))
+def test_an_architecture_is_the_name_of_a_class(name: str) -> None:
+    """It goes into a modeling file that is run: a record cannot bring code along."""
+    with pytest.raises(DamagedError, match="architecture"):
+        SurgeryPlan("none", {}, name, "features")
 
 
 @PROPERTY

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import pickle
+import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -413,20 +417,23 @@ def test_an_encoder_decoder_generates_with_its_cache(family: str, order: tuple[s
 
 @pytest.mark.parametrize("family", PAIRS)
 def test_foreign_encoder_outputs_are_refused(family: str) -> None:
-    """Those of the last run through this model are taken; none, another run's and another batch's are not."""
+    """Those of this model's own encoder are taken; another's, given by name or by place, and other rows are not."""
     model, plain = twins(family)
     inputs, other = sample_inputs(family), sample_inputs(family, seed=1)
     rest = {name: inputs[name] for name in ("attention_mask", "decoder_input_ids")}
     with torch.no_grad():
         foreign = plain.get_encoder()(other["input_ids"])
-        with pytest.raises(RuntimeError, match="no side states for them"):
+        refused = r"encoder_outputs: no side states for \([23], \d+, 32\), expected .*Run that encoder"
+        with pytest.raises(RuntimeError, match=refused):
             model(encoder_outputs=foreign, **rest)
         own = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
         expected = model(encoder_outputs=own, **rest).logits
-        with pytest.raises(RuntimeError, match="not those of the encoder's last run"):
+        with pytest.raises(RuntimeError, match=refused):
             model(encoder_outputs=foreign, **rest)
+        with pytest.raises(RuntimeError, match=refused):
+            model.get_decoder()(rest["decoder_input_ids"], None, foreign.last_hidden_state)
         three = {name: tensor[[0, 1, 0]] for name, tensor in rest.items()}
-        with pytest.raises(RuntimeError, match="no side states for them"):
+        with pytest.raises(RuntimeError, match=refused):
             model(encoder_outputs=plain.get_encoder()(other["input_ids"][[0, 1, 0]]), **three)
     assert torch.equal(expected, logits_of(model, inputs))
 
@@ -443,6 +450,92 @@ def test_each_beam_asks_its_own_sequence(family: str, order: tuple[str, str]) ->
         rest = {"attention_mask": mask.repeat_interleave(3, 0), "decoder_input_ids": tokens.repeat_interleave(3, 0)}
         beams = model(encoder_outputs=outputs, **rest).logits
     torch.testing.assert_close(beams, logits_of(model, inputs).repeat_interleave(3, dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_an_encoding_serves_any_decoder_call_while_it_lives(family: str) -> None:
+    """Several are held at once; each may be decoded again, in another thread, in part or in another order."""
+    model, two = attached(family), [padded_inputs(family, side) for side in ("right", "left")]
+    expected = [logits_of(model, inputs) for inputs in two]
+
+    @torch.no_grad()
+    def decode(number: int, rows: list[int]) -> Tensor:
+        rest = {name: two[number][name][rows] for name in ("attention_mask", "decoder_input_ids")}
+        states = encoded[number].last_hidden_state
+        logits: Tensor = model(encoder_outputs=(states if rows == [0, 1] else states[rows],), **rest).logits
+        return logits
+
+    with torch.no_grad():
+        encoded = [model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"]) for inputs in two]
+    with ThreadPoolExecutor(1) as other:
+        for number in (0, 1, 0):
+            assert torch.equal(decode(number, [0, 1]), expected[number])
+            assert torch.equal(other.submit(decode, number, [0, 1]).result(), expected[number])
+            for rows in ([1], [1, 0], [0, 1, 1]):
+                torch.testing.assert_close(decode(number, rows), expected[number][rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_gradients_reach_a_shared_encoding(family: str) -> None:
+    """Two decoder calls on one encoding, backward through each: the gradients of two whole forwards."""
+    model, inputs = attached(family, dtype=torch.float64).train(), padded_inputs(family)
+    rest = {name: inputs[name] for name in ("attention_mask", "decoder_input_ids")}
+    later = {**rest, "decoder_input_ids": rest["decoder_input_ids"].flip(0)}
+    for each in (rest, later):
+        loss_of(model, {**inputs, **each}).backward()
+    expected = {name: gradient.clone() for name, gradient in side_gradients(model).items()}
+    model.zero_grad()
+    encoded = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    for each in (rest, later):
+        loss_of(model, {"encoder_outputs": encoded, **each}).backward(retain_graph=each is rest)
+    for name, gradient in side_gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("enabled", (True, False), ids=("with gradients", "without"))
+@pytest.mark.parametrize("family", PAIRS)
+def test_side_states_live_as_long_as_their_encoding(family: str, enabled: bool) -> None:
+    """Neither a forward nor a generation leaves them; those of an encoding that is held go when it goes."""
+    model, inputs = attached(family), padded_inputs(family)
+    states: list[weakref.ref[Tensor]] = []
+    encoder = model.get_submodule(side_of(model).descriptions[0].exit)
+    encoder.register_forward_hook(lambda _m, _a, output: states.append(weakref.ref(output)))
+    memories = side_of(model)._memories
+    with torch.set_grad_enabled(enabled):
+        loss_of(model, inputs)
+        model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=2, num_beams=2)
+        assert [state() for state in states] == [None, None]
+        assert len(memories._left) == 0
+        encoded = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        model(encoder_outputs=encoded, decoder_input_ids=inputs["decoder_input_ids"])
+    assert len(memories._left) == 1
+    del encoded
+    assert states[-1]() is None
+    assert len(memories._left) == 0
+
+
+def test_repeated_rows_are_the_latest_encoding_s() -> None:
+    """The encoder is frozen, its side network is not: of two equal outputs the later one's side states are right."""
+    model, inputs = attached("t5"), padded_inputs("t5")
+    encode = lambda: model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    with torch.no_grad():
+        before = encode()
+        move(model, seed=1)
+        after = encode()
+        assert torch.equal(before[0], after[0])
+        rest = {name: inputs[name][[1]] for name in ("attention_mask", "decoder_input_ids")}
+        logits = model(encoder_outputs=(after[0][[1]],), **rest).logits
+    torch.testing.assert_close(logits, logits_of(model, inputs)[[1]], rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_holds_no_encoding() -> None:
+    """A model that has run its encoder with gradients is copied and pickled, and refuses the original's encoding."""
+    model, inputs = attached("t5"), sample_inputs("t5")
+    encoded = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  our own bytes
+        with pytest.raises(RuntimeError, match="no side states"):
+            twin(encoder_outputs=encoded, decoder_input_ids=inputs["decoder_input_ids"])
+        assert torch.equal(logits_of(twin, inputs), logits_of(model, inputs))
 
 
 @pytest.mark.parametrize("family", PAIRS)
@@ -628,6 +721,28 @@ def test_the_side_network_computes_in_fp32(family: str, mode: str, monkeypatch: 
     assert {gradient.dtype for gradient in side_gradients(model).values()} == {torch.float32}
 
 
+# --- threads
+
+
+@pytest.mark.parametrize("family", ("llama", "bert", "t5", "bart"))
+def test_threads_do_not_share_a_forward(family: str) -> None:
+    """Two batches of different lengths, each in a thread, in step at every layer: each gets what it gets alone."""
+    model = attached(family)
+    batches = [sample_inputs(family, tokens=tokens) for tokens in (7, 11)]
+    expected = [logits_of(model, inputs) for inputs in batches]
+    meeting = threading.Barrier(2, timeout=20)
+
+    def meet(*_: object) -> None:
+        meeting.wait()
+
+    for stack in side_of(model).descriptions:
+        for layer in model.get_submodule(stack.layers).children():
+            layer.register_forward_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda inputs: logits_of(model, inputs), batches))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
 # --- classifiers: which state they see
 
 
@@ -775,5 +890,5 @@ def test_a_layer_that_was_not_run_is_noticed() -> None:
     handle = layers[1].register_forward_hook(lambda *_: None)
     hooks = layers[1]._forward_hooks
     hooks.pop(next(key for key in hooks if key != handle.id))
-    with pytest.raises(RuntimeError, match=r"model\.layers: 1 layers were seen, not 2"):
+    with pytest.raises(RuntimeError, match=r"model\.layers: 1 layers were seen, expected 2\. Run each layer once"):
         model(**sample_inputs("llama"))

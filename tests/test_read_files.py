@@ -29,14 +29,16 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedError,
 )
-from surgery.methods.read import choose_layers, draw_state, side_of
+from surgery.manifest import REMOTE_CODE, read_record
+from surgery.methods.read import choose_layers, draw_state, modeling_source, side_of
 from surgery.operate import state_of
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from surgery.side import NAME
 from surgery.tensorfile import file_sha256
+from surgery.verify import own_class
 from tests.conftest import TinyModel
-from tests.reading import SPEC, WIDTH, depth_of, move, side_gradients
+from tests.reading import SPEC, WIDTH, depth_of, keeping, move, side_gradients
 from tests.tiny import FAMILIES, build_model, sample_inputs
 
 FULL = ReadSpec(cell="lstm", hidden=WIDTH, recurrent_layers=2, bidirectional=True, initial="embedding", reduce="mean",
@@ -250,6 +252,18 @@ def test_a_malformed_plan_is_refused(change: dict[str, object], tiny_model: Tiny
     ({"scale": float("inf")}, r"--scale: inf"),
     *(({"layers": text}, r"--layers: .*expected all, every:2, last:6 or numbers")
       for text in ("", "every", "last:0", "every:-1", "0,,1", "1.5", "-1", "all,1", "first:2")),
+    ({"hidden": "64"}, r"--hidden: '64', expected a whole number"),
+    ({"hidden": 1.5}, r"--hidden: 1\.5, expected a whole number"),
+    ({"hidden": True}, r"--hidden: True, expected a whole number"),
+    ({"recurrent_layers": None}, r"--recurrent-layers: None, expected a whole number"),
+    ({"seed": "0"}, r"--seed: '0', expected a whole number"),
+    ({"scale": "1"}, r"--scale: '1', expected a number"),
+    ({"scale": True}, r"--scale: True, expected a number"),
+    ({"bidirectional": "yes"}, r"--bidirectional: 'yes', expected True or False"),
+    ({"output_norm": 1}, r"--output-norm: 1, expected True or False"),
+    ({"cell": ["gru"]}, r"--cell: \['gru'\], expected one of gru, lstm, rnn"),
+    *(({"layers": value}, r"--layers: .*expected text: all, every:2, last:6 or numbers from 0 such as 0,3,5")
+      for value in ([0, 1], (0,), 1, None)),
 ), ids=str)  # fmt: skip
 def test_a_wrong_setting_is_named(settings: dict[str, Any], match: str) -> None:
     """With what would be right, and the nearest name."""
@@ -259,10 +273,25 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], match: str) -> None:
 
 @pytest.mark.parametrize("text", ("2", "0,2", "last:3", "every:3", "99"))
 def test_layers_that_are_not_there_are_refused(text: str, tiny_model: TinyModel, tmp_path: Path) -> None:
-    """The message says how many there are; nothing is written."""
-    with pytest.raises(RequestError, match=r"--layers: .*expected layers of a stack of 2, 0 to 1"):
+    """The message says of which stack, and how many it has; nothing is written."""
+    with pytest.raises(RequestError, match=rf"--layers: '{text}' for the backbone, expected .* of 2, 0 to 1"):
         surgery.apply(tiny_model("llama"), tmp_path / "out", replace(SPEC, layers=text))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ("2", "last:3", "every:3"))
+@pytest.mark.parametrize(("deep", "shallow"), (("encoder", "decoder"), ("decoder", "encoder")))
+def test_layers_are_those_of_the_stacks_that_are_read(deep: str, shallow: str, text: str) -> None:
+    """Of a stack of three and one of two the third layer is there where the deeper one alone is read."""
+    overrides = {f"{deep}_layers": 3, f"{shallow}_layers": 2}
+    for stacks_read in (deep, shallow, "both"):
+        model, spec = build_model("bart", overrides=overrides), replace(SPEC, stacks=stacks_read, layers=text)
+        if stacks_read == deep:
+            surgery.attach(model, spec)
+            assert side_of(model).descriptions[0].read[-1] == 2
+            continue
+        with pytest.raises(RequestError, match=rf"--layers: '{text}' for the {shallow}, expected .* of 2, 0 to 1"):
+            surgery.attach(model, spec)
 
 
 def test_layers_are_those_meant() -> None:
@@ -276,7 +305,7 @@ def test_layers_are_those_meant() -> None:
 @pytest.mark.parametrize(("family", "settings", "match"), (
     ("llama", {"stacks": "encoder"}, r"--stacks: 'encoder' for a model of one stack"),
     ("llama", {"stacks": "decoder"}, r"--stacks: 'decoder' for a model of one stack"),
-    ("bert", {"joiner": "attention"}, r"--joiner: 'attention' for a model of one stack"),
+    ("bert", {"joiner": "attention"}, r"'attention' for a model of one stack, expected an encoder-decoder\. Leave "),
     ("vit", {"joiner": "none"}, r"--joiner: 'none' for a model of one stack"),
     ("t5", {"joiner": "none"}, r"--joiner: 'none' with --stacks both"),
     ("t5", {"joiner": "none", "stacks": "encoder"}, r"--joiner: 'none' with --stacks encoder"),
@@ -324,7 +353,10 @@ def test_a_model_without_a_stack_is_unsupported(name: str, tmp_path: Path) -> No
         surgery.attach(model, SPEC)
     assert all(p.requires_grad for p in model.parameters())
     assert not hasattr(model, NAME)
-    if name != "plain":
+    if name == "plain":
+        with pytest.raises(UnsupportedError, match="Sequential is no transformers model"):
+            surgery.attach(model, SPEC)
+    else:
         model.save_pretrained(tmp_path / "model")
         with pytest.raises(UnsupportedError, match=r"--method read: .*expected "):
             surgery.apply(tmp_path / "model", tmp_path / "out", SPEC)
@@ -445,6 +477,35 @@ def test_an_adapter_file_holds_the_side_network_alone(adapter: Adapter) -> None:
     state = {name: values + 0.5 for name, values in adapter.delta.state.items()}
     update_adapter(adapter, SideDelta(adapter.plan, state, {}), adapter.record.manifest)
     require_same(side_state(surgery.load(adapter.folder)), state)
+
+
+# --- as a model with code of its own
+
+
+def test_the_modeling_file_says_whose_it_is() -> None:
+    """Its first lines give licence and version, and nothing in it points at a module that is not there."""
+    source = modeling_source("LlamaForCausalLM")
+    assert source.splitlines()[:2] == ["# SPDX-License-Identifier: Apache-2.0",
+                                       f"# checkpoint-surgery {surgery.__version__}"]  # fmt: skip
+    assert "surgery." not in source.replace("`surgery", "")
+
+
+@pytest.mark.parametrize("family", ("llama", "distilbert", "t5", "bart"))
+def test_a_model_with_its_own_code_trains_as_ours_does(family: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """As it is loaded, what READ trains is trainable and no more, and backward keeps as much as with surgery.load."""
+    task = TaskSpec("sequence-classification", ("a", "b", "c")) if family == "distilbert" else None
+    surgery.apply(tiny_model(family), tmp_path / "adapter", SPEC, task=task)
+    folder = surgery.export(tmp_path / "adapter", tmp_path / "out", format="remote-code").out
+    theirs: Any = own_class(folder, read_record(folder, REMOTE_CODE)).from_pretrained(folder)
+    sizes, names = [], []
+    for model in (surgery.load(tmp_path / "adapter", trainable=True), theirs):
+        with keeping() as kept:
+            logits = model.train()(**sample_inputs(family)).logits
+        assert logits.requires_grad
+        sizes.append(kept.bytes_besides(model))
+        names.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    assert names[0] == names[1]
+    assert sizes[0] == sizes[1] > 0
 
 
 # --- the command line

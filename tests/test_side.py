@@ -227,6 +227,33 @@ def test_states_of_low_precision_are_read_in_fp32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
 
 
+def test_fp16_states_are_multiplied_in_fp32() -> None:
+    """On every device; bf16 states, whose range is that of fp32, are multiplied as they are where that is fast."""
+    found = {
+        (device, dtype): side._product_dtype(torch.empty(1, dtype=dtype, device=device), torch.empty(1))
+        for device in ("cpu", "meta")
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    }
+    assert found.pop(("meta", torch.bfloat16)) == torch.bfloat16
+    assert set(found.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
+@pytest.mark.parametrize(("size", "slope"), ((1.0, 1e-5), (30.0, 1e-5), (1000.0, 1e-6), (20000.0, 1e-3)))
+def test_fp16_states_neither_overflow_nor_lose_their_gradient(size: float, slope: float, device: str) -> None:
+    """States near fp16's largest number, gradients far below its smallest: both are those of double precision."""
+    tokens, width, gates = 256, 128, 24
+    x = (drawn(tokens, width) * size).clamp(-6e4, 6e4).half().to(device)
+    weight = (drawn(gates, width, seed=1) / 8).float().to(device).requires_grad_()
+    dy = (drawn(tokens, gates, seed=2) * slope).float().to(device)
+    mine = read_layer(x, weight)
+    mine.backward(dy)
+    normed = rms_normed(x.double(), torch.ones((), device=device))
+    torch.testing.assert_close(mine.double(), normed @ weight.double().T, rtol=1e-4, atol=1e-4)
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.double() / slope, dy.double().T @ normed / slope, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("joiner", ("none", "attention", "mean"))
 def test_autocast_changes_nothing_in_the_recurrence(cell: str, joiner: str) -> None:

@@ -267,10 +267,11 @@ class Read{base}({base}):
     def __init__(self, config):
         super().__init__(config)
         attach_side(self, **config.read)
-        for part in (*map(self.get_submodule, config.read["frozen"]), self.get_output_embeddings()):
-            if part is not None:
-                part.requires_grad_(False)
         self._keep_in_fp32_modules_strict = {{*(self._keep_in_fp32_modules_strict or ()), NAME}}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return freeze(super().from_pretrained(*args, **kwargs))
 '''
 
 

@@ -644,7 +644,7 @@ def pool(state_btd: Tensor, mask_bt: Tensor | None, how: str) -> Tensor:
         positions = torch.arange(mask_bt.shape[1], device=mask_bt.device)
         seen = positions.masked_fill(mask_bt == 0, mask_bt.shape[1] if how == "first" else -1)
         picked = (seen.amin(1) if how == "first" else seen.amax(1)).clamp_(0, mask_bt.shape[1] - 1)
-        pooled = state_btd[torch.arange(len(state_btd), device=state_btd.device), picked]
+        pooled = state_btd[torch.arange(state_btd.shape[0], device=state_btd.device), picked]
     return pooled.unsqueeze(1).expand_as(state_btd)
 
 

@@ -86,7 +86,6 @@ KINDS = (
     Kind("llama-own", "llama", SPEC, alone("GRU"), CLASSES),
     Kind("llama-bf16", "llama", SPEC, alone("GRU"), dtype=torch.bfloat16),
     Kind("gpt2-copy", "gpt2", SPEC, alone("GRU"), options={"onnx_data": "copy"}),
-    Kind("t5", "t5", SPEC, pair("GRU", 1, 1)),
     Kind("t5-rich", "t5", replace(rich("gru"), joiner="attention"), pair("GRU", 2, 2)),
     Kind("t5-encoder", "t5", replace(SPEC, stacks="encoder"), pair("GRU", 1, 1)),
     Kind("t5-decoder", "t5", replace(SPEC, stacks="decoder"), pair("GRU", 0, 1)),

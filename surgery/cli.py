@@ -360,8 +360,9 @@ def export(
         "opset": opset, "onnx_data": onnx_data,
     }  # fmt: skip
     if is_model:
-        if merge:
-            raise RequestError(str(adapter), "--merge of a model", expected="an adapter, or no --merge")
+        given = [name for name, value in (("--merge", merge), ("--base", base), ("--prompt", prompts)) if value]
+        if given:
+            raise RequestError(str(adapter), f"{given[0]} with a model", expected=f"an adapter, or no {given[0]}")
         result = workflow.export_checkpoint(str(adapter), out, **settings)
     else:
         folder = workflow.find_adapter(adapter)

@@ -25,7 +25,7 @@ import surgery
 from exporters import onnx_side
 from surgery import ReadSpec, TaskSpec
 from surgery.adapter import Adapter
-from surgery.errors import BaseMismatchError, CheckError, UnsupportedError
+from surgery.errors import BaseMismatchError, CheckError
 from surgery.manifest import ONNX, read_record
 from tests import graphs
 from tests.conftest import TinyModel, digest_folder
@@ -145,9 +145,6 @@ POOLED = (
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    raises=UnsupportedError, reason="surgery.side.pool asks len() of a tensor: torch.export fixes its batch"
-)
 @pytest.mark.parametrize("kind", POOLED, ids=lambda kind: kind.name)
 def test_one_token_stands_for_all(kind: Kind, made: Made) -> None:
     """The first or the last that is no padding, in each row of a batch."""

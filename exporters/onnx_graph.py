@@ -205,7 +205,9 @@ def describe(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
 
 def _unknown(model: Any, why: str) -> UnsupportedError:
     found = f"{type(model).__name__} could not be exported ({why})"
-    return UnsupportedError("--format onnx", found, expected="a known family")
+    return UnsupportedError(
+        "--format onnx", found, expected="a family that the README names, with one graph for all inputs"
+    )
 
 
 def _describe(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
@@ -388,17 +390,18 @@ def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters' progress and advice kept off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def without_values(model: ir.Model) -> dict[str, ir.Value]:

@@ -12,7 +12,7 @@ TESTS ?= tests
 help:
 	@echo "make demo       set up .venv and run the main job on the model that the repository ships"
 	@echo "make test       set up .venv, lint, type-check and run every test but the long ones"
-	@echo "make test-long  the tests that take minutes: learning on real data"
+	@echo "make test-long  the tests that take minutes: learning on real data, ONNX graphs of all families"
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       write docs/cli.md from the commands' help"

@@ -92,7 +92,7 @@ KINDS = (
     Kind("bart", "bart", replace(SPEC, joiner="mean", cell="lstm"), pair("LSTM", 1, 1)),
 )  # fmt: skip
 FAST = tuple(kind for kind in KINDS if not kind.is_slow)
-SLOW = tuple(pytest.param(kind, marks=pytest.mark.slow, id=kind.name) for kind in KINDS if kind.is_slow)
+SLOW = tuple(pytest.param(kind, marks=pytest.mark.long, id=kind.name) for kind in KINDS if kind.is_slow)
 ALL = (*(pytest.param(kind, id=kind.name) for kind in FAST), *SLOW)
 
 
@@ -144,7 +144,7 @@ POOLED = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", POOLED, ids=lambda kind: kind.name)
 def test_one_token_stands_for_all(kind: Kind, made: Made) -> None:
     """The first or the last that is no padding, in each row of a batch."""

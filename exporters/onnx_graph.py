@@ -28,12 +28,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from surgery.checkpoint import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 from surgery.compat import TRANSFORMERS_5, memory_names, quiet_loading
 from surgery.errors import UnsupportedError, shorten
 from surgery.side import NAME, Memory, SideNetwork
 from surgery.survey import class_for, own_task
 
-MODEL, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
 FOLDED_VALUES = 4096  # constants up to so many values are computed at export
 SIZES = {"batch": 2, "sequence": 3, "past_sequence": 5, "encoder_sequence": 7}  # while tracing: none is 0 or 1
 MIN_OPSET, MAX_OPSET = 20, 23
@@ -229,7 +229,7 @@ def _describe(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
         found = f"{type(model).__name__} takes {model.main_input_name}"
         raise UnsupportedError("--format onnx", found, expected="a model of text or images")
     module = _Plain(model, [port.name for port in inputs])
-    return [GraphSpec(MODEL, module, tuple(inputs), (_plain_output(model, task, dtype),))]
+    return [GraphSpec(MODEL_FILE, module, tuple(inputs), (_plain_output(model, task, dtype),))]
 
 
 def _plain_output(model: Any, task: str, dtype: torch.dtype) -> Port:
@@ -269,7 +269,7 @@ def _decoder(model: Any, dtype: torch.dtype) -> GraphSpec:
     inputs += _cache_ports("past_key_values", "", "past_sequence", sizes, dtype)
     outputs = [Port("logits", ("batch", "sequence", config.vocab_size), dtype)]
     outputs += _cache_ports("present", "", "past_sequence + sequence", sizes, dtype)
-    return GraphSpec(MODEL, _Decoder(model), tuple(inputs), tuple(outputs))
+    return GraphSpec(MODEL_FILE, _Decoder(model), tuple(inputs), tuple(outputs))
 
 
 def _pair(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
@@ -287,7 +287,7 @@ def _pair(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
     if side is not None:
         joined = side.settings.hidden * (1 + side.settings.bidirectional)
         asked = [Port("side_states", ("batch", "encoder_sequence", joined), torch.float32)]
-    encoder = GraphSpec(ENCODER, _Encoder(model), (ids, mask), (states, *crossed, *asked))
+    encoder = GraphSpec(ENCODER_FILE, _Encoder(model), (ids, mask), (states, *crossed, *asked))
     inputs = [
         Port("input_ids", ("batch", "sequence"), torch.int64),
         Port("encoder_attention_mask", mask.axes, mask.dtype),
@@ -297,7 +297,7 @@ def _pair(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
     inputs += [replace(port, name=f"encoder_{port.name}") for port in asked]
     outputs = [Port("logits", ("batch", "sequence", config.vocab_size), dtype)]
     outputs += _cache_ports("present", "decoder.", "past_sequence + sequence", sizes, dtype)
-    return [encoder, GraphSpec(DECODER, _PairDecoder(model, layers, width), tuple(inputs), tuple(outputs))]
+    return [encoder, GraphSpec(DECODER_FILE, _PairDecoder(model, layers, width), tuple(inputs), tuple(outputs))]
 
 
 # --- tracing

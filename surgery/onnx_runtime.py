@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint import path_inside
+from surgery.checkpoint import DECODER_FILE, ENCODER_FILE, MODEL_FILE, path_inside
 from surgery.columns import generator_seed
 from surgery.errors import DamagedError, NotAModelError, SurgeryError, UnsupportedError, shorten
 from surgery.generate import (
@@ -43,7 +43,6 @@ from surgery.generate import (
     softmax,
 )
 
-MODEL_FILE, ENCODER_FILE, DECODER_FILE = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
 PAST, PRESENT = "past_key_values.", "present."
 CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 ONNX_UNAPPLIED: Mapping[str, tuple[Any, ...]] = {

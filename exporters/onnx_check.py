@@ -59,7 +59,7 @@ class _Session:
         except Exception as error:
             why = shorten(str(error), 200)
             raise CheckError(
-                str(self.path), f"onnxruntime cannot run it ({why})", expected="a graph that runs"
+                self.path.name, f"onnxruntime cannot run it ({why})", expected="a graph that runs"
             ) from error
 
     def empty_cache(self, batch: int, middle: str = "") -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ def run_cases(folder: Path, model: Any, dtype: torch.dtype, files: Mapping[str, 
     for entry in found:
         if not entry.difference <= TOLERANCES[dtype]:  # a NaN is not
             raise CheckError(
-                str(folder),
+                " and ".join(files),
                 f"onnxruntime differs from torch by {entry.difference:.3g} of the outputs' range ({entry.name})",
                 expected=f"at most {TOLERANCES[dtype]:g}",
                 fix="Please report this with `surgery doctor --json`",
@@ -152,13 +152,21 @@ def _say(batch: int, count: int, padding: str) -> str:
 
 
 def _window(config: Any) -> int:
+    """How many tokens a decoder's sliding window spans; 0 without one."""
     window = getattr(config, "sliding_window", None) or 0
-    return window if window <= WINDOW_LIMIT and getattr(config, "use_sliding_window", True) else 0
+    return window if getattr(config, "use_sliding_window", True) else 0
+
+
+def unpassed_window(config: Any) -> int:
+    """The size of a sliding window that is too wide for the cases to go past it; 0 without one."""
+    window = _window(config.get_text_config())
+    return window if window > WINDOW_LIMIT else 0
 
 
 def _decoder(session: _Session, model: Any) -> _Cases:
     config = model.config.get_text_config()
-    shapes = [*SHAPES, *([(2, _window(config) + 3, "left")] if _window(config) else [])]
+    window = _window(config)
+    shapes = [*SHAPES, *([(2, window + 3, "left")] if 0 < window <= WINDOW_LIMIT else [])]
     for batch, count, padding in shapes:
         ids, mask = _tokens(model, batch, count + STEPS, padding)
         mask[:, count:] = 1

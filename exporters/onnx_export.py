@@ -14,12 +14,13 @@ import safetensors.torch
 
 from exporters import dense
 from exporters.dense import KEEP, Exporter, export_record, plan_files, size_bytes, write_weights
-from exporters.onnx_folder import SIDE_FILE, OnnxOptions, add_graphs
+from exporters.onnx_folder import SIDE_FILE, OnnxOptions, add_graphs, side_tensors
 from surgery.adapter import Adapter, copy_small_files, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ColumnDelta, SideDelta, require_backbone
 from surgery.manifest import ONNX, Base, Manifest, Record, relative_path, versions
 from surgery.plan import NO_METHOD, SurgeryPlan
+from surgery.planning import require_bare
 from surgery.survey import own_task, read_config
 from surgery.writing import CheckpointWriter, require_apart, require_disk, write_file
 
@@ -53,8 +54,7 @@ def export(
     require_backbone(checkpoint, adapter.plan)
     with CheckpointWriter(out, overwrite=overwrite, check=finish) as writer:
         _copy(checkpoint, writer.path, adapter.plan, max_shard_bytes)
-        tensors = {t.weight: adapter.delta.whole[t.parameter].stored(t.dtype) for t in adapter.plan.whole}
-        tensors |= dict(adapter.delta.state)
+        tensors = side_tensors(adapter.plan, adapter.delta)
         write_file(writer.path / SIDE_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
         settings = {"format": ONNX, "max_shard_bytes": max_shard_bytes}
         record = export_record(ONNX, adapter, root, out, settings, hub=base is None)
@@ -73,6 +73,7 @@ def export_checkpoint(
 ) -> Path:
     """Write a checkpoint, as it is, with its graphs. Raises: as `export`."""
     root, origin = find_model(model)
+    require_bare(root)
     checkpoint, config = Checkpoint.open(root), read_config(root)
     plan = SurgeryPlan(NO_METHOD, {}, (config.architectures or [""])[0], own_task(config))
     require_apart(out, [root])

@@ -79,7 +79,11 @@ def read_graph(path: Path) -> Graph:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
-        raise NotAModelError(str(path), "no such file", expected="an .onnx file")
+        inside = ", ".join(str(file) for file in sorted(path.glob("*.onnx")))
+        found, fix = (
+            ("a folder", f"Name a file in it: {inside}" if inside else "") if path.is_dir() else ("no such file", "")
+        )
+        raise NotAModelError(str(path), found, expected="an .onnx file", fix=fix)
     try:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
     except DecodeError as error:

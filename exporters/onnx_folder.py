@@ -14,26 +14,28 @@ import onnx_ir as ir
 import psutil
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from exporters.dense import KEEP
-from exporters.onnx_check import TOLERANCES, run_cases
+from exporters.onnx_check import TOLERANCES, WINDOW_LIMIT, run_cases, unpassed_window
 from exporters.onnx_graph import MAX_OPSET, MIN_OPSET, build_model, describe, trace
 from exporters.onnx_side import for_graph
 from exporters.onnx_weights import DATA_FILE, attach, find_sources, write_data
-from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
-from surgery.delta import SideDelta
+from surgery.adapter import Adapter
+from surgery.checkpoint import GENAI_FILE, RECORD_FILE, Checkpoint, read_json
+from surgery.delta import SideDelta, require_side
 from surgery.errors import CheckError, RequestError, shorten
 from surgery.manifest import ONNX, Check, Record, parse_record, read_document
 from surgery.operate import attach_plan, load_base_model
 from surgery.plan import SurgeryPlan
 from surgery.survey import own_task, read_config
 from surgery.tensorfile import TensorInfo, file_sha256, read_header, torch_dtype
-from surgery.verify import load_merged
+from surgery.verify import bits_of, load_merged
 from surgery.writing import replace_file, write_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DATA = ("auto", "safetensors", "copy")
-GENAI_FILE, SIDE_FILE = "genai_config.json", "read.safetensors"
+SIDE_FILE = "read.safetensors"
 STAND_IN = "fp32_"  # before the names of graphs that are checked in place of bf16 ones
 CHECK_BYTES_FACTOR = 3  # torch's model, onnxruntime's, and what loading needs: times the weights as computed in
 
@@ -162,7 +164,10 @@ def _save(graph: ir.Model, path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         why = shorten(str(error).strip().splitlines()[0], 200)
-        raise CheckError(str(path), f"onnx.checker refuses it ({why})", expected="a valid model") from error
+        opset = graph.opset_imports[""]
+        fix = f"Later operators take more types: --opset {MAX_OPSET}" if opset and opset < MAX_OPSET else ""
+        found = f"onnx.checker refuses it at opset {opset} ({why})"
+        raise CheckError(path.name, found, expected="a valid model", fix=fix) from error
 
 
 # --- checks
@@ -185,7 +190,12 @@ def check_folder(
     gc.collect()
     worst = max(found.values())
     said = f"differs from torch by at most {worst:.1g} of the outputs' range ({len(found)} cases, {_name(kind)})"
-    return Check(ONNX, "passed", f"{said}; tolerance {TOLERANCES[kind]:g}"), found
+    said += f"; tolerance {TOLERANCES[kind]:g}"
+    if kind != dtype:
+        said += f"; a graph in {_name(kind)} ran in its place, as onnxruntime's CPU does not compute in {_name(dtype)}"
+    if window := unpassed_window(read_config(folder)):
+        said += f"; its sliding window of {window:,} tokens was not passed, only ones up to {WINDOW_LIMIT:,} are"
+    return Check(ONNX, "passed", said), found
 
 
 def _width(dtype: str) -> int:
@@ -209,10 +219,30 @@ def header_digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(read_header(p).raw).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
 
 
-def verify_graphs(folder: Path, record: Record, *, numeric: bool) -> list[Check]:
+def side_tensors(plan: SurgeryPlan, delta: SideDelta) -> dict[str, Tensor]:
+    """What lies beside a backbone: its side network, and heads under the names and in the dtypes that the base has."""
+    whole = {target.weight: delta.whole[target.parameter].stored(target.dtype) for target in plan.whole}
+    return whole | dict(delta.state)
+
+
+def _check_side(folder: Path, adapter: Adapter | None, why: str) -> Check:
+    """The side network and the heads are the adapter's. Raises: CheckError."""
+    if adapter is None:
+        return Check("side network", "not run", why)
+    wanted = side_tensors(adapter.plan, require_side(adapter.delta, "verify"))
+    found = safetensors.torch.load_file(folder / SIDE_FILE)
+    same = {n for n in wanted.keys() & found.keys() if torch.equal(bits_of(wanted[n]), bits_of(found[n]))}
+    if wrong := sorted((wanted.keys() | found.keys()) - same):
+        raise CheckError(wrong[0], "it is not what was trained", expected="the adapter's values", fix="Export again")
+    return Check("side network", "passed", f"all {len(wanted)} tensors are the adapter's")
+
+
+def verify_graphs(
+    folder: Path, record: Record, adapter: Adapter | None, why_no_adapter: str, *, numeric: bool
+) -> list[Check]:
     """Whether a folder's graphs are those that were written, fit their data, and compute what torch does.
 
-    Raises: CheckError.
+    Of a side network also whether it is the adapter's, where that is at hand. Raises: CheckError.
     """
     described = record.manifest.export[ONNX]
     for name, digest in described["graphs"].items():
@@ -237,6 +267,8 @@ def verify_graphs(folder: Path, record: Record, *, numeric: bool) -> list[Check]
             f"{len(described['graphs'])} as exported, {len(found)} files where they look for weights",
         )
     ]
+    if record.plan.stacks:
+        checks.append(_check_side(folder, adapter, why_no_adapter))
     dtype = DTYPES[described["dtype"]]
     if not numeric or dtype == torch.bfloat16:
         return [

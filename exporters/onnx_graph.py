@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from surgery.checkpoint import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 from surgery.compat import TRANSFORMERS_5, memory_names, quiet_loading
@@ -239,6 +240,8 @@ def _plain_output(model: Any, task: str, dtype: torch.dtype) -> Port:
     if task == "token-classification":
         return Port("logits", ("batch", "sequence", config.num_labels), dtype)
     if model.get_output_embeddings() is not None:
+        if type(model).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            raise _unknown(model, "it gives more than the logits of tokens")
         return Port("logits", ("batch", "sequence", config.vocab_size), dtype)
     axis: str | int = "sequence"
     if model.main_input_name == "pixel_values":

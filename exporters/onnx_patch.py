@@ -45,6 +45,7 @@ from surgery.errors import (
     counted,
     shorten,
 )
+from surgery.manifest import PATCHED, Check
 from surgery.plan import SurgeryPlan
 from surgery.tensorfile import (
     FLOAT_DTYPES,
@@ -55,7 +56,6 @@ from surgery.tensorfile import (
 )
 from surgery.writing import CheckpointWriter, StreamWriter, require_apart, require_disk, write_file
 
-ONNX_PATCH = "onnx-patch"
 _EXPORT_ANEW = "Merge it with --merge --format onnx, which writes a new graph"
 
 _Piece: TypeAlias = tuple[int, Iterator[memoryview]]
@@ -89,11 +89,15 @@ class Match:
 
 @dataclass(frozen=True)
 class PatchResult:
-    """The folder written, the .onnx in it, and per changed initializer which base weights lie where in it."""
+    """The folder written, the .onnx in it, and per changed initializer which base weights lie where in it.
+
+    notes: what its users must know.
+    """
 
     out: Path
     onnx: Path
     blocks: Mapping[str, tuple[Block, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def patch(
@@ -121,8 +125,10 @@ def patch(
         _write(writer.path, graph, delta, matches)
         check_result(writer.path / path.name, graph, checkpoint, delta, matches)
         blocks = {match.initializer.name: match.blocks for match in matches}
-        settings = {"format": ONNX_PATCH, "onnx": path.name, "initializers": sorted(blocks)}
-        record = export_record(ONNX_PATCH, opened, root, out, settings, hub=base is None)
+        settings = {"format": PATCHED, "onnx": path.name, "initializers": sorted(blocks)}
+        record = export_record(PATCHED, opened, root, out, settings, hub=base is None)
+        held = Check("patched weights", "passed", f"in {counted(len(blocks), 'tensor')} all are the merged ones")
+        record = replace(record, manifest=replace(record.manifest, checks=(held,)))
         write_file(writer.path / RECORD_FILE, record.to_json())
     return PatchResult(out, out / path.name, blocks)
 

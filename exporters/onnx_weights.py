@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from exporters.onnx_graph import without_values
 from surgery.compat import memory_names
 from surgery.tensorfile import TensorInfo, dtype_name, read_range, tensor_bytes, tensor_to_bytes
-from surgery.writing import StreamWriter
+from surgery.writing import StreamWriter, require_disk
 
 DATA_FILE = "model.onnx_data"
 _KINDS = {
@@ -107,6 +107,7 @@ def write_data(folder: Path, infos: Mapping[str, TensorInfo], missing: Mapping[s
             pieces.append((position, chunks))
             position = end
         result[name] = placed[key]
+    require_disk(folder, position)
     with StreamWriter() as stream:
         stream.write(folder / DATA_FILE, b"", pieces)
     return result

@@ -20,6 +20,7 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 RECORD_FILE = "surgery.json"
 MODEL_FILE, ENCODER_FILE, DECODER_FILE = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"  # an ONNX folder's
+GENAI_FILE = "genai_config.json"  # beside a decoder's graph
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _SMALL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -44,8 +45,8 @@ def require_model(model: str | Path) -> None:
 def require_folder(path: Path) -> None:
     """Raises: NotAModelError: a path that cannot be one of ours."""
     if not path.is_dir():
-        found = "a file" if path.exists() else "no such folder"
-        raise NotAModelError(str(path), found, expected="a model, adapter or merged folder")
+        found, fix = ("a file", f"Name its folder: {path.parent}") if path.exists() else ("no such folder", "")
+        raise NotAModelError(str(path), found, expected="a model, adapter or merged folder", fix=fix)
 
 
 def require_record(folder: Path) -> None:
@@ -197,7 +198,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def _small_files(root: Path) -> Iterator[str]:
-    ours = {INDEX_FILE, RECORD_FILE, "adapter_config.json"}
+    ours = {INDEX_FILE, RECORD_FILE, GENAI_FILE, "adapter_config.json"}
     for path in root.iterdir():
         if path.is_dir() and not path.name.startswith(".") and not path.is_symlink():
             inner = [entry for entry in path.iterdir() if entry.is_file()]

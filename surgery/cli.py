@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from surgery.checkpoint import RECORD_FILE, require_folder, require_model, require_record
+from surgery.checkpoint import require_folder, require_model, require_record
 from surgery.cli_generate import generate_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
@@ -338,7 +338,7 @@ def export(
 
     Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` (or with another
     format's name) unless -o says otherwise, and appears only after its check held. --format onnx also takes a model
-    that is no adapter.
+    as it is: a checkpoint, or a merged folder.
 
     \b
     surgery export model-paca/ --merge
@@ -347,8 +347,7 @@ def export(
     surgery export model/ --format onnx
     surgery export model-paca/ --format lora
     """
-    is_model = adapter is not None and format_ == "onnx" and not (adapter / RECORD_FILE).is_file()
-    if is_model:
+    if adapter and format_ == "onnx":
         require_model(str(adapter))
     elif adapter:
         require_record(adapter)
@@ -359,7 +358,7 @@ def export(
         "dtype": dtype, "max_shard_size": max_shard_size, "overwrite": overwrite, "check": not no_verify,
         "opset": opset, "onnx_data": onnx_data,
     }  # fmt: skip
-    if is_model:
+    if adapter and format_ == "onnx" and workflow.is_checkpoint(adapter):
         given = [name for name, value in (("--merge", merge), ("--base", base), ("--prompt", prompts)) if value]
         if given:
             raise RequestError(str(adapter), f"{given[0]} with a model", expected=f"an adapter, or no {given[0]}")
@@ -415,6 +414,7 @@ def patch(onnx: Path, adapter: Path, *, out: Path, base: str | None, overwrite: 
     result = workflow.patch(onnx, adapter, out, base=base, overwrite=overwrite)
     count = sum(len(blocks) for blocks in result.blocks.values())
     lines = [f"Wrote {result.onnx}: {count} trained weights in {len(result.blocks)} of its tensors, checked."]
+    lines += [f"note: {note}" for note in result.notes]
     show(lines, result, as_json=as_json)
 
 

@@ -18,6 +18,7 @@ from surgery.manifest import (
     ADAPTER,
     MERGED,
     ONNX,
+    PATCHED,
     REMOTE_CODE,
     UNDO_FILE,
     Base,
@@ -121,14 +122,19 @@ class MergedFacts:
         """Labels and texts."""
         checks = [("check", f"{check.name}: {check.result} {check.detail}".rstrip()) for check in self.checks]
         notes = [("note", f"{note}") for note in self.settings.get("notes", ())]
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items() if isinstance(value, (str, int)))
-        facts = [("export", settings), *_graph_pairs(self.settings.get(ONNX)), ("undo", self.undo or "possible")]
+        hidden = "dtype" if ONNX in self.settings else ""  # of the files, beside that of the graphs
+        settings = [f"{k} {v}" for k, v in self.settings.items() if isinstance(v, (str, int)) and k != hidden]
+        facts = [
+            ("export", ", ".join(settings)),
+            *_graph_pairs(self.settings.get(ONNX)),
+            ("undo", self.undo or "possible"),
+        ]
         return [*facts, *notes, *(checks or [("check", "none ran")])]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A folder of `kind` model, adapter, merged, lora, remote-code or onnx, and what applies to such a one."""
+    """A folder of `kind` model, or of one of the records' kinds, and what applies to such a one."""
 
     path: str
     kind: str
@@ -161,6 +167,7 @@ _KINDS = {
     LORA: "a LoRA adapter for PEFT",
     REMOTE_CODE: "a model with a side network, which transformers loads with trust_remote_code",
     ONNX: "a model with ONNX graphs",
+    PATCHED: "an ONNX file with an adapter's columns in it",
 }
 
 
@@ -215,12 +222,18 @@ def _inspect_lora(path: Path, record: Record) -> Inspection:
     return Inspection(str(path), LORA, origin=_origin(path, record), merged=merged, plan=record.plan)
 
 
+def _inspect_patch(path: Path, record: Record) -> Inspection:
+    merged = MergedFacts(record.manifest.export, record.manifest.checks, "nothing to undo: it is a patched copy")
+    return Inspection(str(path), PATCHED, origin=_origin(path, record), merged=merged, plan=record.plan)
+
+
 _INSPECT = {
     ADAPTER: _inspect_adapter,
     MERGED: _inspect_merged,
     LORA: _inspect_lora,
     REMOTE_CODE: _inspect_untouched,
     ONNX: _inspect_untouched,
+    PATCHED: _inspect_patch,
 }
 
 

@@ -16,7 +16,8 @@ from surgery.errors import DamagedError, NotAModelError, RequestError
 from surgery.plan import SurgeryPlan, from_json
 
 SCHEMA = 1
-ADAPTER, MERGED, REMOTE_CODE, ONNX = "adapter", "merged", "remote-code", "onnx"
+ADAPTER, MERGED, REMOTE_CODE = "adapter", "merged", "remote-code"
+ONNX, PATCHED = "onnx", "onnx-patch"
 UNDO_FILE = "surgery.undo"  # in a merged folder: all that the merge replaced
 _PACKAGES = ("checkpoint-surgery", "torch", "transformers", "safetensors", "accelerate")
 

@@ -253,7 +253,13 @@ def _open_session(folder: Path, name: str) -> Any:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        found = f"onnxruntime cannot load it ({shorten(str(error), 300)})"
+        why = shorten(str(error), 300)
+        if type(error).__name__ == "NotImplemented":  # onnxruntime's, of which the public module has no name
+            fix = "Export it again with --dtype fp32"
+            raise UnsupportedError(
+                path, f"onnxruntime's CPU cannot run it ({why})", expected="a graph in fp32 or fp16", fix=fix
+            ) from error
+        found = f"onnxruntime cannot load it ({why})"
         raise DamagedError(path, found, expected="a whole ONNX model", fix="Export it again") from error
 
 

@@ -23,13 +23,13 @@ from transformers import AutoTokenizer
 from surgery.adapter import Adapter, find_base, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import TRANSFORMERS_5, quiet_loading
-from surgery.delta import ADAPTER_FILE, bits, require_columns, require_side
-from surgery.errors import CheckError, DamagedError, SurgeryError, counted
+from surgery.delta import ADAPTER_FILE, backbone_sha256, bits, require_backbone, require_columns, require_side
+from surgery.errors import BaseMismatchError, CheckError, DamagedError, RequestError, SurgeryError, counted
 from surgery.lookup import ONNX_VERIFY, resolve
 from surgery.manifest import MERGED, ONNX, REMOTE_CODE, UNDO_FILE, Check, Record, read_record
 from surgery.methods.read import MODELING_FILE, modeling_config, modeling_source
 from surgery.operate import align, attach_plan, evaluating, load_base_model
-from surgery.plan import SurgeryPlan, Target
+from surgery.plan import NO_METHOD, SurgeryPlan, Target
 from surgery.survey import class_for, own_task, read_config
 from surgery.tensorfile import (
     CHUNK_BYTES,
@@ -96,33 +96,39 @@ def verify(
     """
     folder = Path(folder)
     record, checks, difference = read_record(folder, MERGED, REMOTE_CODE, ONNX), [], None
-    if record.kind != ONNX:
-        sides = _open_sides(folder, record, adapter, base)
+    opened, why = _find_adapter(record, folder, adapter)
+    if record.kind == ONNX:
+        checks += _check_carried(folder, record, base)
+    else:
+        sides = _open_sides(folder, record, opened, why, base)
         checks += [_check_names(sides), _check_untouched(sides)]  # first: what follows reads tensors by these names
         checks += _check_side(sides) if record.plan.stacks else _check_targets(sides)
         skipped = (_skipped("--no-numeric"), None)
         check, difference = _check_logits(sides, tuple(prompts) or PROMPTS) if numeric else skipped
         checks.append(check)
     if ONNX in record.manifest.export:
-        checks += resolve(ONNX_VERIFY)(folder, record, numeric=numeric)
+        checks += resolve(ONNX_VERIFY)(folder, record, opened, why, numeric=numeric)
     manifest = replace(record.manifest, checks=tuple(checks))
     replace_file(folder / RECORD_FILE, replace(record, manifest=manifest).to_json())
     return Verification(tuple(checks), difference)
 
 
-def _open_sides(folder: Path, record: Record, adapter: str | Path | None, base: str | Path | None) -> _Sides:
+def _open_sides(folder: Path, record: Record, adapter: Adapter | None, why: str, base: str | Path | None) -> _Sides:
     undo_path = folder / UNDO_FILE
     if record.kind == MERGED and not undo_path.is_file():
         raise DamagedError(str(folder), f"no {UNDO_FILE}", expected="a whole merged folder", fix="Export again")
-    opened, why = _find_adapter(record, folder, adapter)
     root = find_base(record, folder, base)
     undo = TensorFile(undo_path) if record.kind == MERGED else None
-    return _Sides(Checkpoint.open(folder), Checkpoint.open(root), record, undo, opened, why)
+    return _Sides(Checkpoint.open(folder), Checkpoint.open(root), record, undo, adapter, why)
 
 
 def _find_adapter(record: Record, folder: Path, named: str | Path | None) -> tuple[Adapter | None, str]:
-    """The adapter of a merge, or why it is not at hand. One that was named must be usable."""
+    """The adapter of an export, or why it is not at hand. One that was named must be usable."""
     source = record.manifest.adapter
+    if not source:
+        if named:
+            raise RequestError("--adapter", f"{named}, and {folder} was made of none", expected="no --adapter")
+        return None, "it was made of none"
     path = Path(named) if named else folder / source.get("path", "")
     if not named and not (path / ADAPTER_FILE).is_file():
         return None, f"its adapter {source.get('path', '')!r} is not there"
@@ -133,7 +139,7 @@ def _find_adapter(record: Record, folder: Path, named: str | Path | None) -> tup
         if named:
             raise
     if named:
-        raise CheckError(str(path), "it is not the adapter that was merged", expected="the recorded digest")
+        raise CheckError(str(path), "it is not the adapter that was exported", expected="the recorded digest")
     return None, "its adapter has changed since"
 
 
@@ -211,6 +217,25 @@ def _check_untouched(sides: _Sides) -> Check:
                     fix="Export again",
                 )
     return Check("untouched tensors", "passed", f"{len(names)} equal the base's byte for byte")
+
+
+def _check_carried(folder: Path, record: Record, base: str | Path | None) -> list[Check]:
+    """The tensors beside graphs are the base's, byte for byte: by the base, or by the digest that a plan has of it."""
+    checkpoint, plan = Checkpoint.open(folder), record.plan
+    try:
+        root = find_base(record, folder, base)
+    except BaseMismatchError as error:
+        if not plan.backbone_sha256:
+            return [Check("untouched tensors", "not run", error.found)]
+        if backbone_sha256(checkpoint) != plan.backbone_sha256:
+            found = "its tensors are not those of the base that the adapter was made for"
+            raise CheckError(str(folder), found, expected="the recorded digest", fix="Export again") from None
+        return [Check("untouched tensors", "passed", "they have the recorded digest")]
+    bare = replace(record, plan=SurgeryPlan(NO_METHOD, {}, plan.architecture, plan.task))
+    origin = Checkpoint.open(root)
+    require_backbone(origin, plan)
+    sides = _Sides(checkpoint, origin, bare, None, None, "")
+    return [_check_names(sides), _check_untouched(sides)]
 
 
 def _check_targets(sides: _Sides) -> list[Check]:

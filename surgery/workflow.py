@@ -14,7 +14,7 @@ from surgery.delta import ColumnDelta, Delta, SideDelta
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
 from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, ONNX_PATCH, UNDO, resolve
 from surgery.lookup import load as lookup
-from surgery.manifest import ADAPTER, ONNX, parse_record, read_document
+from surgery.manifest import ADAPTER, MERGED, ONNX, parse_record, read_document
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
@@ -75,6 +75,12 @@ def find_adapter(folder: str | Path | None, *, here: Path | None = None) -> Path
             fix="Name the adapter's folder",
         )
     return found[0]
+
+
+def is_checkpoint(model: str | Path) -> bool:
+    """Whether it is a model as it is: a hub id, a folder that surgery has not made, or one with a model in it."""
+    path = Path(model)
+    return not (path / RECORD_FILE).is_file() or read_document(path).get("kind") in (MERGED, ONNX)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -220,7 +226,7 @@ def _untrained(adapter: Adapter) -> list[str]:
         why = "training did not move any, or rounding to the base's dtype undid it"
     elif latest_checkpoint(adapter.folder / CHECKPOINTS):
         why = "its run was interrupted; `surgery train --resume auto` ends it"
-    return [f"no column of {adapter.folder} differs from the base: {why}"]
+    return [f"nothing that {adapter.folder} trains differs from the base: {why}"]
 
 
 def _shard_bytes(text: str | None) -> int | None:
@@ -236,7 +242,8 @@ def patch(
     onnx: str | Path, adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
 ) -> Any:
     """Bring a PaCA adapter into an ONNX file that exists already. Returns and raises: see exporters.onnx_patch."""
-    return resolve(ONNX_PATCH)(onnx, adapter, out, base=base, overwrite=overwrite)
+    result = resolve(ONNX_PATCH)(onnx, adapter, out, base=base, overwrite=overwrite)
+    return replace(result, notes=tuple(_untrained(open_adapter(adapter))))
 
 
 def undo(merged: str | Path, out: str | Path) -> Path:

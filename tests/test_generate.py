@@ -828,7 +828,7 @@ def test_json_is_one_document(tiny_model: TinyModel, run: Run) -> None:
     (
         ("nowhere --prompt a", 2, "nowhere: no such folder, expected a model"),
         ("empty --prompt a", 2, "empty: no model.safetensors"),
-        ("text.txt --prompt a", 2, "text.txt: a file, expected"),
+        ("text.txt --prompt a", 2, "text.txt: a file, expected a model, adapter or merged folder. Name its folder: "),
         ("model --prompt=", 2, "--prompt: an empty prompt, expected text"),
         ("model --prompt a --temperature -1", 2, "--temperature: -1.0, expected 0, or 0.01 and more"),
         ("model --prompt a --temperature nan", 2, "--temperature: nan, expected"),
@@ -864,6 +864,19 @@ def test_what_cannot_be_done_is_said(
     found, out, error = run(*words)
     assert (found, out, error.count("\n")) == (code, "", 1), error
     assert said in error
+
+
+def test_a_graph_that_the_cpu_has_no_kernels_for_is_said(tiny_model: TinyModel, tmp_path: Path, run: Run) -> None:
+    """One in bf16 is whole, and cannot run here: exit code 5, and what can."""
+    copied(tiny_model("llama"), tmp_path / "bf16")
+    values = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["batch"]) for name in ("a", "logits")]
+    save_graph(
+        tmp_path / "bf16" / "model.onnx", [helper.make_node("Add", ["a", "a"], ["logits"])], *([v] for v in values)
+    )
+    code, out, error = run(str(tmp_path / "bf16"), "--prompt", "a")
+    assert (code, out, error.count("\n")) == (5, "", 1), error
+    assert "onnxruntime's CPU cannot run it (" in error
+    assert error.endswith("expected a graph in fp32 or fp16. Export it again with --dtype fp32.\n")
 
 
 def make_bad_folder(name: str, root: Path, tiny_model: TinyModel, llama_onnx: Path) -> None:

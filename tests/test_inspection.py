@@ -215,6 +215,7 @@ def test_graphs_are_shown(kind: str, tiny_model: TinyModel, tmp_path: Path) -> N
     result = inspect(out)
     assert result.kind == ("merged" if kind == "merged" else "onnx")
     assert fact(result, "graphs") == "model.onnx: operators 20, computing in fp16, data in copy"
+    assert "dtype" not in fact(result, "export"), "of the files, beside what the graph computes in"
     assert fact(result, "architecture") == "LlamaForCausalLM (llama)"
     assert fact(result, "base").endswith(" (found)")
     assert "onnx: not run" in fact(result, "check")

@@ -29,8 +29,9 @@ import safetensors.torch
 
 import surgery
 from exporters import dense, onnx_folder, onnx_graph
+from exporters.onnx_check import unpassed_window
 from surgery.cli import main
-from surgery.errors import CheckError, SurgeryError
+from surgery.errors import CheckError, RequestError, ResourceError, SurgeryError
 from surgery.recipe import DataSection, Recipe
 from surgery.workflow import export_checkpoint, run, undo
 from tests import graphs
@@ -462,6 +463,22 @@ def test_a_merge_with_graphs_is_verified(merged: Merged) -> None:
     assert found == [(name, "passed") for name in (*names, "graphs", "onnx")]
 
 
+def test_a_merged_folder_can_be_given_graphs_later(merged: Merged, tmp_path: Path, command: Command) -> None:
+    """Also one that has graphs already: the same graph again, and of the merge's own files none."""
+    plain = dense.export(surgery.adapter.open_adapter(merged.adapter), tmp_path / "plain")
+    for number, source in enumerate((plain, merged.folder)):
+        out = tmp_path / f"again-{number}"
+        assert command("export", source, "--format", "onnx", "-o", out, "--no-verify") == (0, "")
+        names = {path.name for path in merged.folder.iterdir()} - {"surgery.undo"}
+        assert {path.name for path in out.iterdir()} == names
+        for name in names - {"surgery.json"}:
+            assert (out / name).read_bytes() == (merged.folder / name).read_bytes(), name
+        found = [(check.name, check.result) for check in surgery.verify(out).checks]
+        assert found == [(name, "passed") for name in ("names", "untouched tensors", "graphs", "onnx")]
+    dense.export(surgery.adapter.open_adapter(merged.adapter), tmp_path / "merged", base=merged.folder)
+    assert not (tmp_path / "merged" / "genai_config.json").exists(), "it describes a graph that is not there"
+
+
 def test_a_merge_with_graphs_can_be_undone(merged: Merged, tmp_path: Path) -> None:
     """The base, byte for byte, without the graph."""
     assert digest_folder(undo(merged.folder, tmp_path / "undone")) == digest_folder(merged.base)
@@ -563,7 +580,7 @@ def test_a_graph_can_compute_in_bf16(family: str, made: Made) -> None:
     assert list(export.said["graphs"]) == ["model.onnx"]
     (check,) = export.result.verification.checks
     assert check.result == "passed"
-    assert "fp32" in check.detail
+    assert "a graph in fp32 ran in its place" in check.detail
     assert_weights_lie_there(export)
 
 
@@ -640,11 +657,27 @@ def test_a_change_after_the_export_is_noticed(
 
 
 def test_a_folder_with_graphs_can_move(made: Made, tmp_path: Path) -> None:
-    """Nothing in it points outside; verify runs the graph again."""
-    folder = Path(shutil.copytree(made("bert").folder, tmp_path / "elsewhere" / "out"))
-    assert [(check.name, check.result) for check in surgery.verify(folder).checks] == [
-        ("graphs", "passed"), ("onnx", "passed"),
+    """Nothing that runs points outside: verify runs the graph again, and needs the base for a comparison alone."""
+    export = made("bert")
+    folder = Path(shutil.copytree(export.folder, tmp_path / "elsewhere" / "out"))
+    checks = surgery.verify(folder).checks
+    assert [(check.name, check.result) for check in checks] == [
+        ("untouched tensors", "not run"), ("graphs", "passed"), ("onnx", "passed"),
     ]  # fmt: skip
+    assert checks[0].detail.endswith("is not there")
+    assert surgery.verify(folder, base=export.base, numeric=False).checks[1].result == "passed"
+
+
+def test_a_changed_weight_of_an_untouched_model_is_noticed(made: Made, tmp_path: Path) -> None:
+    """Where its header is what it was: by the base. Exit code 3; and no adapter can be named for it."""
+    export = made("llama")
+    folder = Path(shutil.copytree(export.folder, tmp_path / "out"))
+    flip_last_byte(folder / "model.safetensors")
+    with pytest.raises(CheckError, match="it differs from the base") as caught:
+        surgery.verify(folder, base=export.base, numeric=False)
+    assert caught.value.exit_code == 3
+    with pytest.raises(RequestError, match=r"--adapter: .*was made of none"):
+        surgery.verify(folder, base=export.base, adapter=tmp_path, numeric=False)
 
 
 def test_values_that_a_graph_does_not_have_are_noticed(made: Made, tmp_path: Path) -> None:
@@ -747,6 +780,44 @@ def test_a_graph_that_does_not_run_is_not_let_out(
     assert_nothing_left(tmp_path)
 
 
+def test_an_opset_without_a_type_is_named(tiny_model: TinyModel, tmp_path: Path, command: Command) -> None:
+    """Convolutions take bf16 from opset 22 on: exit code 3, what helps, no path of a folder that is gone."""
+    given = ["--format", "onnx", "--dtype", "bf16", "-o", tmp_path / "out"]
+    code, error = command("export", tiny_model("vit"), *given)
+    assert code == 3
+    assert error.startswith("Error: model.onnx: onnx.checker refuses it at opset 20 (")
+    assert error.endswith("Later operators take more types: --opset 23.\n")
+    assert_nothing_left(tmp_path)
+
+
+def test_a_window_that_is_not_passed_is_said(made: Made) -> None:
+    """The check's sequences are short: of a wide sliding window it says so, of a narrow one it says nothing."""
+    wide = {**ONE_LAYER, "sliding_window": 2000}
+    (check,) = made("mistral", overrides=wide).result.verification.checks
+    assert check.detail.endswith("its sliding window of 2,000 tokens was not passed, only ones up to 1,024 are")
+    for config in (wide | {"use_sliding_window": False}, ONE_LAYER | {"sliding_window": 1024}):
+        assert unpassed_window(transformers.Qwen2Config(**config)) == 0
+
+
+def test_a_copy_that_does_not_fit_on_the_disk_is_not_begun(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights' files fit, and their copy does not: exit code 4, nothing is left."""
+    base = tiny_model("vit")
+    room = 3 * (base / "model.safetensors").stat().st_size // 2
+
+    def usage(_: Path) -> Any:
+        used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        return type("Usage", (), {"free": room - used})()
+
+    monkeypatch.setattr("surgery.writing.shutil.disk_usage", usage)
+    with pytest.raises(ResourceError, match="bytes free on its disk") as caught:
+        export_checkpoint(base, tmp_path / "out", onnx_data="copy", check=False)
+    assert caught.value.exit_code == 4
+    assert_nothing_left(tmp_path)
+    export_checkpoint(base, tmp_path / "out", check=False)
+
+
 def test_a_check_that_does_not_fit_in_memory_is_left_out(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -783,6 +854,7 @@ def inputs(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> P
     base = Path(shutil.copytree(tiny_model("llama"), root / "gone"))
     make_adapter(base, root / "orphan")
     shutil.rmtree(base)
+    surgery.export(root / "read", root / "remote", format="remote-code", check=False)
     (root / "empty").mkdir()
     (root / "exists").mkdir()
     (root / "exists" / "mine.txt").write_text("mine")
@@ -790,6 +862,7 @@ def inputs(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 REFUSED = (
+    ("remote", 2, "a folder of kind 'remote-code', expected one of kind 'adapter'"),
     ("model --opset 12", 2, "--opset: 12, expected 20 to 23"),
     ("model --opset 99", 2, "--opset: 99, expected 20 to 23"),
     ("model --opset new", 2, "'new' is not a valid integer"),
@@ -882,6 +955,11 @@ FOREIGN: Mapping[str, tuple[str, str, dict[str, Any], str]] = {
         "BertConfig", "BertForQuestionAnswering", {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16,
                                                    "num_hidden_layers": 1, "num_attention_heads": 2},
         "BertForQuestionAnswering could not be exported (its first output is no last_hidden_state of 3 axes)",
+    ),
+    "outputs besides logits": (
+        "BertConfig", "BertForPreTraining", {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16,
+                                             "num_hidden_layers": 1, "num_attention_heads": 2},
+        "BertForPreTraining could not be exported (it gives more than the logits of tokens)",
     ),
     "no padding token": (
         "LlamaConfig", "LlamaForSequenceClassification",

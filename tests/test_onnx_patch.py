@@ -23,6 +23,7 @@ from torch import Tensor
 
 from exporters import dense, onnx_patch
 from exporters.onnx_patch import Block, PatchResult, digest_lines, find_blocks, patch, read_graph
+from surgery import workflow
 from surgery.adapter import Adapter, update_adapter
 from surgery.checkpoint import INDEX_FILE, Checkpoint
 from surgery.delta import ColumnDelta, require_columns
@@ -39,6 +40,7 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedError,
 )
+from surgery.inspection import inspect
 from surgery.methods.paca import PacaSpec
 from surgery.operate import apply, load
 from surgery.survey import TaskSpec
@@ -452,6 +454,9 @@ def test_a_fresh_adapter_changes_nothing(tiny_model: TinyModel, plain_file: Path
     apply(tiny_model("llama"), tmp_path / "fresh", PacaSpec(rank=4))
     result = patch(plain_file, tmp_path / "fresh", tmp_path / "patched")
     assert result.blocks == {}
+    assert (
+        workflow.patch(plain_file, tmp_path / "fresh", tmp_path / "noted").notes[0].endswith("it has not been trained")
+    )
     assert sorted(path.name for path in result.out.iterdir()) == [
         "model.data",
         "model.onnx",
@@ -695,6 +700,24 @@ def test_another_base_is_refused(llama: Adapter, tiny_model: TinyModel, plain_fi
     for wrong in (tiny_model("llama", seed=1), tiny_model("llama", overrides={"hidden_size": 16})):
         refuse(BaseMismatchError, 4, "the base this adapter was made for", plain_file, tmp_path / "adapter", base=wrong)
     assert patch(plain_file, tmp_path / "adapter", tmp_path / "right", base=tiny_model("llama")).blocks
+
+
+def test_a_folder_is_no_file(llama: Adapter, plain_file: Path, tmp_path: Path) -> None:
+    """What stands in it is named."""
+    file = str(plain_file)
+    refuse(NotAModelError, 2, f"a folder, expected an .onnx file. Name a file in it: {file}", plain_file.parent,
+           tmp_path / "adapter")  # fmt: skip
+
+
+def test_a_patched_folder_says_what_it_is(llama: Adapter, plain_file: Path, tmp_path: Path) -> None:
+    """To `surgery inspect`: where it came from, and that it was checked."""
+    out = patch(plain_file, tmp_path / "adapter", tmp_path / "patched").out
+    found = inspect(out)
+    said = "\n".join(found.lines())
+    assert found.kind == "onnx-patch"
+    assert "an ONNX file with an adapter's columns in it" in said
+    assert "../adapter (found)" in said
+    assert "patched weights: passed in 2 tensors all are the merged ones" in said
 
 
 def relocate(location: str) -> Callable[[Any], None]:

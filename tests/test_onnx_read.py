@@ -27,6 +27,7 @@ from surgery import ReadSpec, TaskSpec
 from surgery.adapter import Adapter
 from surgery.errors import BaseMismatchError, CheckError
 from surgery.manifest import ONNX, read_record
+from surgery.tensorfile import read_header
 from tests import graphs
 from tests.conftest import TinyModel, digest_folder
 from tests.graphs import too_large
@@ -211,7 +212,7 @@ def test_it_is_verified_later(kind: Kind, made: Made) -> None:
     """Graphs, where they look for weights, and what they compute with the side network."""
     exported = made(kind)
     found = [(check.name, check.result) for check in surgery.verify(exported.folder).checks]
-    assert found == [("graphs", "passed"), ("onnx", "passed")]
+    assert found == [(n, "passed") for n in ("names", "untouched tensors", "graphs", "side network", "onnx")]
     record = read_record(exported.folder, ONNX)
     assert record.manifest.adapter["sha256"] == exported.adapter.record.manifest.files["adapter.safetensors"]
 
@@ -237,6 +238,52 @@ def test_a_lost_side_network_is_noticed(copied: Path) -> None:
     (copied / SIDE_FILE).unlink()
     with pytest.raises(CheckError, match=rf"{SIDE_FILE}: "):
         surgery.verify(copied, numeric=False)
+
+
+def flip(path: Path, name: str) -> None:
+    """Another value of one tensor, behind the same header."""
+    stored = next(info for info in read_header(path).tensors if info.name == name)
+    data = bytearray(path.read_bytes())
+    data[stored.begin] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("has_base", (True, False))
+def test_a_changed_backbone_is_noticed(has_base: bool, made: Made, copied: Path, tmp_path: Path) -> None:
+    """By the base, and where that is gone by the digest that the plan has of it. Exit code 3."""
+    given = {"base": made(FAST[0]).base} if has_base else {}
+    sound = surgery.verify(copied, numeric=False, **given).checks
+    assert ("untouched tensors", "passed") in [(check.name, check.result) for check in sound]
+    flip(copied / "model.safetensors", "model.norm.weight")
+    with pytest.raises(CheckError) as caught:
+        surgery.verify(copied, numeric=False, **given)
+    assert ("model.norm.weight" in str(caught.value)) == has_base
+
+
+def test_a_changed_side_network_is_noticed(made: Made, copied: Path) -> None:
+    """By the adapter, where one is at hand; else the check says that it is not."""
+    exported, name = made(FAST[0]), "side_network.stacks.backbone.directions.0.weight_hh"
+    given = {"adapter": exported.adapter.folder, "numeric": False}
+    checks = {check.name: check for check in surgery.verify(copied, **given).checks}
+    assert checks["side network"].result == "passed"
+    flip(copied / SIDE_FILE, name)
+    with pytest.raises(CheckError, match=f"{name}: it is not what was trained"):
+        surgery.verify(copied, **given)
+    checks = {check.name: check for check in surgery.verify(copied, numeric=False).checks}
+    assert checks["side network"].result == "not run"
+    assert "is not there" in checks["side network"].detail
+
+
+def test_a_base_that_is_another_is_not_compared_with(
+    made: Made, copied: Path, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """The wrong base, or the wrong adapter, is refused by name."""
+    family = made(FAST[0]).kind.family
+    with pytest.raises(BaseMismatchError, match="--base"):
+        surgery.verify(copied, base=tiny_model(family, seed=1), numeric=False)
+    other = make_read_adapter(tiny_model(family, seed=1), tmp_path / "other", SPEC)
+    with pytest.raises(CheckError, match="it is not the adapter that was exported"):
+        surgery.verify(copied, adapter=other.folder, numeric=False)
 
 
 def swapped_gates(weight: torch.Tensor, order: Any) -> torch.Tensor:

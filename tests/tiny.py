@@ -68,9 +68,10 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
     "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", HEAD_DIM),
     "mistral": Family("MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": 16}),
+    "gemma": Family("GemmaConfig", "GemmaForCausalLM", HEAD_DIM),
     "gemma2": Family("Gemma2Config", "Gemma2ForCausalLM", LOCAL_AND_GLOBAL),
     "gemma3": Family("Gemma3TextConfig", "Gemma3ForCausalLM", LOCAL_AND_GLOBAL),
-    "phi3": Family("Phi3Config", "Phi3ForCausalLM", GROUPED),
+    "phi3": Family("Phi3Config", "Phi3ForCausalLM", {**GROUPED, "sliding_window": 16}),
     "gpt2": Family(
         "GPT2Config",
         "GPT2LMHeadModel",

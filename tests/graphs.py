@@ -58,6 +58,23 @@ def as_past(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.replace("present.", "past_key_values."): x for n, x in outputs.items() if n.startswith("present.")}
 
 
+@torch.no_grad()
+def greedy(graph: Graph, ids: list[int], count: int) -> list[int]:
+    """The most likely tokens one after another, with the graph's cache."""
+    cache, new = graph.no_tokens(1), torch.tensor([ids])
+    seen = list(ids)
+    for _ in range(count):
+        first = len(seen) - new.shape[1]
+        places = torch.arange(first, len(seen))[None]
+        out = graph({
+            "input_ids": new, "attention_mask": torch.ones(1, len(seen), dtype=torch.int64), "position_ids": places,
+            **cache,
+        })  # fmt: skip
+        cache, new = as_past(out), out["logits"][:, -1].argmax(-1, keepdim=True)
+        seen.append(int(new))
+    return seen[len(ids) :]
+
+
 def reference(folder: Path, model_class: str) -> Any:
     """A checkpoint in fp32, with attention in its plainest form."""
     loaded = getattr(transformers, model_class).from_pretrained(

@@ -9,19 +9,23 @@ import torch
 import transformers
 
 from surgery.data import DataSpec, prepare
+from surgery.generate import GenerateSpec
 from surgery.methods.paca import PacaSpec
 from surgery.methods.read import ReadSpec
+from surgery.onnx_runtime import open_folder
 from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
 from surgery.train import TrainResult, train
 from surgery.verify import load_merged
 from surgery.workflow import export
+from tests.graphs import Graph, greedy
 
 pytestmark = pytest.mark.slow
 
 BLOCK_TOKENS = 256
 HELD_OUT_CHARACTERS = 42_000  # some 100 blocks of 256 tokens
+WRITTEN = 24  # tokens that each prompt is continued by
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +101,26 @@ def test_the_merged_story_teller_has_the_same_loss(shakespeare: tuple[Path, Data
     root, data, result = shakespeare
     merged = export_checked(root / "adapter", root / "merged")
     assert language_loss(merged, data, batch_size=10) == pytest.approx(result.after["loss"], abs=1e-6)
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_its_graph_writes_the_same_plays(shakespeare: tuple[Path, DataSection, TrainResult]) -> None:
+    """Merged and exported: greedy, in onnxruntime, transformers' tokens one for one, for 20 prompts from the plays."""
+    root, data, _ = shakespeare
+    folder = export_checked(root / "adapter", root / "onnx", format="onnx")
+    model, tokenizer = load_merged(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    graph, runtime = Graph(folder / "model.onnx"), open_folder(folder)
+    plays = Path(data.eval[0]).read_text(encoding="utf-8")
+    for number in range(20):
+        text = plays[2000 * number : 2000 * number + 20 + 6 * number]
+        prompt = tokenizer(text)["input_ids"]
+        given = torch.tensor([prompt])
+        asked = {"attention_mask": torch.ones_like(given), "max_new_tokens": WRITTEN, "do_sample": False}
+        expected = model.generate(input_ids=given, **asked)[0, len(prompt) :].tolist()
+        assert greedy(graph, prompt, len(expected)) == expected, text
+        answer = runtime.answer(text, GenerateSpec(max_new_tokens=WRITTEN), lambda _: None)
+        assert list(answer.tokens) == expected, text
 
 
 @pytest.mark.long

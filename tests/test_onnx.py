@@ -864,7 +864,7 @@ def inputs(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 REFUSED = (
-    ("remote", 2, "a folder of kind 'remote-code', expected one of kind 'adapter'"),
+    ("remote", 2, "remote: a folder of kind 'remote-code', expected an adapter folder"),
     ("model --opset 12", 2, "--opset: 12, expected 20 to 23"),
     ("model --opset 99", 2, "--opset: 99, expected 20 to 23"),
     ("model --opset new", 2, "'new' is not a valid integer"),

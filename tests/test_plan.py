@@ -62,7 +62,7 @@ T5_BLOCK = ("layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttenti
 
 # One line per stack: the path of its blocks, and the layers of a block by what feeds them (all models have two blocks).
 STACKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"), (("model.layers", LLAMA),)),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3"), (("model.layers", LLAMA),)),
     "phi3": (("model.layers", ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),),
     "gpt2": (("transformer.h", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),),
     "opt": (("model.decoder.layers", BART_ENCODER),),

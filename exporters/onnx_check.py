@@ -152,9 +152,8 @@ def _say(batch: int, count: int, padding: str) -> str:
 
 
 def _window(config: Any) -> int:
-    """How many tokens a decoder's sliding window spans; 0 without one."""
-    window = getattr(config, "sliding_window", None) or 0
-    return window if getattr(config, "use_sliding_window", True) else 0
+    """How many tokens a decoder's sliding window spans; 0 without one (Qwen's configurations unset one not in use)."""
+    return getattr(config, "sliding_window", None) or 0
 
 
 def unpassed_window(config: Any) -> int:

@@ -468,15 +468,15 @@ def test_a_merge_with_graphs_is_verified(merged: Merged) -> None:
 def test_a_merged_folder_can_be_given_graphs_later(merged: Merged, tmp_path: Path, command: Command) -> None:
     """Also one that has graphs already: the same graph again, and of the merge's own files none."""
     plain = dense.export(surgery.adapter.open_adapter(merged.adapter), tmp_path / "plain")
-    for number, source in enumerate((plain, merged.folder)):
+    for number, source in enumerate((plain, merged.folder, tmp_path / "again-0")):
         out = tmp_path / f"again-{number}"
         assert command("export", source, "--format", "onnx", "-o", out, "--no-verify") == (0, "")
         names = {path.name for path in merged.folder.iterdir()} - {"surgery.undo"}
         assert {path.name for path in out.iterdir()} == names
         for name in names - {"surgery.json"}:
             assert (out / name).read_bytes() == (merged.folder / name).read_bytes(), name
-        found = [(check.name, check.result) for check in surgery.verify(out).checks]
-        assert found == [(name, "passed") for name in ("names", "untouched tensors", "graphs", "onnx")]
+    found = [(check.name, check.result) for check in surgery.verify(tmp_path / "again-0").checks]
+    assert found == [(name, "passed") for name in ("names", "untouched tensors", "graphs", "onnx")]
     carried = Checkpoint.open(merged.folder).small_files()
     assert "genai_config.json" not in carried, "it describes a graph that is not carried along"
 
@@ -856,7 +856,8 @@ def inputs(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> P
     base = Path(shutil.copytree(tiny_model("llama"), root / "gone"))
     make_adapter(base, root / "orphan")
     shutil.rmtree(base)
-    surgery.export(root / "read", root / "remote", format="remote-code", check=False)
+    for folder, kind in (("remote", "remote-code"), ("side", "onnx")):
+        surgery.export(root / "read", root / folder, format=kind, check=False)
     (root / "empty").mkdir()
     (root / "exists").mkdir()
     (root / "exists" / "mine.txt").write_text("mine")
@@ -864,6 +865,7 @@ def inputs(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 REFUSED = (
+    ("side", 5, "side: a model with a side network, which would be lost"),
     ("remote", 2, "remote: a folder of kind 'remote-code', expected an adapter folder"),
     ("model --opset 12", 2, "--opset: 12, expected 20 to 23"),
     ("model --opset 99", 2, "--opset: 99, expected 20 to 23"),

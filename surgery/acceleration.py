@@ -6,6 +6,8 @@ Each is had as asked for, or refused with the reason: nothing is replaced by som
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +90,8 @@ def _require_tf32(device: str) -> None:
 def _require_flash(device: str) -> None:
     missing = missing_flash(device)
     if missing:
-        raise UnsupportedError("train.attention", f"{FLASH}, and {missing}", expected="it to be usable", fix="Take auto")
+        found = f"{FLASH}, and {missing}"
+        raise UnsupportedError("train.attention", found, expected="it to be usable", fix="Take auto")
 
 
 def missing_flash(device: str) -> str:
@@ -142,6 +145,24 @@ def compile_failure(device: str) -> str:
     return ""
 
 
+def state() -> dict[str, str]:
+    """What of all this is usable here, and why not: for `surgery doctor`. Nothing is compiled to find out."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    no_card = "" if device == "cuda" else "no CUDA device"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+    missing = {
+        "bf16": no_card or ("" if has_bf16() else f"{_card()} has none; auto takes fp16"),
+        "tf32": no_card or ("" if has_tf32() else f"{_card()} has none"),
+        "flash-attn": missing_flash(device),
+        "liger": missing_liger(device),
+        "triton": "" if importlib.util.find_spec("triton") else "not installed",
+        "torch.compile": "" if compiler else "no C++ compiler (CXX, g++ or clang++)",
+    }
+    if device == "cuda" and missing["triton"]:
+        missing["torch.compile"] = "triton is not installed"
+    return {name: f"not usable: {why}" if why else "usable" for name, why in missing.items()}
+
+
 # --- what auto means
 
 
@@ -179,13 +200,13 @@ def prepare(model: Any, section: TrainSection, *, device: str, autocast: str) ->
 
 
 def _set_attention(model: Any, section: TrainSection, *, device: str, autocast: str) -> str:
-    wanted = section.attention
+    is_half = autocast != "fp32" or model.dtype in HALF
+    wanted: str = section.attention
     if wanted == "auto":
         # compiled, flash attention's unpadding would break the graph in every layer
-        is_half = autocast != "fp32" or model.dtype in HALF
-        fits = is_half and not section.compile and _flash_class(model) and not missing_flash(device)
+        fits = is_half and not section.compile and _has_flash(model) and not missing_flash(device)
         wanted = FLASH if fits else ""
-    if wanted == FLASH and autocast == "fp32" and model.dtype not in HALF:
+    if wanted == FLASH and not is_half:
         raise UnsupportedError(
             "train.attention", f"{FLASH} in fp32", expected="16 bits", fix="Set train.precision to bf16, or take sdpa"
         )
@@ -194,7 +215,7 @@ def _set_attention(model: Any, section: TrainSection, *, device: str, autocast: 
     return str(model.config._attn_implementation)  # noqa: SLF001
 
 
-def _flash_class(model: Any) -> bool:
+def _has_flash(model: Any) -> bool:
     return bool(model._supports_flash_attn)  # noqa: SLF001  how a class of transformers says it
 
 

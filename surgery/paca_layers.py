@@ -6,9 +6,9 @@ dP = dy^T x[.., columns]. Backward keeps r channels of the input.
 The master copy of the columns is a zero-initialised difference in float32, so that weight decay pulls towards the
 pretrained values. The columns in the weight are refreshed from it before the first forward after it may have changed.
 
-Under torch.compile a layer is one call of a custom operator, which looks whether its columns are fresh when the compiled
-graph runs: nothing of that is traced, so no step recompiles and no hook has to run outside the graph. Without compiling
-the autograd function below does the same at less cost a call.
+Under torch.compile a layer is one call of a custom operator, which looks whether its columns are fresh when the
+compiled graph runs: nothing of that is traced, so no step recompiles and no hook has to run outside the graph. Without
+compiling the autograd function below does the same at less cost a call.
 
 Shape suffixes: o out_features, i in_features, r trained columns, n all leading axes flattened.
 
@@ -43,7 +43,7 @@ class SharedGather:
     def one_tensor(self, columns_r: Tensor) -> Tensor:
         """The group's columns as one tensor object, by which a compiler sees that all members gather the same.
 
-        columns_r: a member's own, equal to the others'; where the group's lies on another device it becomes the group's.
+        columns_r: a member's own, equal to the others'; it becomes the group's where that lies on another device.
         """
         ours = self._columns
         if ours is None or ours.device != columns_r.device or ours.shape != columns_r.shape:
@@ -313,12 +313,12 @@ class PacaLayer(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> PacaLayer:  # noqa: FBT001, FBT002  torch's signature
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.paca_columns = self.paca_gather.one_tensor(self.paca_columns)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.take_number()  # a copy is a layer of its own
 
     def take_number(self) -> None:

@@ -442,8 +442,14 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
         rows = rows.add_column(ROW, list(range(len(rows))))
         arguments.remove_unused_columns = False  # the trainer would take the numbers away
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
-    kept_frozen = [acceleration.KeepFrozenInputs()] if settings.gradient_checkpointing else []
-    callbacks = [*kept_frozen, Progress(), LogFile(adapter.folder / LOG_FILE), StopWhenDiverged(), StopWhenAsked(interruption)]
+    callbacks: list[Any] = [
+        Progress(),
+        LogFile(adapter.folder / LOG_FILE),
+        StopWhenDiverged(),
+        StopWhenAsked(interruption),
+    ]
+    if settings.gradient_checkpointing:
+        callbacks.append(acceleration.KeepFrozenInputs())
     if settings.early_stopping_patience:
         callbacks.append(StopEarly(settings.early_stopping_patience))
     task = adapter.plan.task

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from surgery import ReadSpec, paca_layers
@@ -198,7 +199,7 @@ def compiled_bytes(hidden: int, rank: int | None) -> int:
         attach(model, PacaSpec(rank=rank))
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     embeddings = torch.randn(2, 9, hidden, requires_grad=True)
-    _, returned = graphs_of(model, lambda: model(inputs_embeds=embeddings).logits.sum())
+    _, returned = graphs_of(model, lambda: model(inputs_embeds=embeddings).logits.sum())  # noqa: PLW0108  once it is compiled
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in returned}
     return sum(size for address, size in storages.items() if address not in own)
 
@@ -230,7 +231,8 @@ def test_autocast_computes_as_in_eager_mode(family: str, tiny_model: TinyModel) 
     assert logits[0].dtype == logits[1].dtype == torch.bfloat16
     agree(*logits, 0.02)
     same_gradients(*models, 0.03)
-    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in trainable(models[0]))
+    gradients = [parameter.grad for parameter in trainable(models[0])]
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -271,7 +273,7 @@ def test_layers_compiled_one_by_one_share_a_graph(tiny_model: TinyModel) -> None
     _, model = pair("llama", tiny_model("llama", overrides={"num_hidden_layers": 4}))
     model.config.use_cache = False  # else each layer looks whether its part of the cache is there
     ours = copy.deepcopy(model)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     for block in ours.model.layers:
         block.compile(backend=counter, fullgraph=True)
     for version in (ours, model):

@@ -145,9 +145,8 @@ def compile_failure(device: str) -> str:
     return ""
 
 
-def state() -> dict[str, str]:
-    """What of all this is usable here, and why not: for `surgery doctor`. Nothing is compiled to find out."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def state(device: str) -> dict[str, str]:
+    """What of all this is usable on cuda or cpu, and why not: for `surgery doctor`. Nothing is compiled to find out."""
     no_card = "" if device == "cuda" else "no CUDA device"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
     missing = {

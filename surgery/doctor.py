@@ -117,7 +117,9 @@ def examine() -> Report:
         *_folder_problems({"the current folder": Path.cwd(), "the folder for temporary files": _temporary()}),
         *_cache_problems(_cache()),
     )
-    return Report(_system(), {DISTRIBUTION: installed(DISTRIBUTION), **versions}, devices, extras, _kernels(), problems)
+    return Report(
+        _system(), {DISTRIBUTION: installed(DISTRIBUTION), **versions}, devices, extras, _kernels(devices), problems
+    )
 
 
 def installed(name: str) -> str:
@@ -215,12 +217,13 @@ def _extra(name: str, packages: Mapping[str, str], versions: Mapping[str, str]) 
     return Extra(name, missing, f"pip install '{DISTRIBUTION}[{name}]'{place}" if missing else "")
 
 
-def _kernels() -> dict[str, str]:
+def _kernels(devices: tuple[Device, ...]) -> dict[str, str]:
     """What a run's settings (precision, tf32, attention, liger, compile) can have on this machine."""
     try:
         from surgery.acceleration import state
 
-        return state()
+        has_cuda = any(device.name == "cuda" and device.is_usable for device in devices)
+        return state("cuda" if has_cuda else "cpu")
     except (ImportError, OSError):
         return {"all": "not usable: torch or transformers cannot be imported"}
 

@@ -299,19 +299,18 @@ def test_a_compiled_run_trains_as_an_eager_one(
 
 def test_what_is_usable_is_said() -> None:
     """Each of the kernels by name: usable, or the reason."""
-    found = state()
+    found = state("cpu")
     assert set(found) == {"bf16", "tf32", "flash-attn", "liger", "triton", "torch.compile"}
     assert all(text == "usable" or text.startswith("not usable: ") for text in found.values())
-    if not torch.cuda.is_available():
-        assert found["bf16"] == "not usable: no CUDA device"
-        assert found["liger"] == "not usable: the device is cpu"
+    assert found["bf16"] == "not usable: no CUDA device"
+    assert found["liger"] == "not usable: the device is cpu"
 
 
 def test_a_card_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an old card lacks is said of it; compiling on CUDA needs triton."""
     pretend_cuda(monkeypatch, bf16=False, capability=(7, 5))
     pretend_installed(monkeypatch, "flash_attn", "liger_kernel", "triton", missing=True)
-    assert state() == {
+    assert state("cuda") == {
         "bf16": "not usable: Card 1 has none; auto takes fp16",
         "tf32": "not usable: Card 1 has none",
         "flash-attn": "not usable: flash-attn is not installed",

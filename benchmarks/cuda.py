@@ -6,7 +6,7 @@
 Weights are random and drawn on the device; all computes in bf16 under autocast, as the trainer does, attention sdpa,
 AdamW fused. The methods hold equal weights and take turns step by step, but for full tuning, which has the device for
 itself. Memory is measured with one method on the device. `lora` has its adapters in bf16, the leanest; `lora-fp32` is
-what PEFT gives without being asked. The floor is a frozen forward with input gradients, and has no optimizer.
+what PEFT gives without being asked; `full` has weights, gradients and moments in bf16. The floor is a frozen forward with input gradients, and has no optimizer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -26,10 +27,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+HERE = Path(__file__).resolve().parent
+if sys.path[0] == str(HERE):  # else this file would stand for the package `cuda`, which NVIDIA has and torch may import
+    sys.path[0] = str(HERE.parent)
+
 import torch
-from step import SHAPES, as_floor, as_full, as_paca, enable_checkpointing, optimizer_of, ratio, wait
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.step import SHAPES, as_floor, as_full, as_paca, enable_checkpointing, optimizer_of, ratio, wait
 
 TURNS, ALONE = ("floor", "paca", "lora", "lora-fp32"), ("full",)
 T = TypeVar("T")

@@ -6,7 +6,8 @@
 Weights are random and drawn on the device; all computes in bf16 under autocast, as the trainer does, attention sdpa,
 AdamW fused. The methods hold equal weights and take turns step by step, but for full tuning, which has the device for
 itself. Memory is measured with one method on the device. `lora` has its adapters in bf16, the leanest; `lora-fp32` is
-what PEFT gives without being asked; `full` has weights, gradients and moments in bf16. The floor is a frozen forward with input gradients, and has no optimizer.
+what PEFT gives without being asked; `full` has weights, gradients and moments in bf16. The floor is a frozen forward
+with input gradients, and has no optimizer.
 """
 
 from __future__ import annotations

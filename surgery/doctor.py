@@ -44,6 +44,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     },
     "bnb": {"bitsandbytes": ">=0.46,<1"},
     "gaudi": {"optimum-habana": "==1.21.2"},
+    "liger": {"liger-kernel": ">=0.8,<1"},
     "lora": {"peft": ">=0.17,<1"},
 }
 GAUDI_PLUGIN, GAUDI_TOOL, NVIDIA_TOOL = "habana-torch-plugin", "hl-smi", "nvidia-smi"
@@ -78,6 +79,7 @@ class Report:
     packages: Mapping[str, str]
     devices: tuple[Device, ...]
     extras: tuple[Extra, ...]
+    kernels: Mapping[str, str]
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +98,7 @@ class Report:
             "packages": align(packages),
             "devices": align(devices),
             "extras": align(extras),
+            "kernels": align(list(self.kernels.items())),
             "problems": list(self.problems) or ["none"],
         }
         return [line for title, block in blocks.items() for line in (title, *(f"  {text}" for text in block))]
@@ -114,7 +117,9 @@ def examine() -> Report:
         *_folder_problems({"the current folder": Path.cwd(), "the folder for temporary files": _temporary()}),
         *_cache_problems(_cache()),
     )
-    return Report(_system(), {DISTRIBUTION: installed(DISTRIBUTION), **versions}, devices, extras, problems)
+    return Report(
+        _system(), {DISTRIBUTION: installed(DISTRIBUTION), **versions}, devices, extras, _kernels(devices), problems
+    )
 
 
 def installed(name: str) -> str:
@@ -210,6 +215,17 @@ def _extra(name: str, packages: Mapping[str, str], versions: Mapping[str, str]) 
     missing = tuple(package for package in packages if not versions[package])
     place = " in an environment of its own" if name == "gaudi" else ""
     return Extra(name, missing, f"pip install '{DISTRIBUTION}[{name}]'{place}" if missing else "")
+
+
+def _kernels(devices: tuple[Device, ...]) -> dict[str, str]:
+    """What a run's settings (precision, tf32, attention, liger, compile) can have on this machine."""
+    try:
+        from surgery.acceleration import state
+
+        has_cuda = any(device.name == "cuda" and device.is_usable for device in devices)
+        return state("cuda" if has_cuda else "cpu")
+    except (ImportError, OSError):
+        return {"all": "not usable: torch or transformers cannot be imported"}
 
 
 # --- problems

@@ -6,6 +6,10 @@ dP = dy^T x[.., columns]. Backward keeps r channels of the input.
 The master copy of the columns is a zero-initialised difference in float32, so that weight decay pulls towards the
 pretrained values. The columns in the weight are refreshed from it before the first forward after it may have changed.
 
+Under torch.compile a layer is one call of a custom operator, which looks whether its columns are fresh when the
+compiled graph runs: nothing of that is traced, so no step recompiles and no hook has to run outside the graph. Without
+compiling the autograd function below does the same at less cost a call.
+
 Shape suffixes: o out_features, i in_features, r trained columns, n all leading axes flattened.
 
 Source: PaCA, arXiv 2503.01905 (ICLR 2025), section 3.
@@ -13,6 +17,7 @@ Source: PaCA, arXiv 2503.01905 (ICLR 2025), section 3.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
@@ -32,7 +37,18 @@ class SharedGather:
 
     def __init__(self, members: int) -> None:
         self.members = members
+        self._columns: Tensor | None = None
         self._forget()
+
+    def one_tensor(self, columns_r: Tensor) -> Tensor:
+        """The group's columns as one tensor object, by which a compiler sees that all members gather the same.
+
+        columns_r: a member's own, equal to the others'; it becomes the group's where that lies on another device.
+        """
+        ours = self._columns
+        if ours is None or ours.device != columns_r.device or ours.shape != columns_r.shape:
+            self._columns = ours = columns_r
+        return ours
 
     def _forget(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
@@ -53,11 +69,11 @@ class SharedGather:
             self._forget()
         return kept
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"members": self.members}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members, "_columns": self._columns}
 
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.members = state["members"]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.members, self._columns = state["members"], state["_columns"]
         self._forget()
 
 
@@ -86,16 +102,100 @@ class _PacaFunction(torch.autograd.Function):
         x_dtype, delta_dtype = ctx.dtypes
         dx = ddelta_or = None
         if ctx.needs_input_grad[0]:
-            dx = layer.input_gradient(dy, ctx.weight.to(dy.dtype)).to(x_dtype)
+            dx = input_gradient(dy, ctx.weight, layer.input_axis).to(x_dtype)
         if ctx.needs_input_grad[1]:
             (kept,) = ctx.saved_tensors
-            kept_nr = kept.reshape(-1, kept.shape[-1]).to(dy.dtype)
-            # (r, n) x (n, o): on the CPU a fourth faster than (o, n) x (n, r), which reads dy across its rows
-            ddelta_or = kept_nr.t().mm(dy.reshape(-1, dy.shape[-1])).t().to(delta_dtype)
-            if layer.paca_scale != 1.0:
-                ddelta_or = ddelta_or.mul_(layer.paca_scale)
-            layer.paca_pending = True  # whatever uses this gradient, the next forward refreshes
+            ddelta_or = layer.column_gradient(kept, dy, delta_dtype)
         return dx, ddelta_or, None, None
+
+
+def input_gradient(dy: Tensor, weight: Tensor, input_axis: int) -> Tensor:
+    """dy (.., o) -> dx (.., i), in dy's dtype."""
+    weight = weight.to(dy.dtype)
+    return dy.matmul(weight if input_axis == 1 else weight.t())
+
+
+# --- the same for torch.compile
+
+_numbers = itertools.count()
+_numbered: weakref.WeakValueDictionary[int, PacaLayer] = weakref.WeakValueDictionary()
+# Both operators reach the layer itself through its number, a CPU tensor: an integer would be compiled in, and layers
+# that are compiled one by one would each need a graph of their own. A CUDA graph would not run their Python again.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op(
+    "checkpoint_surgery::paca_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor delta_or, Tensor weight, Tensor? bias, Tensor columns_r, Tensor number, int input_axis,"
+    " ScalarType? autocast) -> Tensor",
+    tags=_TAGS,
+)
+def _paca_linear(
+    x: Tensor,
+    delta_or: Tensor,  # noqa: ARG001  autograd's: what the columns' gradient is for
+    weight: Tensor,  # noqa: ARG001  autograd's too: at run time it is the layer's own
+    bias: Tensor | None,  # noqa: ARG001
+    columns_r: Tensor,  # noqa: ARG001
+    number: Tensor,
+    input_axis: int,  # noqa: ARG001
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """The layer's forward, its columns refreshed before if they are stale. `autocast`: its dtype where it is on.
+
+    The schema does not say that the weight's columns may be rewritten: nothing else in a graph reads them before this
+    operator has run, and a compiler that knew would copy the weight.
+    """
+    layer = _numbered[int(number)]
+    layer.refresh_if_stale()
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        return layer.frozen_forward(x)
+
+
+@_paca_linear.register_fake
+def _(
+    x: Tensor, delta_or: Tensor, _weight: Any, _bias: Any, _columns: Any, _number: Any, _axis: int, autocast: Any
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], delta_or.shape[0]), dtype=autocast or x.dtype)
+
+
+@torch.library.custom_op(
+    "checkpoint_surgery::paca_column_gradient",
+    mutates_args=(),
+    schema="(Tensor kept, Tensor dy, Tensor number, ScalarType dtype) -> Tensor",
+    tags=_TAGS,
+)
+def _column_gradient(kept: Tensor, dy: Tensor, number: Tensor, dtype: torch.dtype) -> Tensor:
+    return _numbered[int(number)].column_gradient(kept, dy, dtype).contiguous()
+
+
+@_column_gradient.register_fake
+def _(kept: Tensor, dy: Tensor, _number: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.new_empty((dy.shape[-1], kept.shape[-1]), dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  torch's signature
+    x, delta_or, weight, _, columns_r, number, ctx.input_axis, _ = inputs
+    ctx.dtypes = (x.dtype, delta_or.dtype)
+    kept = gather(x, columns_r) if ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(kept, weight, number)
+
+
+def _go_back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    kept, weight, number = ctx.saved_tensors
+    x_dtype, delta_dtype = ctx.dtypes
+    dx = ddelta_or = None
+    if ctx.needs_input_grad[0]:
+        dx = input_gradient(dy, weight, ctx.input_axis).to(x_dtype)
+    if ctx.needs_input_grad[1]:
+        ddelta_or = _column_gradient(kept, dy, number, delta_dtype)
+    return dx, ddelta_or, None, None, None, None, None, None
+
+
+_paca_linear.register_autograd(_go_back, setup_context=_keep)
+
+
+# --- when columns are stale
 
 
 _optimizer_steps = 0
@@ -135,6 +235,7 @@ class PacaLayer(nn.Module):
     paca_original: nn.Parameter
     paca_columns: Tensor
     paca_gather: SharedGather
+    paca_number: Tensor
     paca_scale: float
     paca_storage: torch.dtype
     paca_pending: bool
@@ -142,16 +243,31 @@ class PacaLayer(nn.Module):
     input_axis: int
     frozen_forward: Callable[[Tensor], Tensor]  # the base layer's own forward, from the class this is mixed into
 
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dy (.., o) -> dx (.., i)."""
-        return dy.matmul(weight if self.input_axis == 1 else weight.t())
+    def column_gradient(self, kept: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
+        """kept (.., r), dy (.., o) -> the columns' gradient (o, r), after which the columns count as stale."""
+        kept_nr = kept.reshape(-1, kept.shape[-1]).to(dy.dtype)
+        # (r, n) x (n, o): on the CPU a fourth faster than (o, n) x (n, r), which reads dy across its rows
+        gradient_or = kept_nr.t().mm(dy.reshape(-1, dy.shape[-1])).t().to(dtype)
+        if self.paca_scale != 1.0:
+            gradient_or = gradient_or.mul_(self.paca_scale)
+        self.paca_pending = True  # whatever uses this gradient, the next forward refreshes
+        return gradient_or
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return self._compiled_forward(x)
         self.refresh_if_stale()
         if not (torch.is_grad_enabled() and self.paca_delta.requires_grad):
             return self.frozen_forward(x)
         kept = self.paca_gather(x, self.paca_columns)
         result: Tensor = _PacaFunction.apply(x, self.paca_delta, kept, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def _compiled_forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        settings = (self.weight, self.bias, self.paca_columns, self.paca_number, self.input_axis, autocast)
+        result: Tensor = _paca_linear(x, self.paca_delta, *settings)
         return result
 
     def _signs(self) -> tuple[int, ...]:
@@ -195,6 +311,22 @@ class PacaLayer(nn.Module):
         self.paca_pending = self.paca_pending or mode != self.training
         super().train(mode)
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PacaLayer:  # noqa: FBT001, FBT002  torch's signature
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.paca_columns = self.paca_gather.one_tensor(self.paca_columns)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.take_number()  # a copy is a layer of its own
+
+    def take_number(self) -> None:
+        """A number by which compiled graphs find this layer."""
+        number = next(_numbers)
+        with torch.device("cpu"):
+            self.paca_number = torch.tensor(number)
+        _numbered[number] = self
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.refresh_if_stale()
@@ -256,7 +388,8 @@ def open_layer(
     layer = cast("PacaLayer", module)
     layer.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=weight.device))
     layer.paca_original = nn.Parameter(original, requires_grad=False)
-    layer.register_buffer("paca_columns", columns_r, persistent=False)
+    layer.register_buffer("paca_columns", shared.one_tensor(columns_r), persistent=False)
+    layer.take_number()
     layer.paca_gather, layer.paca_scale, layer.paca_storage = shared, scale, storage
     layer.paca_pending, layer.paca_seen = False, layer._signs()  # noqa: SLF001  this module's own class
     return layer
@@ -271,7 +404,7 @@ def close_layer(layer: PacaLayer, *, merge: bool) -> None:
         write_columns(layer.weight.data, layer.paca_columns, layer.paca_original.data, layer.input_axis)
     for name in ("paca_delta", "paca_original", "paca_columns"):
         delattr(layer, name)
-    for name in ("paca_gather", "paca_scale", "paca_storage", "paca_pending", "paca_seen"):
+    for name in ("paca_gather", "paca_number", "paca_scale", "paca_storage", "paca_pending", "paca_seen"):
         delattr(layer, name)
     module.__class__ = next(plain for plain, opened in SWAPS.items() if opened is type(layer))
 

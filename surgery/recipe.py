@@ -106,6 +106,11 @@ class DataSection(_Section):
         return DataSpec(**{**self.model_dump(), "train": tuple(self.train), "eval": tuple(self.eval)})
 
 
+def _switch(value: object) -> object:
+    """YAML reads a bare `on` as true."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class TrainSection(_Section):
     """How to train. Steps are optimizer steps."""
 
@@ -124,7 +129,17 @@ class TrainSection(_Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     seed: int = Field(0, ge=0, description="order of the data and dropout")
     device: Literal["auto", "cpu", "cuda", "hpu"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where CUDA has it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: on CUDA bf16, or fp16 where it has none"
+    )
+    tf32: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
+        "auto", description="products of fp32 in TF32; auto: beside 16 bits only"
+    )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
+        "auto", description="auto: flash where flash-attn, model and 16 bits allow, uncompiled; else the model's own"
+    )
+    compile: bool = Field(default=False, description="torch.compile the model")
+    liger: bool = Field(default=False, description="Liger's Triton kernels, on CUDA")
     gradient_checkpointing: bool = False
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps; at the end in any case")

@@ -216,6 +216,26 @@ class RnnStep(torch.autograd.Function):
             return d_ng, d_ng.mm(weight_gh), d_ng.t().mm(h_nh), dbias, dbias.clone()
 
 
+def plain_step(
+    cell: str, gates_ng: Tensor, h_nh: Tensor, c_nh: Tensor, weight_gh: Tensor, bias_ih: Tensor, bias_hh: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same steps for torch.compile, which cannot trace what is overwritten, and decides itself what to keep.
+
+    Shapes as theirs; returns (h, c), the latter as it was where the cell is no LSTM.
+    """
+    gates_ng = gates_ng + bias_ih
+    inner_ng = torch.addmm(bias_hh, h_nh, weight_gh.t())
+    if cell == "rnn":
+        return (gates_ng + inner_ng).tanh(), c_nh
+    if cell == "gru":
+        (r, z, new), (inner_r, inner_z, inner) = gates_ng.chunk(3, dim=-1), inner_ng.chunk(3, dim=-1)
+        new = (new + (r + inner_r).sigmoid() * inner).tanh()
+        return torch.lerp(new, h_nh, (z + inner_z).sigmoid()), c_nh
+    i, f, new, o = (gates_ng + inner_ng).chunk(4, dim=-1)
+    c_nh = f.sigmoid() * c_nh + i.sigmoid() * new.tanh()
+    return o.sigmoid() * c_nh.tanh(), c_nh
+
+
 # --- the recurrence of one stack
 
 
@@ -236,8 +256,11 @@ class Direction(nn.Module):
         states: list[Tensor] = []
         h_nh, rest = start_nh, (self.weight_hh, self.bias_ih, self.bias_hh)
         c_nh = torch.zeros_like(start_nh)
+        is_compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled()
         for gates_ng in gates:
-            if self.cell == "lstm":
+            if is_compiling:
+                h_nh, c_nh = plain_step(self.cell, gates_ng, h_nh, c_nh, *rest)
+            elif self.cell == "lstm":
                 h_nh, c_nh = LstmStep.apply(gates_ng, h_nh, c_nh, *rest)  # type: ignore[no-untyped-call]
             else:
                 h_nh = (GruStep if self.cell == "gru" else RnnStep).apply(gates_ng, h_nh, *rest)  # type: ignore[no-untyped-call]

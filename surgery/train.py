@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PrinterCallback, TrainerState
 
+from surgery import acceleration
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.compat import quiet_loading
@@ -54,13 +55,17 @@ from surgery.trainer import (
 from surgery.writing import replace_file, require_disk
 
 LOG_FILE = "training_log.jsonl"
-# Settings that change neither the result nor the schedule: a resumed run may have others.
+# Settings that change neither the result (but for rounding) nor the schedule: a resumed run may have others.
 FREE_SETTINGS = (
     "logging_steps",
     "save_total_limit",
     "eval_batch_size",
     "threads",
     "device",
+    "tf32",
+    "attention",
+    "compile",
+    "liger",
     "cache_features",
     "cache_bytes",
 )
@@ -113,6 +118,7 @@ def train(
         torch.set_num_threads(settings.threads)
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     device = backend.choose_device(settings.device)
+    acceleration.require(settings, device)
     with interruptible() as interruption:
         adapter = open_adapter(folder)
         anew = _for_task(adapter, data, task or TaskSpec(), base)
@@ -170,6 +176,7 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     adapter, prepared, settings = job.adapter, job.prepared, job.settings
     started = time.monotonic()
     model, autocast = _load_for_training(adapter, job.root, settings, job.device)
+    kernels = acceleration.prepare(model, settings, device=job.device, autocast=autocast)
     folder = adapter.folder / CHECKPOINTS
     steps = count_steps(settings, len(prepared.train))
     arguments = job.backend.training_arguments(
@@ -203,16 +210,17 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         after,
         tuple(prepared.report.lines()),
     )
-    _store(job, collect(model), result)
+    _store(job, collect(model), result, kernels)
     job.run.write(folder, finished=True)
     return result
 
 
-def _store(job: _Job, delta: Delta, result: TrainResult) -> None:
+def _store(job: _Job, delta: Delta, result: TrainResult, kernels: acceleration.Kernels) -> None:
     """Put what was trained, and what the run said, into the adapter folder. Raises: ResourceError."""
     adapter = job.adapter
     figures = {name: value for name, value in asdict(result).items() if name not in _OF_THE_CALL}
-    training = {**figures, "settings": job.settings.model_dump(), "run": job.run.digest}
+    settings = job.settings.model_dump()
+    training = {**figures, "settings": settings, "kernels": asdict(kernels), "run": job.run.digest}
     needed = sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE))
     require_disk(adapter.folder, needed, fix="Free some space, and end the run with --resume auto")
     update_adapter(adapter, delta, replace(adapter.record.manifest, training=training))
@@ -316,15 +324,14 @@ def _load_for_training(adapter: Adapter, root: Path, settings: TrainSection, dev
     model = load_base_model(root, adapter.plan, dtype=dtype)
     attach_plan(model, adapter.plan, adapter.delta)
     model.config.use_cache = False
-    autocast = settings.precision
-    if autocast == "auto":
-        autocast = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    autocast = acceleration.choose_autocast(settings.precision, device)
     if adapter.plan.whole and model.dtype != torch.float32:
         for target in adapter.plan.whole:
             module_name, _, name = target.parameter.rpartition(".")
             parameter = model.get_submodule(module_name)._parameters[name]  # noqa: SLF001
             parameter.data = adapter.delta.whole[target.parameter].values.to(torch.float32)
-        autocast = "bf16" if model.dtype == torch.bfloat16 else "fp16"
+        has_bf16 = device != "cuda" or acceleration.has_bf16()
+        autocast = "bf16" if model.dtype == torch.bfloat16 and has_bf16 else "fp16"
     return model, autocast
 
 
@@ -435,7 +442,14 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
         rows = rows.add_column(ROW, list(range(len(rows))))
         arguments.remove_unused_columns = False  # the trainer would take the numbers away
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
-    callbacks = [Progress(), LogFile(adapter.folder / LOG_FILE), StopWhenDiverged(), StopWhenAsked(interruption)]
+    callbacks: list[Any] = [
+        Progress(),
+        LogFile(adapter.folder / LOG_FILE),
+        StopWhenDiverged(),
+        StopWhenAsked(interruption),
+    ]
+    if settings.gradient_checkpointing:
+        callbacks.append(acceleration.KeepFrozenInputs())
     if settings.early_stopping_patience:
         callbacks.append(StopEarly(settings.early_stopping_patience))
     task = adapter.plan.task

@@ -55,10 +55,10 @@ def test_this_machine_is_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_report_is_plain_json_and_readable() -> None:
-    """Five blocks, each package and device named; the same as a document."""
+    """Six blocks, each package and device named; the same as a document."""
     report = examine()
     document = json.loads(json.dumps(report.to_dict()))
-    assert set(document) == {"system", "packages", "devices", "extras", "problems"}
+    assert set(document) == {"system", "packages", "devices", "extras", "kernels", "problems"}
     lines = report.lines()
     assert [line for line in lines if not line.startswith("  ")] == list(document)
     text = "\n".join(lines)
@@ -68,7 +68,7 @@ def test_the_report_is_plain_json_and_readable() -> None:
 
 def test_no_problem_is_said_in_a_word() -> None:
     """An empty list of problems reads `none`."""
-    assert Report({}, {}, (), (), ()).lines()[-2:] == ["problems", "  none"]
+    assert Report({}, {}, (), (), {}, ()).lines()[-2:] == ["problems", "  none"]
 
 
 @pytest.mark.parametrize(

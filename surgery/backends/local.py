@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from surgery.acceleration import choose_tf32
 from surgery.compat import accepts
 from surgery.errors import UnsupportedError
 from surgery.recipe import TrainSection
@@ -79,6 +80,7 @@ def training_arguments(
         use_cpu=device == "cpu",
         bf16=autocast == "bf16",
         fp16=autocast == "fp16",
+        tf32=choose_tf32(section.tf32, device, autocast),
         logging_strategy="steps",
         logging_steps=min(section.logging_steps, steps),  # at least one line in the log
         logging_nan_inf_filter=False,

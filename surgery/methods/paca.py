@@ -167,7 +167,8 @@ def collect(
         layer = opened[target.module]
         held = layer.paca_original.detach().to(layer.paca_storage).cpu()
         original = originals.get(target.module, held)
-        patches[target.module] = ColumnPatch(target, layer.paca_columns.cpu(), layer.trained_columns().cpu(), original)
+        columns = layer.paca_columns.to("cpu", copy=True)  # a group's layers hold one tensor, a file one for each
+        patches[target.module] = ColumnPatch(target, columns, layer.trained_columns().cpu(), original)
     return ColumnDelta(plan, patches, whole)
 
 

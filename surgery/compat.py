@@ -112,6 +112,34 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def reading_values() -> Iterator[None]:
+    """transformers asks tensors without values what it asks others: whether a mask is all ones.
+
+    transformers 5 would otherwise build a mask for every such tensor. Who runs a model so has to answer (`surgery.saved`).
+    """
+    from transformers.utils import import_utils
+
+    known = vars(import_utils)
+    before = known.get("is_fake_tensor")
+    if before is not None:
+        known["is_fake_tensor"] = lambda _tensor: False
+    try:
+        yield
+    finally:
+        if before is not None:
+            known["is_fake_tensor"] = before
+
+
+def set_checkpointing(model: Any, *, on: bool) -> None:
+    """Gradient checkpointing without reentrance, on or off. Raises ValueError for a model that has none."""
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    if on:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(model, f"{name}_disable")()
+
+
 def accepts(function: Any, argument: str) -> bool:
     """Whether a callable has a parameter of that name: for arguments that came or went between versions."""
     return argument in inspect.signature(function).parameters

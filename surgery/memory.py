@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ MOMENTS = 2  # of AdamW, in the dtype of what trains
 STEP_BYTES = 4  # of AdamW's count of steps, a tensor for each parameter
 MASTER_BYTES = 4
 GUESSES_FROM, GUESSES_TO = 3, 12  # so many lengths are tried before a parabola is believed, and so long
+NOT_COUNTED = (
+    "not counted: tensors freed within a step (the loss and its gradient hold about two more copies of the logits in "
+    "fp32), kernels' workspace, the allocator's gaps, the device's context"
+)
 FURTHEST = 1 << 22  # tokens; where positions set no limit, no longer sequence is tried
 
 
@@ -172,8 +176,7 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the sum among them."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**plain, "run": vars(self.run), "total": self.total}
+        return {**asdict(self), "total": self.total}
 
     def lines(self) -> list[str]:
         """A table for people, and what follows from it."""
@@ -193,7 +196,7 @@ def open_subject(root: Path, method: str, spec: Any, task: TaskSpec, run: Run) -
         raise RequestError("--method", f"unknown name {method!r}", expected=f"one of {', '.join(METHODS)}", fix=fix)
     seen = survey(root, task)
     dtype = _weight_dtype(root, seen, run)
-    plan = None if method == FULL else _plan(root, seen, spec, task, dtype)
+    plan = None if method == FULL else _plan(root, seen, spec, task, dtype, method=method)
     return _subject(seen, plan, method, dtype, run)
 
 
@@ -205,11 +208,15 @@ def open_planned(root: Path, plan: SurgeryPlan, run: Run) -> Subject:
     return _subject(seen, plan, plan.method, _weight_dtype(root, seen, run), run)
 
 
-def _plan(root: Path, seen: Survey, spec: Any, task: TaskSpec, dtype: torch.dtype) -> SurgeryPlan:
-    """The method's plan, from the files' headers; where there is config.json alone, for its own architecture's tensors."""
-    if _has_weights(root):
+def _plan(root: Path, seen: Survey, spec: Any, task: TaskSpec, dtype: torch.dtype, *, method: str) -> SurgeryPlan:
+    """The method's plan, from the files' headers; where there is config.json alone, for its own architecture's tensors.
+
+    PEFT does not ask what a checkpoint holds: LoRA is planned as if it held everything.
+    """
+    if _has_weights(root) and method != LORA:
         return plan_checkpoint(Checkpoint.open(root), spec, task)
-    own = seen.model if seen.task == own_task(read_config(root)) else survey(root, TaskSpec()).model
+    is_own = method == LORA or seen.task == own_task(read_config(root))
+    own = seen.model if is_own else survey(root, TaskSpec()).model
     held = dict(own.named_parameters(remove_duplicate=False))
     names = memory_names(seen.model, held)
     kind = dtype_name(dtype)
@@ -231,13 +238,21 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
             attach_lora(model, {t.module: t.rank for t in plan.targets}, [t.parameter for t in plan.whole])
         else:
             attach_plan(model, plan, None)
-        autocast = _heads_in_fp32(model, plan, dtype) or _autocast(run)
+        is_ours = plan is not None and method != LORA
+        autocast = (_heads_in_fp32(model, plan, dtype) if is_ours else "") or _autocast(run)
     dry = replace(dry, is_side=bool(plan and plan.stacks))
     tensors = tuple(_tensors(dry))
     trained = sum(tensor.values() for tensor in tensors if tensor.is_trained)
     kind = next(name for name, known in DTYPES.items() if known == dtype)
+    return Subject(dry, tensors, seen.architecture, method, trained, kind, autocast, _positions(model))
+
+
+def _positions(model: Any) -> int | None:
+    """How long a sequence may be: RoBERTa's kind counts positions from behind the padding's."""
     limit = max_positions(model.config.to_dict())
-    return Subject(dry, tensors, seen.architecture, method, trained, kind, autocast, limit)
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    skipped = [t.padding_idx + 1 for t in tables if t.num_embeddings == limit and t.padding_idx is not None]
+    return limit - max(skipped, default=0) if limit is not None else None
 
 
 def _weight_dtype(root: Path, seen: Survey, run: Run) -> torch.dtype:
@@ -388,8 +403,55 @@ def _crossing(points: Sequence[tuple[int, int]], wanted: int) -> int:
 
 def _notes(subject: Subject, run: Run) -> tuple[str, ...]:
     """What the figures assume."""
-    return ()
+    found = []
+    if run.device == "cuda":
+        found.append(
+            "CUDA: flash attention where there is no mask and values have 16 bits, else the memory-efficient kernel, "
+            "which keeps no scores either; masks of dropout have one byte a value"
+        )
+    if run.device == "cuda" and subject.autocast != "fp32":
+        found.append("CUDA: what autocast leaves in fp32 is taken from the CPU's list, which is shorter for norms")
+    if run.padded:
+        found.append("rows are padded: attention holds a mask")
+    if subject.method == FULL and subject.dtype != "fp32":
+        found.append(f"weights of {subject.dtype} train in it, and AdamW's moments have it too")
+    if run.sharding not in ("none", "ddp"):
+        found.append(f"{run.sharding} by arithmetic: rows are divided, all activations stay on their device")
+    return (*found, NOT_COUNTED)
 
 
 def _lines(found: Prediction) -> list[str]:
-    return []
+    run = found.run
+    many = f" on each of {run.devices} devices, {run.sharding}" if run.devices > 1 else ""
+    compute = f", autocast {found.autocast}" if found.autocast != "fp32" else ""
+    shape = f"{run.batch} x {run.sequence} tokens, weights {found.dtype}{compute}, {run.device}{many}"
+    rows = [(name, size_text(size)) for name, size in found.parts.items() if size]
+    kept = [(f"  {kind}", size_text(size)) for kind, size in found.activations.items() if size]
+    total = size_text(sum(found.activations.values()))
+    table = align([*rows, ("kept for backward", total), *kept, ("sum", size_text(found.total))], right=(1,))
+    checkpointing = ", gradient checkpointing" if run.checkpointing else ""
+    head = f"{found.architecture}, {found.method}, {found.trained_values:,} trained values"
+    notes = [f"note: {note}" for note in found.notes]
+    return [head, f"{shape}{checkpointing}", "", *table, *_fit_lines(found), "", *notes]
+
+
+def _fit_lines(found: Prediction) -> list[str]:
+    if found.fit_bytes is None or found.longest is None:
+        return []
+    left = found.fit_bytes - found.total
+    limit = size_text(found.fit_bytes)
+    verdict = f"fits {limit}: {size_text(left)} are left" if found.fits else f"does not fit {limit}: {size_text(-left)} lack"
+    if not found.longest:
+        return ["", verdict, "not even one token fits: shard, take a smaller batch or another method"]
+    is_all = " (all the model's positions)" if found.longest == found.positions else ""
+    return ["", verdict, f"longest sequence that fits: {found.longest:,} tokens{is_all}"]
+
+
+def brief_line(found: Prediction) -> str:
+    """The short form, for `surgery apply --plan`."""
+    run, state, kept = found.run, sum(found.parts.values()), sum(found.activations.values())
+    return (
+        f"a step of {run.batch} x {run.sequence} tokens on {run.device} holds {size_text(found.total)}: "
+        f"{size_text(state)} for weights, what trains, gradients and AdamW, {size_text(kept)} for the backward pass "
+        "(`surgery plan` says more)"
+    )

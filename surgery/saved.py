@@ -45,11 +45,12 @@ FLASH_WIDTH = 256  # the widest head that the flash kernel takes
 FEW = 2  # layers of a shortened stack
 SCORES_DIM = 4  # (b, h, t, t)
 _aten = torch.ops.aten
-FUSED_ATTENTION = frozenset(
+ATTENTION_OPERATORS = frozenset(
     {
         _aten._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001
         _aten._scaled_dot_product_flash_attention.default,  # noqa: SLF001
         _aten._scaled_dot_product_efficient_attention.default,  # noqa: SLF001
+        _aten._safe_softmax.default,  # noqa: SLF001  where neither is taken
     }
 )
 
@@ -155,6 +156,12 @@ class LoraLayer(nn.Module):
         self.a = nn.Linear(base.weight.shape[axis], rank, bias=False, dtype=dtype)
         self.b = nn.Linear(rank, base.weight.shape[1 - axis], bias=False, dtype=dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's: some classes ask a layer for its weight's dtype."""
+        weight: Tensor = self.base.weight
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         plain = self.base(x)
         result = plain + self.b(self.a(x.to(self.a.weight.dtype))) * 1.0
@@ -162,12 +169,14 @@ class LoraLayer(nn.Module):
 
 
 def attach_lora(model: nn.Module, ranks: Mapping[str, int], whole: Sequence[str]) -> None:
-    """LoRA on the named layers of a frozen model; `whole`: parameters that train as they are."""
+    """LoRA on the named layers of a frozen model; `whole`: parameters that train as they are, beside a copy."""
     model.requires_grad_(requires_grad=False)
     for name, rank in ranks.items():
         _set_submodule(model, name, LoraLayer(model.get_submodule(name), rank))
     for name in whole:
-        model.get_parameter(name).requires_grad_()
+        owner, _, last = name.rpartition(".")
+        parameter = model.get_parameter(name).requires_grad_()
+        model.get_submodule(owner).register_buffer(f"original_{last}", torch.empty_like(parameter, requires_grad=False))
 
 
 # --- one step
@@ -236,9 +245,9 @@ def _inputs(dry: DryModel, step: Step) -> dict[str, Tensor]:
 
 
 class _Answers(TorchDispatchMode):
-    """Answers for what a forward asks of values: whether a mask is all ones, and where padding is (nowhere).
+    """Answers for what a forward asks of values: whether a mask is all ones, and where tokens are.
 
-    It also tells `watch` when attention's own operators run.
+    Padding is a single token: READ on the CPU leaves it out, and keeps most where there is least to leave out. It also tells `watch` when attention's own operators run.
     """
 
     def __init__(self, watch: _Watch, *, is_full: bool) -> None:
@@ -249,8 +258,8 @@ class _Answers(TorchDispatchMode):
         if func is _aten._local_scalar_dense.default and args[0].dtype is torch.bool:  # noqa: SLF001
             return self.is_full
         if func is _aten.nonzero.default and args[0].dim() == 1:
-            return torch.arange(args[0].shape[0]).unsqueeze(1)
-        if func in FUSED_ATTENTION or (func is _aten._softmax.default and args[0].dim() == SCORES_DIM):  # noqa: SLF001
+            return torch.arange(args[0].shape[0] - (not self.is_full)).unsqueeze(1)
+        if func in ATTENTION_OPERATORS or (func is _aten._softmax.default and args[0].dim() == SCORES_DIM):  # noqa: SLF001
             self.watch.attention.add(self.watch.path[-1])
         return func(*args, **(kwargs or {}))
 

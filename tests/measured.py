@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +120,5 @@ def measure_theirs(
     trainer: Any = Trainer(
         model=model, args=arguments, train_dataset=prepared.train, data_collator=prepared.collator
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT 0.21 asks it
-        trainer.train()
+    trainer.train()
     return found

@@ -19,6 +19,7 @@ from tests.conftest import TinyModel
 from tests.examples import LABELLED, QUESTIONS, fast, write_rows
 from tests.measured import Measured, measure_ours, measure_theirs
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 TOLERANCE = 0.01
 SPECS = {"paca": PacaSpec(rank=4), "read": ReadSpec(hidden=8), "lora": PacaSpec(rank=4), "full": None}
 FAMILIES = {
@@ -68,3 +69,18 @@ def test_saved(family: str, method: str, padded: bool, tiny_model: TinyModel, tm
     subject = open_subject(base, method, SPECS[method], TaskSpec(task, labels), run)
     predicted = predict(subject, run)
     print("RATIO", family, method, padded, found.padded, found.batch, found.sequence, sum(predicted.activations.values()), found.saved, sum(predicted.activations.values()) / found.saved, predicted.parts["optimizer"], found.optimizer_bytes(), predicted.parts["weights"]+predicted.parts["columns"], found.weight_bytes(), {k:v for k,v in predicted.activations.items() if v})
+
+
+@pytest.mark.parametrize("case", ["checkpointing", "bf16", "autocast", "bf16head"])
+@pytest.mark.parametrize("method", SPECS)
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_more(family: str, method: str, case: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: Any) -> None:
+    task = FAMILIES[family]
+    base = tiny_model(family, dtype=torch.bfloat16 if case.startswith("bf16") else None)
+    settings = {"checkpointing": {"gradient_checkpointing": True}, "bf16": {}, "autocast": {"precision": "bf16"}, "bf16head": {"precision": "bf16"}}[case]
+    found = measure(method, base, tmp_path, monkeypatch, task=task, padded=False, **settings)
+    run = Run(batch=found.batch, sequence=found.sequence, target=found.target, padded=found.padded, checkpointing=case == "checkpointing", precision=settings.get("precision", "auto"))
+    labels = ("animal", "person") if task == "sequence-classification" else ()
+    subject = open_subject(base, method, SPECS[method], TaskSpec(task, labels), run)
+    predicted = predict(subject, run)
+    print("RATIO", family, method, case, found.padded, found.batch, found.sequence, sum(predicted.activations.values()), found.saved, sum(predicted.activations.values()) / found.saved, predicted.parts["optimizer"], found.optimizer_bytes(), predicted.parts["weights"]+predicted.parts["columns"], found.weight_bytes(), {k:v for k,v in predicted.activations.items() if v})

@@ -1,15 +1,15 @@
 """How much memory a training run needs on each device, predicted from config.json: no weight is read, none allocated.
 
-Counted are the tensors that live through a step: weights, what trains and its originals, gradients, AdamW's moments, and
-what the forward pass keeps for the backward pass (`surgery.saved` runs one to see). Not counted are tensors that an
-operator frees before it is left, kernels' workspace, what an allocator cannot use, and the device's own context.
+Counted are weights, what trains and its originals, gradients, AdamW's moments, what the forward pass keeps for the
+backward pass, and what else lives at the step's peak (`surgery.saved` runs one to see). Not counted are what an operator
+frees before it returns, kernels' workspace, what an allocator cannot use, and the device's own context.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model
-from surgery.saved import DTYPES, DryModel, LoraLayer, Saved, Step, attach_lora, dry_model, largest_layer, saved_by_all, without_values
+from surgery.saved import DTYPES, DryModel, LoraLayer, Saved, Step, attach_lora, dry_model, saved_by_all, temporary, without_values
 from surgery.survey import Survey, TaskSpec, own_task, read_config, survey
 from surgery.table import align, size_text
 from surgery.tensorfile import FLOAT_DTYPES, TORCH_NAMES, dtype_name
@@ -36,8 +36,8 @@ STEP_BYTES = 4  # of AdamW's count of steps, a tensor for each parameter
 MASTER_BYTES = 4
 GUESSES_FROM, GUESSES_TO = 3, 12  # so many lengths are tried before a parabola is believed, and so long
 NOT_COUNTED = (
-    "not counted: tensors freed within a step (the loss and its gradient hold about two more copies of the logits in "
-    "fp32), kernels' workspace, the allocator's gaps, the device's context"
+    "counted are tensors, those that live for a moment too; not counted: kernels' workspace, the allocator's gaps, the "
+    "device's context"
 )
 FURTHEST = 1 << 22  # tokens; where positions set no limit, no longer sequence is tried
 
@@ -143,13 +143,6 @@ class Subject:
     dtype: str
     autocast: str
     positions: int | None
-    known: dict[Step, Saved] = field(default_factory=dict)
-
-    def saved(self, step: Step) -> Saved:
-        """What a step keeps, run once for each kind of step."""
-        if step not in self.known:
-            self.known[step] = saved_by_all(self.dry, step)
-        return self.known[step]
 
 
 @dataclass(frozen=True)
@@ -320,10 +313,9 @@ def predict(subject: Subject, run: Run, *, fit_bytes: int | None = None) -> Pred
 
 def _predict(subject: Subject, run: Run) -> Prediction:
     step = Step(run.batch, run.sequence, run.target, run.padded, subject.autocast, run.checkpointing, run.device)
-    saved = subject.saved(step)
+    saved = saved_by_all(subject.dry, step)
     parts = _state(subject.tensors, SHARDINGS[run.sharding], run.devices)
-    if run.checkpointing:
-        parts["one layer run again"] = largest_layer(subject.dry, step)
+    parts["temporary"] = temporary(subject.dry, step)
     return Prediction(
         subject.architecture, subject.method, subject.trained_values, subject.dtype, subject.autocast, run,
         parts, saved.kinds, _notes(subject, run), positions=subject.positions,

@@ -6,17 +6,16 @@ or a buffer's.
 
 On the CPU the kernels are those that PyTorch picks there. A step on CUDA is run in the same way, with attention and
 dropout replaced by the operators that PyTorch picks on a card: the rest saves the same tensors on both.
-
-Shape suffixes: b sequences, h heads, t tokens, d width of a head.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from surgery.compat import is_conv1d, quiet_loading, reading_values, set_checkpointing
+from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import UnsupportedError, shorten
 from surgery.paca_layers import PacaLayer
 
@@ -41,7 +41,6 @@ ATTENTION, NORMS, MLP, COLUMNS, SIDE, LOGITS, OTHER = KINDS = (
     "other",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLASH_WIDTH = 256  # the widest head that the flash kernel takes
 FEW = 2  # layers of a shortened stack
 SCORES_DIM = 4  # (b, h, t, t)
 _aten = torch.ops.aten
@@ -75,10 +74,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes kept for backward: by kind, and by the layer in which they were saved first."""
+    """Bytes kept for backward, by the kind of module that saved them first."""
 
     kinds: Mapping[str, int]
-    layers: Mapping[str, int]
 
     @property
     def total(self) -> int:
@@ -185,10 +183,17 @@ def attach_lora(model: nn.Module, ranks: Mapping[str, int], whole: Sequence[str]
 def saved_by(dry: DryModel, step: Step) -> Saved:
     """What a step keeps for backward. Raises: UnsupportedError where the model cannot be run without values."""
     watch = _Watch(dry)
+    with _explained(dry), _running(dry, step, watch), watch, saved_tensors_hooks(watch.keep, lambda tensor: tensor):
+        loss = dry.model(**_inputs(dry, step)).loss
+        del loss
+    return watch.saved()
+
+
+@contextmanager
+def _explained(dry: DryModel) -> Iterator[None]:
+    """Whatever a foreign forward raises without values, as one error."""
     try:
-        with _running(dry, step, watch), watch, saved_tensors_hooks(watch.keep, lambda tensor: tensor):
-            loss = dry.model(**_inputs(dry, step)).loss
-            del loss
+        yield
     except UnsupportedError:
         raise
     except Exception as error:
@@ -199,11 +204,10 @@ def saved_by(dry: DryModel, step: Step) -> Saved:
             expected="a forward whose shapes do not depend on them",
             fix="Measure a short run instead: `surgery train` reports its peak memory",
         ) from error
-    return watch.saved()
 
 
 @contextmanager
-def _running(dry: DryModel, step: Step, watch: _Watch) -> Iterator[None]:
+def _running(dry: DryModel, step: Step, watch: _Watch | None = None) -> Iterator[None]:
     model = dry.model
     model.train()
     _set_checkpointing(model, on=step.checkpointing)
@@ -213,7 +217,7 @@ def _running(dry: DryModel, step: Step, watch: _Watch) -> Iterator[None]:
         stack.enter_context(reading_values())
         stack.enter_context(without_values(dry.mode))
         stack.enter_context(_Answers(watch, is_full=not step.padded))
-        stack.enter_context(_as_on_cuda() if step.device == "cuda" else nullcontext())
+        stack.enter_context(as_on_cuda() if step.device == "cuda" else nullcontext())
         if step.autocast != "fp32":
             stack.enter_context(torch.autocast("cpu", dtype=dtype))
         yield
@@ -250,7 +254,7 @@ class _Answers(TorchDispatchMode):
     Padding is a single token: READ on the CPU leaves it out, and keeps most where there is least to leave out. It also tells `watch` when attention's own operators run.
     """
 
-    def __init__(self, watch: _Watch, *, is_full: bool) -> None:
+    def __init__(self, watch: _Watch | None, *, is_full: bool) -> None:
         super().__init__()
         self.watch, self.is_full = watch, is_full
 
@@ -259,77 +263,11 @@ class _Answers(TorchDispatchMode):
             return self.is_full
         if func is _aten.nonzero.default and args[0].dim() == 1:
             return torch.arange(args[0].shape[0] - (not self.is_full)).unsqueeze(1)
+        if self.watch is None:
+            return func(*args, **(kwargs or {}))
         if func in ATTENTION_OPERATORS or (func is _aten._softmax.default and args[0].dim() == SCORES_DIM):  # noqa: SLF001
             self.watch.attention.add(self.watch.path[-1])
         return func(*args, **(kwargs or {}))
-
-
-# --- what CUDA has in place of the CPU's kernels
-
-
-@contextmanager
-def _as_on_cuda() -> Iterator[None]:
-    """Attention and dropout as on a card. Private to this process's dry runs: nothing else runs meanwhile."""
-    before = functional.scaled_dot_product_attention, functional.dropout
-    functional.scaled_dot_product_attention, functional.dropout = _cuda_attention, _cuda_dropout
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention, functional.dropout = before
-
-
-def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002, FBT001, FBT002, ARG001  torch's signature
-    """Keeps a mask of one byte for each value; on the CPU it has the values' own dtype."""
-    result: Tensor = torch.native_dropout(input, p, training)[0] if training and p else input
-    return result
-
-
-def _cuda_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002  torch's signature
-    scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: FBT001, FBT002
-) -> Tensor:
-    """scaled_dot_product_attention with the kernel that PyTorch picks on a card of compute capability 8 or 9.
-
-    Flash: 16-bit values, no mask; keeps no scores. Memory-efficient: with a mask, which becomes an addend in the values'
-    dtype, or in fp32; keeps no scores either. Math, which keeps them: where neither takes the heads as they are.
-
-    Shapes: query (b, h, t, d); key and value (b, h or fewer, t, d).
-    """
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    if attn_mask is None and is_half and query.shape[-1] == value.shape[-1] <= FLASH_WIDTH:
-        pad = -query.shape[-1] % 8
-        q, k, v = (functional.pad(x, (0, pad)) if pad else x for x in (query, key, value))
-        flash: Tensor = _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]  # noqa: SLF001
-        return flash[..., : query.shape[-1]]
-    if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-    if query.shape[-3] == key.shape[-3]:
-        bias = None if attn_mask is None else _efficient_bias(attn_mask, query, key)
-        efficient: Tensor = _aten._scaled_dot_product_efficient_attention(  # noqa: SLF001
-            query, key, value, bias, True, dropout_p, is_causal, scale=scale  # noqa: FBT003  compute_log_sumexp
-        )[0]
-        return efficient
-    math: Tensor = _aten._scaled_dot_product_attention_math(  # noqa: SLF001
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return math
-
-
-def _efficient_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask as the kernel takes it: for all heads, its rows at multiples of 16 values."""
-    mask = mask.to(query.dtype)
-    pad = -mask.shape[-1] % 16
-    if pad:
-        mask = functional.pad(mask, (0, pad))[..., : key.shape[-2]]
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
 # --- who saved what
@@ -383,14 +321,12 @@ class _Watch:
         return tensor
 
     def saved(self) -> Saved:
-        """The sums by kind and by layer."""
+        """The sums by kind."""
         attention = {self._block_of(name) for name in self.attention}
-        kinds, layers = Counter(dict.fromkeys(KINDS, 0)), Counter[str]()
+        kinds = Counter(dict.fromkeys(KINDS, 0))
         for name, size in self.kept:
             kinds[self._kind(name, attention)] += size
-            layers[self._layer(name)] += size
-        layers.pop("", None)
-        return Saved(dict(kinds), dict(layers))
+        return Saved(dict(kinds))
 
     def _layer(self, name: str) -> str:
         """The path of the layer that a module is in, or is; the empty string outside."""
@@ -439,19 +375,25 @@ def saved_by_all(dry: DryModel, step: Step) -> Saved:
         more = _saved_by_few(dry, step, {**dict.fromkeys(dry.alike, FEW), block: FEW + 1})
         for kind in KINDS:
             kinds[kind] += (more.kinds[kind] - few.kinds[kind]) * (length - FEW)
-    return Saved(dict(kinds), few.layers)
+    return Saved(dict(kinds))
 
 
-def _saved_by_few(dry: DryModel, step: Step, lengths: Mapping[str, int]) -> Saved:
-    """As `saved_by`, with only the first so many layers of each named stack."""
+@contextmanager
+def _few_layers(dry: DryModel, lengths: Mapping[str, int]) -> Iterator[None]:
+    """The model with only the first so many layers of each named list."""
     whole = {block: dry.model.get_submodule(block) for block in lengths}
     try:
         for block, length in lengths.items():
             _set_submodule(dry.model, block, nn.ModuleList(list(whole[block])[:length]))
-        return saved_by(dry, step)
+        yield
     finally:
         for block, layers in whole.items():
             _set_submodule(dry.model, block, layers)
+
+
+def _saved_by_few(dry: DryModel, step: Step, lengths: Mapping[str, int]) -> Saved:
+    with _few_layers(dry, lengths):
+        return saved_by(dry, step)
 
 
 def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -459,10 +401,66 @@ def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def largest_layer(dry: DryModel, step: Step) -> int:
-    """What the layer that keeps most keeps, without checkpointing: with it, backward runs one at a time again."""
-    few = _saved_by_few(dry, replace(step, checkpointing=False), dict.fromkeys(dry.alike, FEW))
-    return max(few.layers.values(), default=0)
+def temporary(dry: DryModel, step: Step) -> int:
+    """What lives at the peak of a step beside what is kept for backward, and beside gradients that are done.
+
+    The loss's copies of the logits, a layer that checkpointing runs again, gradients on their way: from a few layers,
+    as none of it grows with their number. Raises: as `saved_by`.
+    """
+    with _few_layers(dry, dict.fromkeys(dry.alike, FEW)):
+        kept = saved_by(dry, step).total
+        live = LiveBytes(dry.model)
+        with _explained(dry), _running(dry, step), live.watching():
+            dry.model(**_inputs(dry, step)).loss.backward()
+        dry.model.zero_grad(set_to_none=True)
+    return max(live.peak - kept, 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of the tensors that operators have made and that are still there; `peak`, the most there were at once.
+
+    Leaves out a model's own tensors and, once they are summed up, its parameters' gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.now = self.peak = 0
+        self._own = {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
+        self._live: dict[int, tuple[int, Any]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count what runs inside."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        handles = [parameter.register_post_accumulate_grad_hook(self._leave_out) for parameter in trained]
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _enter(self, storage: Any) -> None:
+        key = id(storage)
+        if key not in self._live and key not in self._own:
+            self._live[key] = storage.nbytes(), weakref.ref(storage, lambda _: self._forget(key))
+            self.now += storage.nbytes()
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._live.pop(key, (0, None))[0]
+
+    def _leave_out(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None  # noqa: S101  the hook is called when there is one
+        self._forget(id(parameter.grad.untyped_storage()))
 
 
 def _is_alike(model: nn.Module, block: str) -> bool:

@@ -62,6 +62,7 @@ RANKS = {
     "surgery.verify": 8,
     "surgery.generate": 9,
     "surgery.onnx_runtime": 10,
+    "surgery.cuda_kernels": 1,
     "surgery.saved": 5,
     "surgery.memory": 10,
     "surgery.forecast": 11,

@@ -35,6 +35,7 @@ MOMENTS = 2  # of AdamW, in the dtype of what trains
 STEP_BYTES = 4  # of AdamW's count of steps, a tensor for each parameter
 MASTER_BYTES = 4
 GUESSES_FROM, GUESSES_TO = 3, 12  # so many lengths are tried before a parabola is believed, and so long
+ADDED = {"paca": "columns", "read": "side network", LORA: "adapters", FULL: "added"}
 NOT_COUNTED = (
     "counted are tensors, those that live for a moment too; not counted: kernels' workspace, the allocator's gaps, the "
     "device's context"
@@ -243,7 +244,8 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
 def _positions(model: Any) -> int | None:
     """How long a sequence may be: RoBERTa's kind counts positions from behind the padding's."""
     limit = max_positions(model.config.to_dict())
-    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    words = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words]
     skipped = [t.padding_idx + 1 for t in tables if t.num_embeddings == limit and t.padding_idx is not None]
     return limit - max(skipped, default=0) if limit is not None else None
 
@@ -417,7 +419,8 @@ def _lines(found: Prediction) -> list[str]:
     many = f" on each of {run.devices} devices, {run.sharding}" if run.devices > 1 else ""
     compute = f", autocast {found.autocast}" if found.autocast != "fp32" else ""
     shape = f"{run.batch} x {run.sequence} tokens, weights {found.dtype}{compute}, {run.device}{many}"
-    rows = [(name, size_text(size)) for name, size in found.parts.items() if size]
+    names = {"columns": ADDED[found.method]}
+    rows = [(names.get(name, name), size_text(size)) for name, size in found.parts.items() if size]
     kept = [(f"  {kind}", size_text(size)) for kind, size in found.activations.items() if size]
     total = size_text(sum(found.activations.values()))
     table = align([*rows, ("kept for backward", total), *kept, ("sum", size_text(found.total))], right=(1,))

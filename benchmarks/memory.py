@@ -74,8 +74,16 @@ def foretell(arguments: argparse.Namespace, method: str) -> tuple[int, int, floa
     rank = arguments.rank
     spec = {"paca": surgery.PacaSpec(rank=rank), "lora": surgery.PacaSpec(rank=rank), "full": None,
             "read": ReadSpec(hidden=4 * rank)}[method]  # fmt: skip
-    run = Run(arguments.batch, arguments.tokens, dtype=arguments.dtype, precision="fp32", device=arguments.device,
-              devices=arguments.devices, sharding=arguments.sharding, checkpointing=arguments.checkpointing)  # fmt: skip
+    run = Run(
+        arguments.batch,
+        arguments.tokens,
+        dtype=arguments.dtype,
+        precision="fp32",
+        device=arguments.device,
+        devices=arguments.devices,
+        sharding=arguments.sharding,
+        checkpointing=arguments.checkpointing,
+    )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(arguments)

@@ -30,7 +30,7 @@ def as_on_cuda() -> Iterator[None]:
         functional.scaled_dot_product_attention, functional.dropout = before
 
 
-def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002, FBT001, FBT002, ARG001  torch's signature
+def _cuda_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: FBT001, FBT002, ARG001  torch's signature
     """Keeps a mask of one byte for each value; on the CPU it has the values' own dtype."""
     result: Tensor = torch.native_dropout(input, p, training)[0] if training and p else input
     return result
@@ -48,8 +48,8 @@ def _cuda_attention(
 ) -> Tensor:
     """scaled_dot_product_attention with the kernel that PyTorch picks on a card of compute capability 8 or 9.
 
-    Flash: 16-bit values, no mask; keeps no scores. Memory-efficient: with a mask, which becomes an addend in the values'
-    dtype, or in fp32; keeps no scores either. Math, which keeps them: where neither takes the heads as they are.
+    Flash: 16-bit values, no mask; keeps no scores. Memory-efficient: fp32, or with a mask, which becomes an addend of
+    the values' dtype; keeps none either. Math, which keeps them: where neither takes the heads as they are.
 
     Shapes: query (b, h, t, d); key and value (b, h or fewer, t, d).
     """
@@ -66,7 +66,14 @@ def _cuda_attention(
     if query.shape[-3] == key.shape[-3]:
         bias = None if attn_mask is None else _efficient_bias(attn_mask, query, key)
         efficient: Tensor = _aten._scaled_dot_product_efficient_attention(  # noqa: SLF001
-            query, key, value, bias, True, dropout_p, is_causal, scale=scale  # noqa: FBT003  compute_log_sumexp
+            query,
+            key,
+            value,
+            bias,
+            True,  # noqa: FBT003  compute_log_sumexp
+            dropout_p,
+            is_causal,
+            scale=scale,
         )[0]
         return efficient
     math: Tensor = _aten._scaled_dot_product_attention_math(  # noqa: SLF001

@@ -172,7 +172,7 @@ def is_packed(spec: DataSpec, task: str) -> bool:
     return _packs(spec, _Source.of(spec, task).format)
 
 
-def _packs(spec: DataSpec, format: Format) -> bool:  # noqa: A002
+def _packs(spec: DataSpec, format: Format) -> bool:
     return spec.pack_examples or (format.name == "text" and spec.packing)
 
 

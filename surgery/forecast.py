@@ -126,7 +126,9 @@ def _open_adapter(folder: Path, recipe: Recipe, question: Question, run: Run) ->
     """An adapter's own plan. Raises: RequestError for a setting that it has decided."""
     record = parse_record(read_document(folder), str(folder / RECORD_FILE))
     if record.kind != ADAPTER:
-        raise NotAModelError(str(folder), f"a folder of kind {record.kind!r}", expected="a model, an adapter or a recipe")
+        raise NotAModelError(
+            str(folder), f"a folder of kind {record.kind!r}", expected="a model, an adapter or a recipe"
+        )
     decided = sorted({"method", "paca", "read", "task", "labels"} & recipe.model_fields_set)
     if question.method or decided:
         found = f"{', '.join(decided) or '--method'} with an adapter, whose plan is made"

@@ -1,8 +1,8 @@
 """How much memory a training run needs on each device, predicted from config.json: no weight is read, none allocated.
 
 Counted are weights, what trains and its originals, gradients, AdamW's moments, what the forward pass keeps for the
-backward pass, and what else lives at the step's peak (`surgery.saved` runs one to see). Not counted are what an operator
-frees before it returns, kernels' workspace, what an allocator cannot use, and the device's own context.
+backward pass, and what else lives at the step's peak (`surgery.saved` runs one to see). Not counted are what operators
+free before they return, kernels' workspace, what an allocator cannot use, and the device's own context.
 """
 
 from __future__ import annotations
@@ -15,16 +15,25 @@ from typing import Any
 
 import torch
 
-from surgery.compat import memory_names
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
-from surgery.errors import RequestError, ResourceError, UnsupportedError, closest
+from surgery.compat import memory_names
+from surgery.errors import RequestError, closest
 from surgery.generate import max_positions
-from surgery.methods.paca import PacaSpec
 from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model
-from surgery.saved import DTYPES, DryModel, LoraLayer, Saved, Step, attach_lora, dry_model, saved_by_all, temporary, without_values
+from surgery.saved import (
+    DTYPES,
+    DryModel,
+    LoraLayer,
+    Step,
+    attach_lora,
+    dry_model,
+    saved_by_all,
+    temporary,
+    without_values,
+)
 from surgery.survey import Survey, TaskSpec, own_task, read_config, survey
 from surgery.table import align, size_text
 from surgery.tensorfile import FLOAT_DTYPES, TORCH_NAMES, dtype_name
@@ -76,9 +85,9 @@ SHARDINGS = {
 class Run:
     """What is to be run, on how many devices.
 
-    batch: sequences of one forward on each device; target: tokens of an encoder-decoder's output, 0 for as many as of its
-    input; dtype: of the weights, fp32, bf16, fp16 or empty for the
-    checkpoint's own; precision: of the computation, as in a recipe; padded: rows differ in length.
+    batch: sequences of one forward on each device; target: tokens of an encoder-decoder's output, 0 for as many as of
+    its input; dtype: of the weights, fp32, bf16, fp16 or empty for the checkpoint's own; precision: of the computation,
+    as in a recipe; padded: rows differ in length.
     """
 
     batch: int = 8
@@ -281,17 +290,12 @@ def _tensors(dry: DryModel) -> Iterable[Tensor]:
     """Every parameter and buffer, once."""
     model = dry.model
     added = {id(p) for layer in paca_layers(model).values() for p in (layer.paca_original, layer.paca_columns)}
-    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
-        added |= {id(p) for part in (layer.a, layer.b) for p in part.parameters()}
+    for beside in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        added |= {id(p) for part in (beside.a, beside.b) for p in part.parameters()}
     is_full = all(parameter.requires_grad for parameter in model.parameters())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         is_added = id(tensor) in added or (tensor.requires_grad and not is_full)
-        layer = next((dry_layer for dry_layer in _layers(dry) if name.startswith(f"{dry_layer}.")), "")
-        yield Tensor(tuple(tensor.shape), tensor.itemsize, layer, tensor.requires_grad, is_added)
-
-
-def _layers(dry: DryModel) -> list[str]:
-    return [f"{block}.{n}" for block in dry.blocks for n in range(len(dry.model.get_submodule(block)))]
+        yield Tensor(tuple(tensor.shape), tensor.itemsize, dry.layer_of(name), tensor.requires_grad, is_added)
 
 
 # --- the sum
@@ -435,7 +439,9 @@ def _fit_lines(found: Prediction) -> list[str]:
         return []
     left = found.fit_bytes - found.total
     limit = size_text(found.fit_bytes)
-    verdict = f"fits {limit}: {size_text(left)} are left" if found.fits else f"does not fit {limit}: {size_text(-left)} lack"
+    verdict = (
+        f"fits {limit}: {size_text(left)} are left" if found.fits else f"does not fit {limit}: {size_text(-left)} lack"
+    )
     if not found.longest:
         return ["", verdict, "not even one token fits: shard, take a smaller batch or another method"]
     is_all = " (all the model's positions)" if found.longest == found.positions else ""

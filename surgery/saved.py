@@ -10,6 +10,7 @@ dropout replaced by the operators that PyTorch picks on a card: the rest saves t
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections import Counter
@@ -97,6 +98,11 @@ class DryModel:
     blocks: tuple[str, ...]
     is_side: bool = False
 
+    def layer_of(self, name: str) -> str:
+        """The path of the layer that a module or tensor is in, or is; the empty string outside."""
+        block = next((block for block in self.blocks if name.startswith(f"{block}.")), None)
+        return f"{block}.{name.removeprefix(f'{block}.').split('.')[0]}" if block else ""
+
     @cached_property
     def alike(self) -> dict[str, int]:
         """The lists whose layers are alike but for the first, and their lengths: a few stand for all of them."""
@@ -133,10 +139,19 @@ def _without_storage(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def without_values(mode: FakeTensorMode) -> Iterator[None]:
-    """Everything inside computes sizes only. PaCA's layers compare addresses, which are all 0 here: that may be."""
-    with warnings.catch_warnings(), mode:
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        yield
+    """Everything inside computes sizes only. PaCA's layers compare addresses, which are all 0 here: that may be.
+
+    What PyTorch logs about an operator that fails here, our own error says.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), mode:
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class LoraLayer(nn.Module):
@@ -163,7 +178,8 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         plain = self.base(x)
         result = plain + self.b(self.a(x.to(self.a.weight.dtype))) * 1.0
-        return result.to(plain.dtype)
+        back: Tensor = result.to(plain.dtype)
+        return back
 
 
 def attach_lora(model: nn.Module, ranks: Mapping[str, int], whole: Sequence[str]) -> None:
@@ -248,17 +264,18 @@ def _inputs(dry: DryModel, step: Step) -> dict[str, Tensor]:
     return {**inputs, "labels": torch.zeros((step.batch, length), dtype=torch.long)}
 
 
-class _Answers(TorchDispatchMode):
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     """Answers for what a forward asks of values: whether a mask is all ones, and where tokens are.
 
-    Padding is a single token: READ on the CPU leaves it out, and keeps most where there is least to leave out. It also tells `watch` when attention's own operators run.
+    Padding is a single token: READ on the CPU leaves it out, and keeps most where there is least to leave out. It also
+    tells `watch` when attention's own operators run.
     """
 
     def __init__(self, watch: _Watch | None, *, is_full: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watch, self.is_full = watch, is_full
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default and args[0].dtype is torch.bool:  # noqa: SLF001
             return self.is_full
         if func is _aten.nonzero.default and args[0].dim() == 1:
@@ -328,20 +345,15 @@ class _Watch:
             kinds[self._kind(name, attention)] += size
         return Saved(dict(kinds))
 
-    def _layer(self, name: str) -> str:
-        """The path of the layer that a module is in, or is; the empty string outside."""
-        block = next((block for block in self.dry.blocks if name.startswith(f"{block}.")), None)
-        return f"{block}.{name.removeprefix(f'{block}.').split('.')[0]}" if block else ""
-
     def _block_of(self, name: str) -> str:
         """The outermost module inside the layer that holds this one: attention with its projections."""
-        layer = self._layer(name)
+        layer = self.dry.layer_of(name)
         parts = name.removeprefix(f"{layer}.").split(".")
         inside = [f"{layer}.{'.'.join(parts[: number + 1])}" for number in range(len(parts))]
         return next((path for path in inside if path in self.called), name)
 
     def _kind(self, name: str, attention: set[str]) -> str:
-        module, layer = self.modules[name], self._layer(name)
+        module, layer = self.modules[name], self.dry.layer_of(name)
         if not name or any(name == head or name.startswith(f"{head}.") for head in self.dry.heads):
             return LOGITS
         if self.dry.is_side:
@@ -416,14 +428,14 @@ def temporary(dry: DryModel, step: Step) -> int:
     return max(live.peak - kept, 0)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is untyped here
     """The bytes of the tensors that operators have made and that are still there; `peak`, the most there were at once.
 
     Leaves out a model's own tensors and, once they are summed up, its parameters' gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.now = self.peak = 0
         self._own = {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
@@ -433,7 +445,7 @@ class LiveBytes(TorchDispatchMode):
     def watching(self) -> Iterator[None]:
         """Count what runs inside."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        handles = [parameter.register_post_accumulate_grad_hook(self._leave_out) for parameter in trained]
+        handles = [p.register_post_accumulate_grad_hook(self._leave_out) for p in trained]  # type: ignore[no-untyped-call]
         try:
             with self:
                 yield
@@ -441,7 +453,7 @@ class LiveBytes(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):

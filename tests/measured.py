@@ -117,8 +117,6 @@ def measure_theirs(
         settings, folder=out, device="cpu", autocast=settings.precision, steps=1, has_eval=False
     )
     arguments.save_strategy = "no"
-    trainer: Any = Trainer(
-        model=model, args=arguments, train_dataset=prepared.train, data_collator=prepared.collator
-    )
+    trainer: Any = Trainer(model=model, args=arguments, train_dataset=prepared.train, data_collator=prepared.collator)
     trainer.train()
     return found

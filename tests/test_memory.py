@@ -43,6 +43,7 @@ TASKS = {
 
 
 def spec_of(task: str) -> TaskSpec:
+    """A task, with classes where it has them."""
     return TaskSpec(task, CLASSES if task == "sequence-classification" else ())
 
 
@@ -64,7 +65,14 @@ def write_data(folder: Path, task: str, *, padded: bool) -> DataSection:
 
 
 def measure(
-    method: str, family: str, base: Path, folder: Path, patch: pytest.MonkeyPatch, *, padded: bool, settings: TrainSection
+    method: str,
+    family: str,
+    base: Path,
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    *,
+    padded: bool,
+    settings: TrainSection,
 ) -> Measured:
     """A real step of a method on a tiny model."""
     task = TASKS[family]
@@ -77,6 +85,7 @@ def measure(
 
 
 def subject_of(family: str, method: str, base: Path, run: Run) -> Subject:
+    """A tiny model with a method in it, without storage."""
     return open_subject(base, method, SPECS[method], spec_of(TASKS[family]), run)
 
 
@@ -107,8 +116,8 @@ def test_full_rows(
     require_equal(found, family, method, base)
 
 
-@pytest.mark.parametrize("method", ["paca", "full"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "bert", "t5"])
+@pytest.mark.parametrize("method", ("paca", "full"))
+@pytest.mark.parametrize("family", ("llama", "gemma3", "bert", "t5"))
 def test_padded_rows(
     family: str, method: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,8 +139,8 @@ def test_read_leaves_padding_out(tiny_model: TinyModel, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("method", SPECS)
-@pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("case", ["checkpointing", "bf16", "autocast"])
+@pytest.mark.parametrize("family", ("llama", "bert"))
+@pytest.mark.parametrize("case", ("checkpointing", "bf16", "autocast"))
 def test_settings(
     case: str, family: str, method: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,10 +158,10 @@ def _one_step(**changes: Any) -> TrainSection:
     return fast(**{"max_steps": 1, "batch_size": 4, "precision": "fp32", **changes})
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("method", ["paca", "full"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_peak(family: str, method: str, checkpointing: bool, tiny_model: TinyModel) -> None:  # noqa: FBT001
+@pytest.mark.parametrize("checkpointing", (False, True), ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("method", ("paca", "full"))
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_peak(family: str, method: str, checkpointing: bool, tiny_model: TinyModel) -> None:
     """What is kept and what is temporary make the peak of a real forward and backward."""
     real: Any = build_model(family).train()
     real.config.use_cache = False
@@ -186,7 +195,7 @@ def test_rules_of_precision(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", SPECS)
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("family", ("llama", "bert", "t5"))
 def test_config_alone(family: str, method: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     """A folder that holds config.json and nothing else gives the same figures as the whole checkpoint."""
     base = tiny_model(family)
@@ -214,10 +223,14 @@ def test_dtype_of_weights(tiny_model: TinyModel, tmp_path: Path) -> None:
 # --- few layers for many
 
 
-@pytest.mark.parametrize("method", ["paca", "lora", "full"])
+@pytest.mark.parametrize("method", ("paca", "lora", "full"))
 @pytest.mark.parametrize(
     ("family", "sizes"),
-    [("llama", {"num_hidden_layers": 7}), ("t5", {"num_layers": 6, "num_decoder_layers": 7}), ("bert", {"num_hidden_layers": 6})],
+    (
+        ("llama", {"num_hidden_layers": 7}),
+        ("t5", {"num_layers": 6, "num_decoder_layers": 7}),
+        ("bert", {"num_hidden_layers": 6}),
+    ),
 )
 def test_few_layers_stand_for_all(family: str, sizes: Mapping[str, int], method: str, tiny_model: TinyModel) -> None:
     """Bytes taken from two and three layers equal those of the whole model, by kind, with checkpointing and without."""
@@ -229,7 +242,9 @@ def test_few_layers_stand_for_all(family: str, sizes: Mapping[str, int], method:
 
 def test_temporary_does_not_grow(tiny_model: TinyModel) -> None:
     """What is temporary in a model of two layers is so in one of seven."""
-    subjects = [subject_of("llama", "paca", tiny_model("llama", overrides={"num_hidden_layers": n}), Run()) for n in (2, 7)]
+    subjects = [
+        subject_of("llama", "paca", tiny_model("llama", overrides={"num_hidden_layers": n}), Run()) for n in (2, 7)
+    ]
     for step in (Step(2, 32), Step(2, 32, checkpointing=True)):
         assert len({temporary(subject.dry, step) for subject in subjects}) == 1
 
@@ -262,8 +277,8 @@ def test_kinds(tiny_model: TinyModel) -> None:
 
 def test_sharding() -> None:
     """Each device holds its part of the rows, the first the larger; DDP copies gradients into buckets."""
-    trained, frozen = Tensor((5, 3), 4, "l.0", True, True), Tensor((8, 2), 2, "l.1", False, False)  # noqa: FBT003
-    head = Tensor((4,), 4, "", False, False)  # noqa: FBT003
+    trained, frozen = Tensor((5, 3), 4, "l.0", True, True), Tensor((8, 2), 2, "l.1", False, False)
+    head = Tensor((4,), 4, "", False, False)
     tensors = (trained, frozen, head)
     states = {name: _state(tensors, sharding, 2) for name, sharding in SHARDINGS.items()}
     assert states["none"] == {"weights": 48, "columns": 60, "gradients": 60, "optimizer": 124}
@@ -273,20 +288,20 @@ def test_sharding() -> None:
     fsdp2 = {"weights": 24, "columns": 36, "gradients": 36, "optimizer": 76, "gathered weights": 16 + 60 + 32}
     assert states["fsdp2"] == fsdp2
     assert states["zero3"] == {**fsdp2, "optimizer": 76 + 36}
-    assert _gathered((*tensors, Tensor((1,), 4, "l.2", False, False))) == 16 + 60 + 32  # noqa: FBT003
+    assert _gathered((*tensors, Tensor((1,), 4, "l.2", False, False))) == 16 + 60 + 32
 
 
 @pytest.mark.parametrize(
     ("query", "heads", "mask", "kept"),
-    [
+    (
         # q and output of 4 heads, k and v of 2: flash keeps them and the logarithms of sums
         (torch.bfloat16, 2, False, 2 * (2 * 4 + 2 * 2) * 32 * 16 * 2 + 2 * 4 * 32 * 4),
         # with a mask, all heads: the mask in 16 bits as well
         (torch.bfloat16, 4, True, 2 * 4 * 4 * 32 * 16 * 2 + 2 * 4 * 32 * 4 + 2 * 32 * 32 * 2),
-    ],
+    ),
     ids=["flash", "efficient"],
 )
-def test_attention_on_cuda(query: torch.dtype, heads: int, mask: bool, kept: int, tiny_model: TinyModel) -> None:  # noqa: FBT001
+def test_attention_on_cuda(query: torch.dtype, heads: int, mask: bool, kept: int, tiny_model: TinyModel) -> None:
     """On a card no scores are kept, by arithmetic."""
     dry = subject_of("llama", "full", tiny_model("llama"), Run()).dry
     sizes: dict[int, int] = {}
@@ -323,7 +338,7 @@ def test_cuda_target(tiny_model: TinyModel) -> None:
 # --- the longest sequence
 
 
-@pytest.mark.parametrize(("tokens", "sequence"), [(1, 128), (2, 1), (37, 50), (90, 50)])
+@pytest.mark.parametrize(("tokens", "sequence"), ((1, 128), (2, 1), (37, 50), (90, 50)))
 def test_longest(tokens: int, sequence: int, tiny_model: TinyModel) -> None:
     """The longest sequence is the last that fits, whatever length one asks about."""
     subject = subject_of("llama", "paca", tiny_model("llama"), Run())
@@ -370,12 +385,15 @@ def test_shapes_that_depend_on_values(tiny_model: TinyModel, monkeypatch: pytest
     with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM cannot be run without values \(DynamicOutputShape"):
         predict(subject, Run(1, 8))
     monkeypatch.undo()
-    assert predict(subject, Run(1, 8)).total == predict(subject_of("llama", "full", tiny_model("llama"), Run()), Run(1, 8)).total
+    assert (
+        predict(subject, Run(1, 8)).total
+        == predict(subject_of("llama", "full", tiny_model("llama"), Run()), Run(1, 8)).total
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
+    (
         ({"sharding": "fsdp", "devices": 2}, r"--sharding: unknown name 'fsdp'.*closest is 'fsdp2'"),
         ({"sharding": "fsdp2"}, r"--sharding: fsdp2 with 1 device, expected more than one"),
         ({"sharding": "none", "devices": 2}, r"--sharding: none with 2 devices, expected one of ddp"),
@@ -383,7 +401,7 @@ def test_shapes_that_depend_on_values(tiny_model: TinyModel, monkeypatch: pytest
         ({"device": "hpu"}, r"--device: unknown name 'hpu', expected one of cpu, cuda"),
         ({"batch": 0}, r"--batch: 0, expected at least 1"),
         ({"devices": 0}, r"--devices: 0, expected at least 1"),
-    ],
+    ),
 )
 def test_wrong_requests(changes: Mapping[str, Any], message: str) -> None:
     """Each names the option, what was found and what is expected."""

@@ -54,7 +54,8 @@ def forecast(path: str, question: Question, settings: Sequence[str] = ()) -> Pre
         subject = _open_adapter(Path(path), recipe, question, run)
     else:
         method = method or recipe.method
-        subject = open_subject(config_folder(recipe.model), method, _spec(recipe, method), recipe.task_spec(), run)
+        spec = _spec(recipe, method, is_recipe=is_recipe)
+        subject = open_subject(config_folder(recipe.model), method, spec, recipe.task_spec(), run)
     run = _fitted(subject, recipe, question, run)
     return predict(subject, run, fit_bytes=question.fit_bytes)
 
@@ -96,8 +97,15 @@ def _recipe(model: str, settings: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _spec(recipe: Recipe, method: str) -> Any:
-    """The method's spec. Raises: RequestError, RecipeError for settings of another method."""
+def _spec(recipe: Recipe, method: str, *, is_recipe: bool) -> Any:
+    """The method's spec. Raises: RequestError, RecipeError for settings of another method.
+
+    A recipe's own settings may be there when LoRA or full tuning is asked about in its method's place.
+    """
+    idle = {FULL: ("paca", "read"), LORA: ("read",)}.get(method, ())
+    given = [name for name in idle if name in recipe.model_fields_set]
+    if given and not is_recipe:
+        raise RequestError("settings", f"those of {given[0]}, and method {method}", expected="none that it has not")
     if method == FULL:
         return None
     if method == LORA:
@@ -144,9 +152,11 @@ def _fitted(subject: Subject, recipe: Recipe, question: Question, run: Run) -> R
     """With what the model and the data decide: the default length, and whether rows differ in length."""
     if "max_length" not in recipe.data.model_fields_set and subject.positions is not None:
         run = replace(run, sequence=min(run.sequence, subject.positions))
-    padded = question.padded
+    padded, task = question.padded, subject.dry.task
+    if question.target and task != "seq2seq":
+        raise RequestError("--target-sequence", f"given for {task}", expected="the task seq2seq with it")
     if padded is None:
-        task, files = subject.dry.task, recipe.data.train
+        files = recipe.data.train
         is_known = bool(files) and all(Path(name).is_file() for name in files)
         packs = is_packed(recipe.data.spec(), task) if is_known else not files
         padded = not (packs and task == "causal-lm")

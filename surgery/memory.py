@@ -105,6 +105,8 @@ class Run:
         for name in ("batch", "sequence", "devices"):
             if getattr(self, name) < 1:
                 raise RequestError(f"--{name}", str(getattr(self, name)), expected="at least 1")
+        if self.target < 0:
+            raise RequestError("--target-sequence", str(self.target), expected="at least 1")
         for option, found, known in (
             ("--dtype", self.dtype, ("", *DTYPES)),
             ("--precision", self.precision, ("auto", *DTYPES)),

@@ -112,6 +112,7 @@ def test_recipe(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert answer(recipe, "batch_size=1")["run"]["batch"] == 1
     assert answer(recipe, f"data.train=[{tmp_path / 'pairs.jsonl'}]")["run"]["padded"] is True
     assert answer(recipe, f"data.train=[{tmp_path / 'pairs.jsonl'}]", "pack_examples=true")["run"]["padded"] is False
+    assert answer(recipe, "--method", "full")["trained_values"] > found["trained_values"]
     assert answer(recipe, "--padded")["run"]["padded"] is True
 
 
@@ -153,6 +154,9 @@ def test_apply_shows_it_too(tiny_model: TinyModel, tmp_path: Path) -> None:
         (("--device", "tpu"), RequestError, "--device: unknown name 'tpu', expected one of cpu, cuda"),
         (("--task", "causal"), RequestError, "--task: unknown task 'causal'"),
         (("paca.ranks=3",), RecipeError, "unknown key 'paca.ranks'.*closest is 'rank'"),
+        (("--method", "full", "--rank", "3"), RequestError, "settings: those of paca, and method full"),
+        (("--method", "lora", "read.hidden=3"), RequestError, "settings: those of read, and method lora"),
+        (("--target-sequence", "3"), RequestError, "--target-sequence: given for causal-lm"),
         (("--rank", "1000"), RequestError, "--rank: 1000 for .*, expected 1 to"),
     ),
 )

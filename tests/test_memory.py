@@ -179,6 +179,25 @@ def test_peak(family: str, method: str, checkpointing: bool, tiny_model: TinyMod
     assert abs(peak / live.peak - 1) < TOLERANCE
 
 
+def test_live_bytes() -> None:
+    """What operators have made counts while it is there; parameters and their finished gradients do not."""
+    model = torch.nn.Linear(100, 50, bias=False)
+    live = LiveBytes(model)
+    with live.watching():
+        x = torch.ones(10, 100)
+        y = x * 2  # 4000 bytes each
+        del x
+        z = y + 1
+        assert (live.now, live.peak) == (8000, 8000)
+        loss = model(z).sum()
+        loss.backward()
+        assert model.weight.grad is not None
+        assert model.weight.grad.nbytes == 20000
+        del loss
+    assert live.now == 8000
+    assert 8000 + 20000 <= live.peak < 8000 + 20000 + 5000
+
+
 def test_rules_of_precision(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Dtypes and autocast are those that the training run loads its model with."""
     for family, dtype, task in (("bert", torch.bfloat16, "sequence-classification"), ("llama", torch.float16, "")):

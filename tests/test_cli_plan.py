@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
+from surgery import forecast
 from surgery.checkpoint import CONFIG_FILE
 from surgery.cli import cli
 from surgery.errors import NotAModelError, RecipeError, RequestError, SurgeryError, UnsupportedError
@@ -78,6 +80,31 @@ def test_methods_and_settings(bare: Path) -> None:
     assert answer(bare, "--method", "read", "read.hidden=8")["trained_values"] < read
     with pytest.raises(RecipeError, match="settings of read"):
         answer(bare, "read.hidden=8")
+
+
+def test_every_option_reaches_its_place(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given on the command line is what is asked, as a question or as a recipe's key."""
+    line = (
+        "--method lora --rank 3 --batch 2 --sequence 9 --target-sequence 4 --padded --dtype bf16 --precision fp16 "
+        "--checkpointing --device cuda --devices 2 --sharding zero3 --fit 3kB --task seq2seq"
+    )
+    seen: list[Any] = []
+
+    def ask(*given: Any) -> None:
+        seen.extend(given)
+        raise RequestError("x", "seen")
+
+    monkeypatch.setattr(forecast, "forecast", ask)
+    assert isinstance(run(bare, "labels=[a]", *line.split()).exception, RequestError)
+    path, question, settings = seen
+    assert path == str(bare)
+    assert question == forecast.Question("lora", 4, True, "bf16", "cuda", 2, "zero3", 3000)
+    assert set(settings) == {
+        "labels=[a]", "paca.rank=3", "train.batch_size=2", "data.max_length=9", 'train.precision="fp16"',
+        'task="seq2seq"', "train.gradient_checkpointing=true",
+    }  # fmt: skip
+    options = [p for p in cli.commands["plan"].params if isinstance(p, click.Option) and p.name != "as_json"]
+    assert all(set(option.opts) & set(line.split()) for option in options)
 
 
 def test_default_length(bare: Path) -> None:

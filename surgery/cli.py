@@ -21,6 +21,7 @@ import click
 
 from surgery.checkpoint import require_folder, require_model, require_record
 from surgery.cli_generate import generate_command
+from surgery.cli_plan import plan_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -205,8 +206,9 @@ def apply(
     if plan_only:
         checkpoint = Checkpoint.open(find_model(model)[0])
         plan = plan_checkpoint(checkpoint, spec, wanted)
-        lines = [*table.plan_lines(plan), "", *showing.need_lines(checkpoint, plan)]
-        show(lines, {"plan": plan.to_dict(), "need": showing.needs(checkpoint, plan)}, as_json=as_json)
+        need, step = showing.needs(checkpoint, plan), showing.step_memory(checkpoint, plan)
+        lines = [*table.plan_lines(plan), "", *showing.need_lines(checkpoint, plan), *step.lines]
+        show(lines, {"plan": plan.to_dict(), "need": need, "step_memory": step.document}, as_json=as_json)
         return
     adapter = operate.apply(model, folder, spec, task=wanted, overwrite=overwrite)
     next_step = f"surgery train {shlex.quote(str(folder))} --data FILE"
@@ -519,6 +521,7 @@ def settings(*, as_json: bool) -> None:
 
 
 cli.add_command(generate_command)
+cli.add_command(plan_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +111,45 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def reading_values() -> Iterator[None]:
+    """transformers asks tensors without values what it asks others: whether a mask is all ones.
+
+    transformers 5 would otherwise build a mask for every such tensor. Who runs a model so answers (`surgery.saved`).
+    """
+    from transformers.utils import import_utils
+
+    known = vars(import_utils)
+    before = known.get("is_fake_tensor")
+    if before is not None:
+        known["is_fake_tensor"] = lambda _tensor: False
+    try:
+        yield
+    finally:
+        if before is not None:
+            known["is_fake_tensor"] = before
+
+
+def set_checkpointing(model: Any, *, on: bool) -> None:
+    """Gradient checkpointing without reentrance, on or off. Raises ValueError for a model that has none."""
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    if on:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(model, f"{name}_disable")()
+
+
+def download_config(hub_id: str) -> Path:
+    """The folder of a hub id's config.json, fetched alone where it is not in the cache. Raises: OSError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub_id, "config.json")).parent
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise OSError(str(error)) from error
 
 
 def accepts(function: Any, argument: str) -> bool:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TASKS", "Counts", "DataSpec", "Prepared", "Report", "inspect_labels", "prepare"]
+__all__ = ["TASKS", "Counts", "DataSpec", "Prepared", "Report", "inspect_labels", "is_packed", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,15 @@ def inspect_labels(spec: DataSpec, task: str) -> tuple[str, ...]:
     """
     source = _Source.of(spec, task)
     return source.class_names() if task in ("sequence-classification", "token-classification") else ()
+
+
+def is_packed(spec: DataSpec, task: str) -> bool:
+    """Whether every row will be `max_length` tokens long, from the first row of the data. Raises: DataError."""
+    return _packs(spec, _Source.of(spec, task).format)
+
+
+def _packs(spec: DataSpec, format: Format) -> bool:
+    return spec.pack_examples or (format.name == "text" and spec.packing)
 
 
 def prepare(spec: DataSpec, *, task: str, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> Prepared:
@@ -313,7 +322,7 @@ class _Tokenizing:
     @staticmethod
     def of(source: _Source, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> _Tokenizing:
         spec = source.spec
-        packed = spec.pack_examples or (source.format.name == "text" and spec.packing)
+        packed = _packs(spec, source.format)
         max_length = min(spec.max_length, tokenizer.model_max_length)
         ids = {name: index for index, name in enumerate(names)}
         return _Tokenizing(source.task, tokenizer, ids, max_length, packed)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from surgery.checkpoint import Checkpoint
+from surgery.errors import UnsupportedError
+from surgery.forecast import forecast_plan
+from surgery.memory import brief_line
 from surgery.plan import SurgeryPlan
 from surgery.table import size_text
 from surgery.tensorfile import tensor_bytes
@@ -38,6 +43,23 @@ def need_lines(checkpoint: Checkpoint, plan: SurgeryPlan) -> list[str]:
         f"each training checkpoint takes {need['checkpoint']}",
         f"export {'--format remote-code' if plan.stacks else '--merge'} writes {need['merged']}, in a few tens of MB",
     ]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """The short form of `surgery plan`; without a document where a step cannot be run without values."""
+
+    lines: tuple[str, ...]
+    document: dict[str, Any] | None
+
+
+def step_memory(checkpoint: Checkpoint, plan: SurgeryPlan) -> StepMemory:
+    """What a training step of a plan holds, as far as it can be predicted."""
+    try:
+        found = forecast_plan(checkpoint.root, plan)
+    except UnsupportedError as error:
+        return StepMemory((f"a step's memory is not predicted: {error}",), None)
+    return StepMemory((brief_line(found),), found.to_dict())
 
 
 def _metric_lines(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

@@ -144,6 +144,7 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) 
         "doctor": ["doctor"],
         "settings": ["settings"],
         "generate": ["generate", "model", "--prompt", "a"],
+        "plan": ["plan", "model", "--batch", "2"],
         "patch": ["patch", "theirs/model.onnx", "model-paca", "-o", "patched"],
     }
     if name in ("verify", "undo"):
@@ -191,6 +192,9 @@ ERRORS: tuple[tuple[int, str, str], ...] = (
     (2, "apply model --rank-pattern q_proj", "Error: --rank-pattern: 'q_proj', expected PATTERN=RANK"),
     (2, "apply model", "Error: model-paca: it exists"),
     (2, "apply model --alpha -1", "Error: --alpha: -1.0, expected a positive number."),
+    (2, "plan model --fit much", "Error: --fit: 'much' is no size"),
+    (2, "plan model --sharding fsd --devices 2", "Error: --sharding: unknown name 'fsd'"),
+    (5, "plan model --device hpu", "Error: --device hpu: no prediction for it"),
     (2, "train model-paca", "Error: data.train: found no file"),
     (2, "train model-paca --data nothing.jsonl", "Error: nothing.jsonl: "),
     (2, "train model-paca --data text.txt learning_rat=1", "Error: override: unknown key 'learning_rat'"),
@@ -396,7 +400,7 @@ def test_a_plan_touches_nothing(work: Path, run: Run) -> None:
     assert digest_folder(work) == before
     assert "model.layers.*.mlp.down_proj" in text.out
     assert "trained values" in text.out
-    assert set(json.loads(document.out)) == {"plan", "need"}
+    assert set(json.loads(document.out)) == {"plan", "need", "step_memory"}
 
 
 def test_apply_takes_lists_patterns_and_ranks(work: Path, run: Run) -> None:
@@ -503,7 +507,8 @@ def test_every_option_reaches_the_library(
     assert {key: seen.get(key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "generate"])  # test_generate.py holds its own
+# test_generate.py and test_cli_plan.py hold their own
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("generate", "plan")])
 def test_no_option_is_forgotten_above(name: str) -> None:
     """A new option needs a line that shows where it goes; what is printed is seen elsewhere."""
     said = {word for line, _ in REACHES if line.startswith(f"{name} ") for word in line.split()}

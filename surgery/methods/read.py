@@ -201,9 +201,9 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: SideDelta | None) -> None
     settings = settings_of(ReadSpec(**plan.spec), plan.stacks)
     with torch.device("meta"):
         side = attach_side(model, settings, [asdict(stack) for stack in plan.stacks], plan.frozen)
-    plain = {name.removeprefix(f"{NAME}."): values.clone() for name, values in state.items()}
+    plain = {name.removeprefix(f"{NAME}."): v.to(example.device, copy=True) for name, v in state.items()}
     side.load_state_dict({n: v.to(torch.float64) if double else v for n, v in plain.items()}, assign=True)
-    side.to(example.device).requires_grad_()
+    side.requires_grad_()
 
 
 def side_of(model: nn.Module) -> SideNetwork:

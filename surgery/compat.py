@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +112,14 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def fall_silent() -> None:
+    """No remark, warning or bar from this process: another one says it."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    os.environ["TQDM_DISABLE"] = "1"
 
 
 def accepts(function: Any, argument: str) -> bool:

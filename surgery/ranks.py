@@ -22,6 +22,7 @@ from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedE
 ERRORS = "SURGERY_RANK_ERRORS"  # the folder in which `surgery train --nproc` waits for its processes' errors
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "hccl"}
 TIMEOUT = timedelta(minutes=30)  # rank 0 may be reading or writing while the others wait
+LOST = ("by peer", "NCCL")  # in the errors of gloo and NCCL when a process that they talk to is gone
 T = TypeVar("T")
 
 
@@ -122,7 +123,13 @@ def joined(device: str) -> Iterator[None]:
     owns = not torch.distributed.is_initialized()
     if owns:
         torch.distributed.init_process_group(BACKENDS[device], timeout=TIMEOUT)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if count() < 2 or not any(sign in str(error) for sign in LOST):
+            raise
+        found, fix = "another process of the run has ended", "Its error says why; --resume auto goes on"
+        raise SurgeryError("train", found, expected="all to go on", fix=fix) from error
     if owns:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from surgery.errors import UnsupportedError
 from surgery.paca_layers import PacaLayer, layers
 from surgery.ranks import count
+from surgery.side import SideNetwork
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a model, which are gathered and let go one at a time: outermost lists of modules."""
+    """The repeated parts of a model, which are gathered and let go one at a time: outermost lists of modules.
+
+    A side network is none of them: its parameters are used all through the forward, and stay with the model's own.
+    """
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child
-        else:
+        elif not isinstance(child, SideNetwork):
             yield from blocks(child)
 
 

@@ -51,6 +51,7 @@ class SurgeryCheckpoints:
     surgery_features: FeatureCache | None = None
     surgery_is_sharded: bool = False
     is_in_train: bool
+    model_accepts_loss_kwargs: bool
     accelerator: Any
     args: Any
     optimizer: Any
@@ -116,10 +117,16 @@ class SurgeryCheckpoints:
         return metrics
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's; a training batch runs from the backbone's states where they are kept."""
+        """As the trainer's; a training batch runs from the backbone's states where they are kept.
+
+        A loss that is the mean of its batch is weighted by the batch's part of all ranks' labels.
+        """
         rows = inputs.pop(ROW, None)
         if self.surgery_features is None or rows is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            is_mean = count() > 1 and model.training and not self.model_accepts_loss_kwargs
+            part = label_part(inputs["labels"]) if is_mean else None
+            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            return loss if part is None else loss * part
         with self.surgery_features.batch(self.model, rows.tolist(), inputs.get("attention_mask")):
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -168,6 +175,14 @@ class SurgeryCheckpoints:
 
     def _load_best_model(self) -> None:
         read_state(self.model, self.surgery_plan, Path(self.state.best_model_checkpoint))
+
+
+def label_part(labels: torch.Tensor) -> torch.Tensor:
+    """How many labels a batch has, to what a rank's batch has on average: 1 where all have as many."""
+    own = labels.ne(-100).sum()
+    total = own.clone()
+    torch.distributed.all_reduce(total)
+    return own * count() / total
 
 
 def write_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:

@@ -103,6 +103,7 @@ def training_arguments(
         dataloader_drop_last=False,
         remove_unused_columns=True,
         disable_tqdm=True,
+        log_level_replica="error",
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         report_to=[],

@@ -1,0 +1,318 @@
+"""Several processes: they give the adapter that one gives, and checkpoints, errors and files are one run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from exporters.dense import export
+from surgery.adapter import open_adapter
+from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
+from surgery.methods.paca import PacaSpec
+from surgery.methods.read import ReadSpec
+from surgery.operate import apply
+from surgery.survey import TaskSpec
+from surgery.tensorfile import TensorFile
+from surgery.trainer import STATE_FILE
+from surgery.verify import verify
+from tests.conftest import PROJECT, TinyModel
+from tests.examples import LABELLED, QUESTIONS, write_rows
+from tests.forking import FAILURE, Job, Outcome
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-6
+STRATEGIES = ("ddp", "fsdp2")
+PACA = PacaSpec(rank=4)
+STEPS = 8
+USUAL = {"learning_rate": 2e-3, "max_steps": STEPS, "max_length": 64, "max_rows": 32, "logging_steps": 1}
+SAVE_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model, a method and settings. The global batch is 4, or 8 with accumulation."""
+
+    name: str
+    family: str = "llama"
+    spec: Any = PACA
+    task: str = ""
+    data: str = "prompts.jsonl"
+    dtype: torch.dtype | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_DRY: dict[str, dict[str, object]] = {  # ranks draw their own dropout
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "t5": {"dropout_rate": 0.0},
+}
+VARIANTS = (
+    Variant("plain"),
+    Variant("accumulation", settings={"gradient_accumulation": 2}),
+    Variant("checkpointing", settings={"gradient_checkpointing": True}),
+    Variant("evaluated", settings={"eval_steps": 4}),
+    Variant("conv1d", "gpt2"),
+    Variant("bf16", dtype=torch.bfloat16),
+    Variant("head", "bert", task="sequence-classification", data="labelled.jsonl"),
+    Variant("seq2seq", "t5", data="pairs.jsonl"),
+    Variant("read", "bert", ReadSpec(hidden=8), task="sequence-classification", data="labelled.jsonl"),
+)
+BF16 = next(variant for variant in VARIANTS if variant.dtype == torch.bfloat16)
+CASES = [(variant, strategy) for variant in VARIANTS if variant != BF16 for strategy in STRATEGIES]
+
+
+@dataclass
+class Bench:
+    """Where runs are set up, and how they ended."""
+
+    root: Path
+    jobs: list[Job] = field(default_factory=list)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def add(self, variant: Variant, name: str, nproc: int, *, fresh: bool = True, **job: Any) -> None:
+        """A run of a variant with its global batch, in a fresh copy of the variant's adapter or in the one there."""
+        folder = self.root / name.partition("/")[0]
+        if fresh:
+            shutil.copytree(self.root / f"fresh-{variant.name}", folder)
+        settings = {
+            **USUAL,
+            "save_steps": SAVE_STEPS,
+            "batch_size": 4 // max(1, nproc),
+            **variant.settings,
+            **job.pop("settings", {}),
+        }
+        data = str(self.root / variant.data)
+        more = [f"--task={variant.task}"] if variant.task else []
+        more += [f"--eval-data={data}"] if "eval_steps" in settings else []
+        pairs = [f"{key}={value}" for key, value in settings.items()]
+        arguments = ["train", str(folder), "--device=cpu", f"--data={data}", *more, *job.pop("more", []), *pairs]
+        self.jobs.append(Job(name.replace("/", "-"), nproc, arguments, **job))
+
+    def run(self) -> None:
+        """Carry all of them out, in one warm process."""
+        path, out = self.root / "jobs.json", self.root / "outcomes.json"
+        path.write_text(json.dumps([asdict(job) for job in self.jobs]))
+        done = run_python("-m", "tests.forking", str(path), str(out))
+        assert done.returncode == 0, done.stderr
+        self.outcomes = {name: Outcome(**entry) for name, entry in json.loads(out.read_text()).items()}
+
+    def folder(self, name: str) -> Path:
+        return self.root / name
+
+    def codes(self, name: str) -> list[int]:
+        return self.outcomes[name.replace("/", "-")].codes
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter of these tests on this project, in its folder."""
+    command, settings = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(command, text=True, cwd=PROJECT, env=settings, check=False, timeout=280, **pipes)
+
+
+def prepare(root: Path, tiny_model: TinyModel, variants: Sequence[Variant]) -> Bench:
+    """Data, and a fresh adapter of each variant."""
+    write_rows(root / "prompts.jsonl", [{"prompt": question, "completion": answer} for question, answer in QUESTIONS])
+    write_rows(root / "pairs.jsonl", [{"source": question, "target": answer} for question, answer in QUESTIONS])
+    write_rows(root / "labelled.jsonl", LABELLED)
+    for variant in variants:
+        base = tiny_model(variant.family, dtype=variant.dtype, overrides=_DRY.get(variant.family))
+        labels = ("animal", "person") if variant.task else ()
+        apply(base, root / f"fresh-{variant.name}", variant.spec, task=TaskSpec(variant.task, labels))
+    return Bench(root)
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Between the trained values of two adapters."""
+    first, second = (TensorFile(folder / "adapter.safetensors") for folder in (a, b))
+    assert set(first.infos) == set(second.infos)
+    pairs = [(first.read(name).double(), second.read(name).double()) for name in first.infos]
+    return max(float((one - two).abs().max()) for one, two in pairs)
+
+
+def patches(folder: Path) -> Mapping[str, ColumnPatch]:
+    """An adapter's columns, by target."""
+    delta = open_adapter(folder).delta
+    assert isinstance(delta, ColumnDelta)
+    return delta.patches
+
+
+def moved_rows(folder: Path) -> dict[str, torch.Tensor]:
+    """By target: which rows (outputs) have a column that training moved."""
+    return {m: (p.values != p.original.to(p.values.dtype)).any(1) for m, p in patches(folder).items()}
+
+
+def logged_losses(folder: Path) -> dict[int, float]:
+    """Loss by step, each of which has one line."""
+    lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert len(losses) == len(dict(losses))
+    return dict(losses)
+
+
+def adapter_bytes(bench: Bench, name: str) -> bytes:
+    """The trained values as they are in the file."""
+    return (bench.folder(name) / ADAPTER_FILE).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Every variant in one process and in two, and the runs that are stopped, killed and resumed: all run once."""
+    made = prepare(tmp_path_factory.mktemp("distributed"), tiny_model, VARIANTS)
+    for variant in VARIANTS:
+        made.add(variant, f"{variant.name}-one", 0)
+        for strategy in STRATEGIES:
+            made.add(variant, f"{variant.name}-{strategy}", 2, settings={"strategy": strategy})
+    add_interrupted(made)
+    made.run()
+    return made
+
+
+def add_interrupted(made: Bench) -> None:
+    """Runs of the plain variant that do not come to their end at once."""
+    plain, onwards = VARIANTS[0], ["--resume=auto"]
+    for strategy in STRATEGIES:
+        two = {"settings": {"strategy": strategy}}
+        made.add(plain, f"again-{strategy}/1", 2, at={"0": [3, "SIGTERM"], "1": [3, "SIGTERM"]}, **two)
+        made.add(plain, f"again-{strategy}/2", 2, fresh=False, more=onwards, **two)
+        made.add(plain, f"changing-{strategy}/1", 2, at={"1": [3, "SIGTERM"]}, **two)
+        made.add(plain, f"changing-{strategy}/2", 0, fresh=False, more=onwards, at={"0": [6, "SIGTERM"]})
+        made.add(plain, f"changing-{strategy}/3", 2, fresh=False, more=onwards, **two)
+        made.add(plain, f"killed-{strategy}/1", 2, at={"1": [6, "SIGKILL"]}, **two)
+        made.add(plain, f"killed-{strategy}/2", 2, fresh=False, more=onwards, **two)
+        made.add(plain, f"failing-{strategy}", 2, at={"1": [2, FAILURE]}, **two)
+    made.add(plain, "other-batch/1", 2, at={"0": [3, "SIGTERM"]})
+    made.add(plain, "other-batch/2", 0, fresh=False, more=onwards, settings={"batch_size": 2})
+
+
+# --- one process and two (property 15)
+
+
+@pytest.mark.parametrize(("variant", "strategy"), CASES, ids=lambda value: str(getattr(value, "name", value)))
+def test_two_processes_train_the_adapter_that_one_trains(variant: Variant, strategy: str, bench: Bench) -> None:
+    """At the same global batch, within 1e-6; both moved away from the base, and every step was taken."""
+    assert bench.codes(f"{variant.name}-one") == [0], bench.outcomes[f"{variant.name}-one"].errors
+    assert bench.codes(f"{variant.name}-{strategy}") == [0, 0], bench.outcomes[f"{variant.name}-{strategy}"].errors
+    one, two = bench.folder(f"{variant.name}-one"), bench.folder(f"{variant.name}-{strategy}")
+    assert largest_difference(one, two) <= TOLERANCE
+    assert largest_difference(bench.folder(f"fresh-{variant.name}"), two) > 1e-3
+
+
+def test_a_bf16_base_with_fp32_columns_trains_the_same_sharded_and_not(bench: Bench) -> None:
+    """Two ranks of either strategy multiply the same bf16 numbers: the columns in fp32 agree within 1e-6."""
+    assert bench.codes("bf16-fsdp2") == [0, 0], bench.outcomes["bf16-fsdp2"].errors
+    assert largest_difference(bench.folder("bf16-ddp"), bench.folder("bf16-fsdp2")) <= TOLERANCE
+    assert largest_difference(bench.folder("fresh-bf16"), bench.folder("bf16-fsdp2")) > 1e-3
+    assert {patch.original.dtype for patch in patches(bench.folder("bf16-fsdp2")).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ("plain-ddp", "plain-fsdp2", "conv1d-fsdp2", "bf16-fsdp2", "head-fsdp2"))
+def test_every_ranks_rows_are_in_the_file(name: str, bench: Bench) -> None:
+    """Each output's row of each target moved: those that the first rank holds, and those of the second."""
+    for module, moved in moved_rows(bench.folder(name)).items():
+        half = (len(moved) + 1) // 2
+        assert (moved[:half].float().mean(), moved[half:].float().mean()) > (0.9, 0.9), module
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_adapter_of_two_processes_merges_to_what_was_trained(strategy: str, bench: Bench, tmp_path: Path) -> None:
+    """Export checks the merged model's logits against the attached one's."""
+    export(open_adapter(bench.folder(f"plain-{strategy}")), tmp_path / "merged")
+    assert verify(tmp_path / "merged").max_logit_difference == 0
+
+
+def test_rank_0_alone_speaks(bench: Bench) -> None:
+    """The other ranks print nothing at all, whatever the model, method, task and strategy."""
+    for variant, strategy in CASES:
+        done = bench.outcomes[f"{variant.name}-{strategy}"]
+        assert "steps on cpu" in done.outputs[0]
+        assert (done.outputs[1], done.errors[1]) == ("", "")
+
+
+def test_the_log_has_each_step_once(bench: Bench) -> None:
+    """Of both strategies, and the losses are those of one process: the mean over all ranks."""
+    one = logged_losses(bench.folder("plain-one"))
+    assert list(one) == list(range(1, STEPS + 1))
+    for strategy in STRATEGIES:
+        assert logged_losses(bench.folder(f"plain-{strategy}")) == pytest.approx(one, abs=1e-5)
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoints_do_not_tell_how_many_ranks_made_them(strategy: str, bench: Bench) -> None:
+    """The same files but for the generators' states, tensors of the same shapes, and the optimizer's state as well."""
+    one, two = (bench.folder(f"plain-{name}") / "checkpoints" / "checkpoint-8" for name in ("one", strategy))
+    extra = {f"rng_state_{rank}.pth" for rank in range(2)}
+    assert {path.name for path in two.iterdir()} - extra == {path.name for path in one.iterdir()}
+    shapes = [{n: (i.shape, i.dtype) for n, i in TensorFile(path / STATE_FILE).infos.items()} for path in (one, two)]
+    assert shapes[0] == shapes[1]
+    states = [torch.load(path / "optimizer.pt", weights_only=True) for path in (one, two)]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for index, entry in states[0]["state"].items():
+        for name, value in entry.items():
+            torch.testing.assert_close(states[1]["state"][index][name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_of_two_processes_equals_an_uninterrupted_one(strategy: str, bench: Bench) -> None:
+    """Bit for bit, after SIGTERM to both: each ended its step, and rank 0 saved."""
+    assert bench.codes(f"again-{strategy}/1") == [130, 130]
+    assert bench.codes(f"again-{strategy}/2") == [0, 0]
+    assert adapter_bytes(bench, f"again-{strategy}") == adapter_bytes(bench, f"plain-{strategy}")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_number_of_ranks_may_change_between_checkpoints(strategy: str, bench: Bench) -> None:
+    """2, then 1, then 2 ranks, at the same examples per step: the adapter of an uninterrupted run, within 1e-6.
+
+    The first signal reached one rank only: both stopped at the same step.
+    """
+    assert bench.codes(f"changing-{strategy}/1") == [130, 130]
+    assert bench.codes(f"changing-{strategy}/2") == [130]
+    assert bench.codes(f"changing-{strategy}/3") == [0, 0]
+    assert largest_difference(bench.folder("plain-one"), bench.folder(f"changing-{strategy}")) <= TOLERANCE
+    assert list(logged_losses(bench.folder(f"changing-{strategy}"))) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_rank_ends_the_run_and_the_run_goes_on_from_its_checkpoint(strategy: str, bench: Bench) -> None:
+    """The other rank does not wait for the dead one; resumed from step 4, the adapter is the uninterrupted run's."""
+    killed = bench.outcomes[f"killed-{strategy}-1"]
+    assert killed.codes == [1, -9]
+    assert killed.seconds < 30
+    assert killed.errors[0].splitlines()[-1] == (
+        "Error: train: another process of the run has ended, expected all to go on. "
+        "Its error says why; --resume auto goes on."
+    )
+    assert bench.codes(f"killed-{strategy}/2") == [0, 0]
+    assert adapter_bytes(bench, f"killed-{strategy}") == adapter_bytes(bench, f"plain-{strategy}")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_that_fails_ends_the_run_with_its_error(strategy: str, bench: Bench) -> None:
+    """One line that says why, a non-zero exit code on every rank, and no waiting."""
+    failed = bench.outcomes[f"failing-{strategy}"]
+    assert failed.codes == [1, 1]
+    assert failed.seconds < 30
+    assert failed.errors[1] == f"Error: surgery: RuntimeError: {FAILURE}. surgery -v shows where.\n"
+    assert adapter_bytes(bench, f"failing-{strategy}") == adapter_bytes(bench, "fresh-plain")
+
+
+def test_another_number_of_examples_per_step_is_another_run(bench: Bench) -> None:
+    """Two ranks with 2 examples each are not one process with 2: resuming says so, and exits with 2."""
+    assert bench.codes("other-batch/1") == [130, 130]
+    assert bench.codes("other-batch/2") == [2]
+    assert "an interrupted run with other settings.examples_per_step" in bench.outcomes["other-batch-2"].errors[0]

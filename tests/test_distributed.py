@@ -16,16 +16,21 @@ import pytest
 import torch
 
 from exporters.dense import export
-from surgery.adapter import open_adapter
+from surgery.adapter import find_base, open_adapter
+from surgery.cli import main
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
+from surgery.errors import RequestError
 from surgery.methods.paca import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
+from surgery.ranks import adopt_slurm, first_node
+from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
+from surgery.train import CHECKPOINTS, RUN_FILE, train
 from surgery.trainer import STATE_FILE
 from surgery.verify import verify
-from tests.conftest import PROJECT, TinyModel
+from tests.conftest import PROJECT, TinyModel, digest_folder
 from tests.examples import LABELLED, QUESTIONS, write_rows
 from tests.forking import FAILURE, Job, Outcome
 
@@ -85,13 +90,8 @@ class Bench:
         folder = self.root / name.partition("/")[0]
         if fresh:
             shutil.copytree(self.root / f"fresh-{variant.name}", folder)
-        settings = {
-            **USUAL,
-            "save_steps": SAVE_STEPS,
-            "batch_size": 4 // max(1, nproc),
-            **variant.settings,
-            **job.pop("settings", {}),
-        }
+        settings = {**USUAL, "save_steps": SAVE_STEPS, "batch_size": 4 // max(1, nproc), **variant.settings}
+        settings |= job.pop("settings", {})
         data = str(self.root / variant.data)
         more = [f"--task={variant.task}"] if variant.task else []
         more += [f"--eval-data={data}"] if "eval_steps" in settings else []
@@ -316,3 +316,156 @@ def test_another_number_of_examples_per_step_is_another_run(bench: Bench) -> Non
     assert bench.codes("other-batch/1") == [130, 130]
     assert bench.codes("other-batch/2") == [2]
     assert "an interrupted run with other settings.examples_per_step" in bench.outcomes["other-batch-2"].errors[0]
+
+
+# --- launchers
+
+
+@dataclass(frozen=True)
+class Launched:
+    """How a launcher's run ended, and where its adapter is."""
+
+    folder: Path
+    code: int
+    output: str
+    error: str
+
+
+def launched(bench: Bench, name: str, *before: str, after: Sequence[str] = (), **environment: str) -> Launched:
+    """The plain variant's run of two processes under a launcher, in a fresh folder."""
+    folder = Path(shutil.copytree(bench.folder("fresh-plain"), bench.folder(name)))
+    pairs = [f"{key}={value}" for key, value in {**USUAL, "batch_size": 2}.items()]
+    data = f"--data={bench.root / 'prompts.jsonl'}"
+    done = run_python(*before, str(folder), data, "--device=cpu", *pairs, *after, **environment)
+    return Launched(folder, done.returncode, done.stdout, done.stderr)
+
+
+def test_nproc_starts_torchrun(bench: Bench) -> None:
+    """`--nproc 2` trains what one process trains; standard output is one result; torchrun's arguments follow `--`."""
+    own = ("--json", "--nproc=2", "strategy=fsdp2", "--", "--standalone", "--max-restarts", "0")
+    done = launched(bench, "by-nproc", "-m", "surgery.cli", "train", after=own)
+    assert done.code == 0, done.error
+    assert json.loads(done.output)["steps"] == STEPS
+    assert done.error == f"step {STEPS}/{STEPS}, loss {logged_losses(done.folder)[STEPS]:.4f}\n"
+    assert largest_difference(bench.folder("plain-one"), done.folder) <= TOLERANCE
+
+
+TORCHRUN = "torch.distributed.run --standalone --nproc-per-node=2"
+ACCELERATE = (
+    "accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no "
+    "--num_cpu_threads_per_process=1"
+)
+
+
+@pytest.mark.parametrize("launcher", (TORCHRUN, ACCELERATE), ids=("torchrun", "accelerate"))
+def test_launchers_work_as_they_are(launcher: str, bench: Bench) -> None:
+    """`torchrun -m surgery.train` and `accelerate launch -m surgery.train` train what one process trains."""
+    name = launcher.partition(".")[0]
+    done = launched(bench, f"by-{name}", "-m", *launcher.split(), "-m", "surgery.train")
+    assert done.code == 0, done.error
+    assert done.output.count("steps on cpu") == 1
+    assert largest_difference(bench.folder("plain-one"), done.folder) <= TOLERANCE
+
+
+def test_srun_works_as_it_is(bench: Bench) -> None:
+    """Two processes that know of each other by SLURM's variables alone train what one process trains."""
+    folder = Path(shutil.copytree(bench.folder("fresh-plain"), bench.folder("by-srun")))
+    pairs = [f"{key}={value}" for key, value in {**USUAL, "batch_size": 2}.items()]
+    own = [str(folder), f"--data={bench.root / 'prompts.jsonl'}", "--device=cpu", *pairs]
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    step |= {"SLURM_JOB_ID": str(os.getpid()), "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-m", "surgery.train", *own]
+    ranks = []
+    for number in ("0", "1"):
+        environment = {**os.environ, **step, "SLURM_PROCID": number, "SLURM_LOCALID": number}
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=200)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert [text.count("steps on cpu") for text in outputs] == [1, 0]
+    assert largest_difference(bench.folder("plain-one"), folder) <= TOLERANCE
+
+
+def test_the_launcher_says_once_why_a_rank_failed(bench: Bench, tmp_path: Path) -> None:
+    """One line, that of the rank that failed first, its exit code, and no traceback."""
+    failing = f"import tests.forking; tests.forking.happen_at(2, {FAILURE!r})"
+    (tmp_path / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n    {failing}\n")
+    path = os.pathsep.join([str(tmp_path), str(PROJECT)])
+    done = launched(bench, "by-failing", "-m", "surgery.cli", "train", after=["--nproc=2"], PYTHONPATH=path)
+    assert (done.code, done.output) == (1, "")
+    assert done.error == f"Error: surgery: RuntimeError: {FAILURE}. surgery -v shows where.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    (
+        (["strategy=fsdp"], 2, "settings: train.strategy: 'fsdp', expected 'ddp', 'fsdp2', 'zero2' or 'zero3'"),
+        (["strategy=fsdp2"], 2, "train.strategy: fsdp2 without a launcher, expected"),
+        (["cpu_offload=true"], 2, "train.cpu_offload: true with strategy ddp, expected"),
+        (["--nproc", "0"], 2, "--nproc: 0, expected at least 1"),
+        (["--nproc", "9999"], 2, f"--nproc: 9999, expected at most {os.cpu_count()}, as this machine has"),
+        (["--", "--nnodes=2"], 2, "train: '--nnodes=2' after `--`, which is a launcher's, expected --nproc"),
+        (["--nproc", "1", "--", "--no-such"], 2, "--: arguments that torchrun does not take, expected"),
+    ),
+)
+def test_what_is_asked_wrongly_is_refused(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The documented error and exit code, and the adapter is untouched."""
+    apply(tiny_model("llama"), tmp_path / "adapter", PACA)
+    before = digest_folder(tmp_path / "adapter")
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(tmp_path / "adapter"), "--data=nope", "--device=cpu", *arguments])
+    assert end.value.code == code
+    assert f"Error: {message}" in capfd.readouterr().err
+    assert digest_folder(tmp_path / "adapter") == before
+
+
+def test_a_run_of_another_plan_is_not_gone_on_with(bench: Bench, tmp_path: Path) -> None:
+    """With the checkpoints of an adapter that trains other columns: the documented error."""
+    base = find_base(open_adapter(bench.folder("fresh-plain")).record, bench.folder("fresh-plain"))
+    apply(base, tmp_path / "other", PacaSpec(rank=2))
+    shutil.copytree(bench.folder("plain-ddp") / CHECKPOINTS, tmp_path / "other" / CHECKPOINTS)
+    path = tmp_path / "other" / CHECKPOINTS / RUN_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+    settings = TrainSection(learning_rate=2e-3, max_steps=STEPS, logging_steps=1, save_steps=SAVE_STEPS, batch_size=4)
+    data = DataSection(train=[str(bench.root / "prompts.jsonl")], max_length=64, max_rows=32)
+    with pytest.raises(RequestError, match="an interrupted run with other plan, expected the same settings"):
+        train(tmp_path / "other", data, settings, resume="auto")
+
+
+# --- who is who
+
+
+def test_slurm_is_read_only_inside_a_step() -> None:
+    """srun's variables become torch's; in a batch script's shell, a single task or under a launcher nothing changes."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
+    step["SLURM_STEP_NODELIST"] = "gpu[007-010,012],login"
+    environment = dict(step)
+    adopt_slurm(environment)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [environment.get(name) for name in names] == ["3", "4", "1", "gpu007", "20007"]
+    shell = {name: value for name, value in step.items() if name != "SLURM_STEP_ID"}
+    for environment in (shell, {**step, "SLURM_NTASKS": "1"}, {**step, "RANK": "0"}):
+        before = dict(environment)
+        adopt_slurm(environment)
+        assert environment == before
+
+
+NODES = {
+    "n1": "n1",
+    "n1,n2": "n1",
+    "a[3,5]": "a3",
+    "rack1-n[08-11]-ib,x": "rack1-n08-ib",
+    "h.example.org": "h.example.org",
+}
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_the_first_node_of_slurms_notation(nodes: str) -> None:
+    """Ranges, lists and suffixes."""
+    assert first_node(nodes) == NODES[nodes]

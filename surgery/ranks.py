@@ -99,6 +99,9 @@ def require_strategy(strategy: str, device: str, *, cpu_offload: bool) -> None:
     if not is_plain and not is_launched():
         fix = "Give --nproc (1 will do), or leave train.strategy out"
         raise RecipeError("train.strategy", f"{strategy} without a launcher", expected="one that counts ranks", fix=fix)
+    if strategy.startswith("zero") and device == "cpu":
+        found, fix = f"{strategy} on the CPU, where accelerate does not start DeepSpeed", "Take fsdp2"
+        raise UnsupportedError("train.strategy", found, expected="a CUDA device", fix=fix)
     if device == "hpu" and not is_plain:
         raise UnsupportedError("train.strategy", f"{strategy} on hpu", expected="ddp", fix="Leave train.strategy out")
 

@@ -57,6 +57,8 @@ from surgery.trainer import (
     remove_whole,
 )
 from surgery.writing import replace_file, require_disk
+from surgery.zero import STAGES, require_deepspeed
+from surgery.zero import prepare as cut
 
 LOG_FILE = "training_log.jsonl"
 # Settings that change neither the result nor the schedule: a resumed run may have others.
@@ -135,6 +137,8 @@ def train(
         checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
             return _result_of(adapter)
+        if settings.strategy in STAGES:
+            _require_zero(checkpoint, settings.strategy)
         tokenizer = read_tokenizer(adapter.folder)
         prepared = prepare(data.spec(), task=plan.task, tokenizer=tokenizer, labels=_labels(plan))
         _require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
@@ -153,6 +157,17 @@ def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     require_places(backend.choose_device(settings.device), nproc)
     return int(backend.launch(arguments, nproc))
+
+
+def _require_zero(checkpoint: str, strategy: str) -> None:
+    """DeepSpeed is there, and nothing is resumed: transformers lets it read its own checkpoints only.
+
+    Raises: UnsupportedError.
+    """
+    require_deepspeed()
+    if checkpoint:
+        found, fix = f"{strategy} on the way from {Path(checkpoint).name}", "Go on with strategy fsdp2 or ddp"
+        raise UnsupportedError("train.strategy", found, expected="a strategy that resumes", fix=fix)
 
 
 def _replan(adapter: Adapter, anew: Delta) -> Adapter:
@@ -209,6 +224,8 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     features = _open_features(job, model, autocast)
     if settings.strategy == "fsdp2":
         shard(model, device=job.device, cpu_offload=settings.cpu_offload)
+    if settings.strategy in STAGES:
+        cut(model, settings.strategy)
     trainer = _trainer(job, model, arguments, interruption, features)
     from_main(lambda: _prepare_folder(job, folder))
     before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
@@ -512,8 +529,8 @@ def _first_evaluation(
     path = folder / "before.json"
     if resumed and path.is_file():
         return {name: float(value) for name, value in read_json(path).items()}
-    if prepared.eval is None or not settings.eval_on_start:
-        return {}
+    if prepared.eval is None or not settings.eval_on_start or settings.strategy in STAGES:
+        return {}  # DeepSpeed's engine is there from the first step on
     metrics = _metrics(trainer.evaluate())
     if is_main():
         replace_file(path, json.dumps(metrics) + "\n")

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from surgery.runs import CHECKPOINTS, step_of
 from surgery.sharding import assign, gather_optimizer, scatter_optimizer, settle, whole
 from surgery.tensorfile import read_header
 from surgery.writing import fsync_path, replace_file, require_disk, write_file
+from surgery.zero import describe_optimizer
 
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "rng_state.pth"
@@ -50,7 +51,10 @@ class SurgeryCheckpoints:
     surgery_staging: str | None = None
     surgery_features: FeatureCache | None = None
     surgery_is_sharded: bool = False
+    surgery_groups: Sequence[Mapping[str, Any]]
+    surgery_parameters: Sequence[Any]
     is_in_train: bool
+    is_deepspeed_enabled: bool
     model_accepts_loss_kwargs: bool
     accelerator: Any
     args: Any
@@ -140,11 +144,25 @@ class SurgeryCheckpoints:
         if output_dir:
             write_state(self.model, self.surgery_plan, Path(output_dir))
 
+    def create_optimizer(self, *args: Any) -> Any:
+        """As the trainer's, remembered as it is before DeepSpeed cuts it."""
+        optimizer = super().create_optimizer(*args)  # type: ignore[misc]
+        if self.is_deepspeed_enabled:
+            self.surgery_groups = optimizer.state_dict()["param_groups"]
+            self.surgery_parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return optimizer
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        if self.surgery_is_sharded:
+            return gather_optimizer(self.optimizer)
+        rate = self.lr_scheduler.get_last_lr()[0]  # one for all groups
+        return describe_optimizer(self.surgery_parameters, self.surgery_groups, rate, self.state.global_step)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.surgery_is_sharded:
+        if not (self.surgery_is_sharded or self.is_deepspeed_enabled):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        state = gather_optimizer(self.optimizer)
+        state = self._optimizer_state()
         if is_main():
             torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)

@@ -7,6 +7,7 @@ would give it; what the launcher itself does is tested apart.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,6 +17,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from surgery.adapter import open_adapter
 from surgery.cli import main as command_line
@@ -30,12 +35,16 @@ FAILURE = "the disk is on fire"
 
 @dataclass(frozen=True)
 class Job:
-    """One command, in `nproc` processes (0: without a launcher). `at`: {rank: [step, signal or FAILURE]}."""
+    """One command, in `nproc` processes (0: without a launcher).
+
+    at: {rank: [step, signal or FAILURE]}; has_standin: the CPU stands in for the devices that DeepSpeed needs.
+    """
 
     name: str
     nproc: int
     arguments: list[str]
     at: dict[str, list[Any]] = field(default_factory=dict)
+    has_standin: bool = False
     limit_seconds: float = 60.0
 
 
@@ -70,6 +79,19 @@ def happen_at(step: int, what: str) -> None:
     StopWhenAsked.on_step_end = on_step_end  # type: ignore[method-assign]
 
 
+def stand_in() -> None:
+    """Let accelerate start DeepSpeed on the CPU, as if it were a device of its own: all else is as it is elsewhere."""
+
+    def choose(*_args: object, **_kwargs: object) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_XPU
+
+    def place(self: PartialState) -> None:
+        self.device = torch.device("cpu")
+
+    PartialState._prepare_backend, PartialState.set_device = choose, place
+    importlib.import_module("surgery.train").require_strategy = lambda *_args, **_kwargs: None
+
+
 def run_rank(job: Job, rank: int, port: int, stem: Path) -> None:
     """In a forked process: be this rank, and end."""
     for number, kind in ((1, "out"), (2, "err")):
@@ -80,6 +102,8 @@ def run_rank(job: Job, rank: int, port: int, stem: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if str(rank) in job.at:
         happen_at(*job.at[str(rank)])
+    if job.has_standin:
+        stand_in()
     code = 0
     try:
         command_line(job.arguments)

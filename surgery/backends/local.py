@@ -18,6 +18,7 @@ from surgery.compat import accepts
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
 from surgery.ranks import ERRORS, RankError, first_error
 from surgery.recipe import TrainSection
+from surgery.zero import settings as zero_settings
 
 SHUTDOWN_SECONDS = "120"  # what processes that are asked to stop have to end their step and save
 
@@ -64,6 +65,8 @@ def training_arguments(
     stops_early = section.early_stopping_patience is not None
     save_steps = section.save_steps or max(1, steps // 10)
     eval_steps = section.eval_steps or (save_steps if stops_early else steps)
+    zero = zero_settings(section.strategy, cpu_offload=section.cpu_offload, autocast=autocast)
+    autocast = "fp32" if zero else autocast  # DeepSpeed's own configuration says it
     checkpointing = {f"{_checkpointing_key(TrainingArguments)}": section.gradient_checkpointing}
     if section.gradient_checkpointing:
         checkpointing[f"{_checkpointing_key(TrainingArguments)}_kwargs"] = {"use_reentrant": False}  # type: ignore[assignment]
@@ -104,6 +107,7 @@ def training_arguments(
         remove_unused_columns=True,
         disable_tqdm=True,
         log_level_replica="error",
+        deepspeed=zero,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         report_to=[],

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedError
 
 ERRORS = "SURGERY_RANK_ERRORS"  # the folder in which `surgery train --nproc` waits for its processes' errors
+NO_RESULT = "SURGERY_NO_RESULT"  # set where another process says what came of the run
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "hccl"}
 TIMEOUT = timedelta(minutes=30)  # rank 0 may be reading or writing while the others wait
 LOST = ("by peer", "NCCL")  # in the errors of gloo and NCCL when a process that they talk to is gone
@@ -85,8 +86,8 @@ def require_places(device: str, nproc: int) -> None:
         raise RequestError("--nproc", str(nproc), expected=f"at most {number}, as this machine has {number} {what}")
 
 
-def require_strategy(strategy: str, device: str, *, cpu_offload: bool) -> None:
-    """The strategy can be carried out by these processes on that device.
+def require_strategy(strategy: str, device: str, *, cpu_offload: bool, has_launcher: bool) -> None:
+    """The strategy can be carried out on that device, and a launcher counts the processes where one is needed.
 
     Raises: RecipeError for a setting that would be ignored; UnsupportedError.
     """
@@ -96,7 +97,7 @@ def require_strategy(strategy: str, device: str, *, cpu_offload: bool) -> None:
         raise RecipeError("train.cpu_offload", "true with strategy ddp", expected=expected)
     if cpu_offload and device == "cpu":
         raise RecipeError("train.cpu_offload", "true on the CPU", expected="a device to offload from")
-    if not is_plain and not is_launched():
+    if not is_plain and not has_launcher:
         fix = "Give --nproc (1 will do), or leave train.strategy out"
         raise RecipeError("train.strategy", f"{strategy} without a launcher", expected="one that counts ranks", fix=fix)
     if strategy.startswith("zero") and device == "cpu":
@@ -205,6 +206,18 @@ class RankError:
     seconds: float
     exit_code: int
     text: str
+
+
+@contextmanager
+def environment(**settings: str) -> Iterator[None]:
+    """Variables for processes that are started meanwhile; those that are set already stay as they are."""
+    new = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
 
 
 def hand_over(error: SurgeryError) -> bool:

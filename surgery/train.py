@@ -36,7 +36,16 @@ from surgery.metrics import metric_names, metrics_for, preprocess_for
 from surgery.operate import attach_plan, collect, load_base_model
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
-from surgery.ranks import adopt_slurm, count, from_main, is_main, joined, require_places, require_strategy
+from surgery.ranks import (
+    adopt_slurm,
+    count,
+    from_main,
+    is_launched,
+    is_main,
+    joined,
+    require_places,
+    require_strategy,
+)
 from surgery.recipe import DataSection, TrainSection
 from surgery.runs import CHECKPOINTS, RUN_FILE, latest_checkpoint, open_run, step_of
 from surgery.sharding import shard
@@ -126,7 +135,7 @@ def train(
         torch.set_num_threads(settings.threads)
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     device = backend.choose_device(settings.device)
-    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload)
+    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=is_launched())
     if not is_main():
         fall_silent()
     with interruptible() as interruption, joined(device):
@@ -136,7 +145,7 @@ def train(
         run = _Run.describe(adapter, plan, data, settings)
         checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
-            return _result_of(adapter)
+            return result_of(adapter)
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)
         tokenizer = read_tokenizer(adapter.folder)
@@ -155,7 +164,9 @@ def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
     Raises: RequestError, UnsupportedError.
     """
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
-    require_places(backend.choose_device(settings.device), nproc)
+    device = backend.choose_device(settings.device)
+    require_places(device, nproc)
+    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=True)
     return int(backend.launch(arguments, nproc))
 
 
@@ -296,7 +307,7 @@ def _is_complete(checkpoint: Path, steps: int, patience: int | None) -> bool:
     return out_of_patience or step_of(checkpoint) >= steps
 
 
-def _result_of(adapter: Adapter) -> TrainResult:
+def result_of(adapter: Adapter) -> TrainResult:
     """The result of a run that is finished, from the record."""
     training = adapter.record.manifest.training
     names = [field.name for field in fields(TrainResult) if field.name not in (*_OF_THE_CALL, "data")]

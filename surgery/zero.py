@@ -51,7 +51,7 @@ def require_deepspeed() -> None:
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
-        fix = "pip install deepspeed, or take strategy fsdp2"
+        fix = "pip install 'checkpoint-surgery[deepspeed]', or take strategy fsdp2"
         raise UnsupportedError("train.strategy", "deepspeed is not installed", expected="the package", fix=fix)
 
 

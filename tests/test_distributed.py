@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,20 @@ import torch
 
 from exporters.dense import export
 from surgery.adapter import find_base, open_adapter
-from surgery.cli import main
+from surgery.cli import cli, main
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
-from surgery.errors import RequestError
+from surgery.errors import RequestError, UnsupportedError
 from surgery.methods.paca import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.ranks import adopt_slurm, first_node
-from surgery.recipe import DataSection, TrainSection
+from surgery.recipe import DataSection, TrainSection, parse_yaml, qualified, read_recipe
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.train import CHECKPOINTS, RUN_FILE, train
 from surgery.trainer import STATE_FILE
 from surgery.verify import verify
+from surgery.zero import require_deepspeed
 from tests.conftest import PROJECT, TinyModel, digest_folder
 from tests.examples import LABELLED, QUESTIONS, write_rows
 from tests.forking import FAILURE, Job, Outcome
@@ -99,11 +103,11 @@ class Bench:
         arguments = ["train", str(folder), "--device=cpu", f"--data={data}", *more, *job.pop("more", []), *pairs]
         self.jobs.append(Job(name.replace("/", "-"), nproc, arguments, **job))
 
-    def run(self) -> None:
+    def run(self, **environment: str) -> None:
         """Carry all of them out, in one warm process."""
         path, out = self.root / "jobs.json", self.root / "outcomes.json"
         path.write_text(json.dumps([asdict(job) for job in self.jobs]))
-        done = run_python("-m", "tests.forking", str(path), str(out))
+        done = run_python("-m", "tests.forking", str(path), str(out), **environment)
         assert done.returncode == 0, done.stderr
         self.outcomes = {name: Outcome(**entry) for name, entry in json.loads(out.read_text()).items()}
 
@@ -116,7 +120,8 @@ class Bench:
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the interpreter of these tests on this project, in its folder."""
-    command, settings = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    command, settings = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": path, **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.run(command, text=True, cwd=PROJECT, env=settings, check=False, timeout=280, **pipes)
 
@@ -318,6 +323,53 @@ def test_another_number_of_examples_per_step_is_another_run(bench: Bench) -> Non
     assert "an interrupted run with other settings.examples_per_step" in bench.outcomes["other-batch-2"].errors[0]
 
 
+# --- DeepSpeed
+
+_ZERO: dict[str, Any] = {"has_standin": True, "limit_seconds": 240.0}
+
+
+@pytest.fixture(scope="module")
+def zero(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The plain variant under ZeRO 2 and 3, and a run that is stopped and gone on with by DDP."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed (accelerate would import it in every run): make test-deepspeed has it")
+    made = prepare(tmp_path_factory.mktemp("zero"), tiny_model, VARIANTS[:3])
+    for variant in VARIANTS[:3]:
+        made.add(variant, f"{variant.name}-one", 0)
+        stages = ("zero2", "zero3") if variant == VARIANTS[0] else ("zero3",)
+        for stage in stages:
+            made.add(variant, f"{variant.name}-{stage}", 2, settings={"strategy": stage}, **_ZERO)
+    stopped = {"settings": {"strategy": "zero3"}, "at": {"1": [3, "SIGTERM"]}, **_ZERO}
+    made.add(VARIANTS[0], "stopped/1", 2, **stopped)
+    made.add(VARIANTS[0], "stopped/2", 2, fresh=False, more=["--resume=auto"], settings={"strategy": "zero3"}, **_ZERO)
+    made.add(VARIANTS[0], "stopped/3", 2, fresh=False, more=["--resume=auto"])
+    made.run(DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore")
+    return made
+
+
+@pytest.mark.parametrize("name", ("plain-zero2", "plain-zero3", "accumulation-zero3", "checkpointing-zero3"))
+def test_deepspeed_trains_the_adapter_that_one_process_trains(name: str, zero: Bench) -> None:
+    """Within 1e-6; DeepSpeed itself and the trainer's way to it, with the CPU in the place of the devices."""
+    assert zero.codes(name) == [0, 0], zero.outcomes[name].errors
+    assert largest_difference(zero.folder(f"{name.partition('-')[0]}-one"), zero.folder(name)) <= TOLERANCE
+    assert all(moved.all() for moved in moved_rows(zero.folder(name)).values())
+
+
+def test_a_run_of_deepspeed_is_gone_on_with_by_another_strategy(zero: Bench) -> None:
+    """Its checkpoints are one process's; DeepSpeed itself reads its own ones only, and is refused."""
+    assert [zero.codes(f"stopped/{number}") for number in (1, 2, 3)] == [[130, 130], [5, 5], [0, 0]]
+    refusal = "Error: train.strategy: zero3 on the way from checkpoint-3, expected a strategy that resumes"
+    assert zero.outcomes["stopped-2"].errors[0].splitlines()[-1].startswith(refusal)
+    assert largest_difference(zero.folder("plain-one"), zero.folder("stopped")) <= TOLERANCE
+
+
+def test_without_deepspeed_its_strategies_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match="deepspeed is not installed, expected the package"):
+        require_deepspeed()
+
+
 # --- launchers
 
 
@@ -351,9 +403,8 @@ def test_nproc_starts_torchrun(bench: Bench) -> None:
 
 
 TORCHRUN = "torch.distributed.run --standalone --nproc-per-node=2"
-ACCELERATE = (
-    "accelerate.commands.launch --cpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no "
-    "--num_cpu_threads_per_process=1"
+ACCELERATE = (  # its --cpu starts one process, unless there is an MPI
+    "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
 )
 
 
@@ -390,7 +441,8 @@ def test_the_launcher_says_once_why_a_rank_failed(bench: Bench, tmp_path: Path) 
     failing = f"import tests.forking; tests.forking.happen_at(2, {FAILURE!r})"
     (tmp_path / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n    {failing}\n")
     path = os.pathsep.join([str(tmp_path), str(PROJECT)])
-    done = launched(bench, "by-failing", "-m", "surgery.cli", "train", after=["--nproc=2"], PYTHONPATH=path)
+    settings = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore::RuntimeWarning"}  # runpy: the module is there already
+    done = launched(bench, "by-failing", "-m", "surgery.cli", "train", after=["--nproc=2"], **settings)
     assert (done.code, done.output) == (1, "")
     assert done.error == f"Error: surgery: RuntimeError: {FAILURE}. surgery -v shows where.\n"
 
@@ -399,12 +451,13 @@ def test_the_launcher_says_once_why_a_rank_failed(bench: Bench, tmp_path: Path) 
     ("arguments", "code", "message"),
     (
         (["strategy=fsdp"], 2, "settings: train.strategy: 'fsdp', expected 'ddp', 'fsdp2', 'zero2' or 'zero3'"),
+        (["strategy=zero3", "--nproc=1"], 5, "train.strategy: zero3 on the CPU, where accelerate does not start"),
         (["strategy=fsdp2"], 2, "train.strategy: fsdp2 without a launcher, expected"),
         (["cpu_offload=true"], 2, "train.cpu_offload: true with strategy ddp, expected"),
         (["--nproc", "0"], 2, "--nproc: 0, expected at least 1"),
         (["--nproc", "9999"], 2, f"--nproc: 9999, expected at most {os.cpu_count()}, as this machine has"),
         (["--", "--nnodes=2"], 2, "train: '--nnodes=2' after `--`, which is a launcher's, expected --nproc"),
-        (["--nproc", "1", "--", "--no-such"], 2, "--: arguments that torchrun does not take, expected"),
+        (["--nproc", "1", "--", "--no-such"], 2, "torchrun: unrecognized arguments: --no-such, expected"),
     ),
 )
 def test_what_is_asked_wrongly_is_refused(
@@ -469,3 +522,86 @@ NODES = {
 def test_the_first_node_of_slurms_notation(nodes: str) -> None:
     """Ranges, lists and suffixes."""
     assert first_node(nodes) == NODES[nodes]
+
+
+# --- recipes and templates
+
+
+DISTRIBUTED = PROJECT / "recipes" / "distributed"
+# https://docs.skypilot.co/en/latest/reference/yaml-spec.html, as read on 2026-11-21: the top level, resources, mounts.
+SKYPILOT = {
+    "": {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run",
+         "config", "service", "pool", "inputs", "outputs"},
+    "resources": {"infra", "cloud", "region", "zone", "accelerators", "accelerator_args", "cpus", "memory",
+                  "instance_type", "use_spot", "disk_size", "disk_tier", "network_tier", "local_disk", "ports",
+                  "image_id", "labels",
+                  "any_of", "ordered", "job_recovery", "autostop", "priority", "max_hourly_cost"},
+    "mount": {"name", "source", "store", "mode", "persistent", "config"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ("fsdp2.yaml", "zero3.yaml"))
+def test_the_recipes_are_read_and_ask_for_what_their_name_says(name: str) -> None:
+    """Each parses through the schema, with the override that its comment shows; every file of the folder is tested."""
+    recipe = read_recipe(DISTRIBUTED / name, ["data.train=[mine.jsonl]"])
+    assert (recipe.train.strategy, recipe.data.train) == (name.removesuffix(".yaml"), ["mine.jsonl"])
+    assert recipe.spec().rank == 64
+    assert {path.name for path in DISTRIBUTED.iterdir()} == {"fsdp2.yaml", "zero3.yaml", "slurm.sh", "skypilot.yaml"}
+
+
+def scripts() -> dict[str, str]:
+    """The shell texts of the templates, by file."""
+    task = parse_yaml((DISTRIBUTED / "skypilot.yaml").read_text())
+    return {"slurm.sh": (DISTRIBUTED / "slurm.sh").read_text(), "skypilot.yaml": task["setup"] + task["run"]}
+
+
+@pytest.mark.parametrize("name", ("slurm.sh", "skypilot.yaml"))
+def test_the_templates_commands_exist(name: str) -> None:
+    """bash parses them; each `surgery` command is one, with options that it has and settings that the recipe has."""
+    text = scripts()[name]
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    lines = text.replace("\\\n", " ")
+    used = [shlex.split(found) for found in re.findall(r"\bsurgery ((?:apply|train|export|verify) .*)", lines)]
+    assert {command for command, *_ in used} >= {"apply", "train", "export"}
+    for command, *arguments in used:
+        options = {option for parameter in cli.commands[command].params for option in parameter.opts}
+        assert {text for text in arguments if text.startswith("-")} <= options
+        keys = [text.partition("=")[0] for text in arguments if "=" in text]
+        assert all(qualified(key) for key in keys)
+        assert bool(keys) == (command == "train")
+
+
+def test_the_slurm_script_asks_for_a_task_a_device() -> None:
+    """As many tasks as devices on each node, a signal before the end; srun ends all with the first that fails."""
+    text = (DISTRIBUTED / "slurm.sh").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", text, re.MULTILINE))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
+    assert asked["signal"].startswith("TERM@")
+    assert "srun --kill-on-bad-exit=1 surgery train" in text
+
+
+def test_the_skypilot_task_has_the_published_fields_only() -> None:
+    """At its top, in its resources and in each mount, and its environment is what its commands use."""
+    task = parse_yaml((DISTRIBUTED / "skypilot.yaml").read_text())
+    assert set(task) <= SKYPILOT[""]
+    assert set(task["resources"]) <= SKYPILOT["resources"]
+    assert all(set(mount) <= SKYPILOT["mount"] for mount in task["file_mounts"].values())
+    used = set(re.findall(r"\$\{?([A-Z_]+)", task["run"]))
+    assert used == {*task["envs"], "SKYPILOT_NUM_GPUS_PER_NODE"}
+
+
+def test_a_recipe_trains_in_two_processes(bench: Bench) -> None:
+    """`surgery run --nproc 2` applies, trains what one process trains, and exports; the second time nothing."""
+    settings: dict[str, Any] = {**USUAL, "batch_size": 2, "strategy": "fsdp2", "device": "cpu"}
+    own = {key: settings.pop(key) for key in ("max_length", "max_rows")}
+    base = find_base(open_adapter(bench.folder("fresh-plain")).record, bench.folder("fresh-plain"))
+    data = {"train": [str(bench.root / "prompts.jsonl")], **own}
+    document = {"model": str(base), "adapter": "by-recipe", "paca": {"rank": 4}, "data": data, "train": settings}
+    document["export"] = {"out": "by-recipe-merged", "verify": False}
+    (bench.root / "recipe.yaml").write_text(json.dumps(document))
+    command = ("-m", "surgery.cli", "run", str(bench.root / "recipe.yaml"), "--nproc=2", "--json")
+    first, second = run_python(*command), run_python(*command)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert largest_difference(bench.folder("plain-one"), bench.folder("by-recipe")) <= TOLERANCE
+    skipped = [json.loads(done.stdout)["skipped"] for done in (first, second)]
+    assert skipped == [[], ["apply", "train", "export"]]

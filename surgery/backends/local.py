@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import resource
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 
 from surgery.compat import accepts
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
-from surgery.ranks import ERRORS, RankError, first_error
+from surgery.ranks import ERRORS, RankError, environment, first_error
 from surgery.recipe import TrainSection
 from surgery.zero import settings as zero_settings
 
@@ -141,17 +143,18 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     own, torchrun = arguments[:cut], list(arguments[cut + 1 :])
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # pages about a child that fails: it says why in a line
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     where = torchrun or ["--standalone"]
     options = _parse_torchrun([f"--nproc-per-node={nproc}", *where, "-m", "surgery.train", *own])
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS,
+    }
     with tempfile.TemporaryDirectory(prefix="surgery-ranks-") as folder:
-        os.environ[ERRORS] = folder
-        ended = _run_torchrun(options)
-        said = first_error(Path(folder))
-    if not ended and not said:
+        with environment(**variables, **{ERRORS: folder}):
+            ended = _run_torchrun(options)
+        said = first_error(Path(folder)) or ended
+    if said is None:
         return 0
-    said = said or ended or RankError(0, 0.0, 0, "")
     print(f"Error: {said.text}", file=sys.stderr)  # noqa: T201  the processes have left it to us
     return said.exit_code
 
@@ -159,11 +162,13 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
 def _parse_torchrun(options: list[str]) -> Any:
     from torch.distributed.run import parse_args
 
+    usage = io.StringIO()
     try:
-        return parse_args(options)  # type: ignore[no-untyped-call]
-    except SystemExit as error:  # argparse has said what is wrong
-        found = "arguments that torchrun does not take"
-        raise RequestError("--", found, expected="those of `torchrun --help`") from error
+        with redirect_stderr(usage):
+            return parse_args(options)  # type: ignore[no-untyped-call]
+    except SystemExit as error:
+        found = usage.getvalue().strip().rpartition("error: ")[2]
+        raise RequestError("torchrun", found, expected="arguments that `torchrun --help` lists") from error
 
 
 def _run_torchrun(options: Any) -> RankError | None:

@@ -4,14 +4,15 @@
     python benchmarks/distributed.py --rounds 1 --steps 4 --shape tiny
 
 Every run is `surgery.train` in processes of its own, each with one thread, on a model and a text that are made here. A
-step is the time between two lines of the training log; the first two are left out. Memory is a rank's resident set above
-that of the imports: its peak, which holds the loading of the whole model, and what is left after the last step. The
-refresh is timed in a loop on the layers of the same model, and set against a step of one process.
+step is the time between two lines of the training log; the first two are left out. Memory is a rank's resident set
+above that of the imports: its peak, which holds the loading of the whole model, and what is left after the last step.
+The refresh is timed in a loop on the layers of the same model, and set against a step of one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -105,9 +106,9 @@ def run(folder: Path, strategy: str, arguments: argparse.Namespace) -> dict[str,
         processes.append(subprocess.Popen(command, cwd=folder, env={**os.environ, **ranks}, stderr=subprocess.DEVNULL))
     assert [process.wait() for process in processes] == [0] * count
     lines = [json.loads(line) for line in (folder / name / "training_log.jsonl").read_text().splitlines()]
-    ends = [line["seconds"] for line in lines if "loss" in line]
+    ends = [line["seconds"] for line in lines if "loss" in line][1:]
     figures = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(count)]
-    seconds = [later - earlier for earlier, later in zip(ends[1:], ends[2:], strict=False)]
+    seconds = [later - earlier for earlier, later in itertools.pairwise(ends)]
     return {"folder": folder / name, "seconds": seconds, "ranks": figures}
 
 
@@ -147,14 +148,12 @@ def report(folder: Path, arguments: argparse.Namespace) -> None:
     for _ in range(arguments.rounds):
         for strategy in STRATEGIES:
             runs[strategy].append(run(folder, strategy, arguments))
-    print(
-        f"{'':6} {'seconds a step':>28} {'peak MB by rank':>18} {'held MB by rank':>18} {'largest difference to one':>26}"
-    )
+    print(f"{'':6} {'seconds a step':>28} {'peak MB by rank':>18} {'held MB by rank':>18} {'off one process':>16}")
     for strategy, done in runs.items():
         seconds = [value for one in done for value in one["seconds"]]
         peak, held = ([f"{r[key] / MB:.0f}" for r in done[-1]["ranks"]] for key in ("peak_bytes", "held_bytes"))
         apart = max(largest_difference(a["folder"], b["folder"]) for a, b in zip(runs["one"], done, strict=True))
-        print(f"{strategy:6} {quartiles(seconds):>28} {' '.join(peak):>18} {' '.join(held):>18} {apart:>26.2e}")
+        print(f"{strategy:6} {quartiles(seconds):>28} {' '.join(peak):>18} {' '.join(held):>18} {apart:>16.2e}")
     step = statistics.median([value for one in runs["one"] for value in one["seconds"]])
     taken = refresh_seconds(folder, 50)
     print(

@@ -23,6 +23,7 @@ ERRORS = "SURGERY_RANK_ERRORS"  # the folder in which `surgery train --nproc` wa
 NO_RESULT = "SURGERY_NO_RESULT"  # set where another process says what came of the run
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "hccl"}
 TIMEOUT = timedelta(minutes=30)  # rank 0 may be reading or writing while the others wait
+OF_ACCELERATE = {"ACCELERATE_USE_FSDP": "fsdp2", "ACCELERATE_USE_DEEPSPEED": "zero3"}
 LOST = ("by peer", "NCCL")  # in the errors of gloo and NCCL when a process that they talk to is gone
 T = TypeVar("T")
 
@@ -92,6 +93,11 @@ def require_strategy(strategy: str, device: str, *, cpu_offload: bool, has_launc
     Raises: RecipeError for a setting that would be ignored; UnsupportedError.
     """
     is_plain = strategy == "ddp"
+    for name, ours in OF_ACCELERATE.items():
+        if os.environ.get(name, "false").lower() == "true":
+            raise RecipeError(
+                name, "true, by accelerate's configuration", expected=f"train.strategy={ours} in its place"
+            )
     if cpu_offload and is_plain:
         expected = "a strategy that shards: fsdp2, zero2 or zero3"
         raise RecipeError("train.cpu_offload", "true with strategy ddp", expected=expected)

@@ -31,7 +31,7 @@ from surgery.runs import CHECKPOINTS, step_of
 from surgery.sharding import assign, gather_optimizer, scatter_optimizer, settle, whole
 from surgery.tensorfile import read_header
 from surgery.writing import fsync_path, replace_file, require_disk, write_file
-from surgery.zero import describe_optimizer
+from surgery.zero import describe_optimizer, describe_scheduler
 
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "rng_state.pth"
@@ -162,10 +162,11 @@ class SurgeryCheckpoints:
         if not (self.surgery_is_sharded or self.is_deepspeed_enabled):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        state = self._optimizer_state()
+        state, schedule = self._optimizer_state(), self.lr_scheduler.state_dict()
+        schedule = describe_scheduler(schedule, len(state["param_groups"]))
         if is_main():
             torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+            torch.save(schedule, Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.surgery_is_sharded or checkpoint is None:

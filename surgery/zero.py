@@ -77,6 +77,11 @@ def describe_optimizer(
     return {"state": state, "param_groups": [{**group, "initial_lr": group["lr"], "lr": rate} for group in groups]}
 
 
+def describe_scheduler(state: Mapping[str, Any], groups: int) -> dict[str, Any]:
+    """A schedule's state for an optimizer of so many groups: DeepSpeed drops those that are empty, and all go alike."""
+    return {name: value[:1] * groups if isinstance(value, list) else value for name, value in state.items()}
+
+
 def is_in_parts(tensor: Tensor) -> bool:
     """Whether it is a parameter that stage 3 has cut."""
     if "deepspeed" not in sys.modules:

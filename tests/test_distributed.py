@@ -22,11 +22,11 @@ from exporters.dense import export
 from surgery.adapter import find_base, open_adapter
 from surgery.cli import cli, main
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
-from surgery.errors import RequestError, UnsupportedError
+from surgery.errors import RecipeError, RequestError, UnsupportedError
 from surgery.methods.paca import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
-from surgery.ranks import adopt_slurm, first_node
+from surgery.ranks import adopt_slurm, first_node, require_strategy
 from surgery.recipe import DataSection, TrainSection, parse_yaml, qualified, read_recipe
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
@@ -59,6 +59,7 @@ class Variant:
     data: str = "prompts.jsonl"
     dtype: torch.dtype | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, object] = field(default_factory=dict)
 
 
 _DRY: dict[str, dict[str, object]] = {  # ranks draw their own dropout
@@ -79,6 +80,9 @@ VARIANTS = (
 )
 BF16 = next(variant for variant in VARIANTS if variant.dtype == torch.bfloat16)
 CASES = [(variant, strategy) for variant in VARIANTS if variant != BF16 for strategy in STRATEGIES]
+
+
+DROPOUT = Variant("dropout", overrides={"attention_dropout": 0.2})
 
 
 @dataclass
@@ -132,7 +136,9 @@ def prepare(root: Path, tiny_model: TinyModel, variants: Sequence[Variant]) -> B
     write_rows(root / "pairs.jsonl", [{"source": question, "target": answer} for question, answer in QUESTIONS])
     write_rows(root / "labelled.jsonl", LABELLED)
     for variant in variants:
-        base = tiny_model(variant.family, dtype=variant.dtype, overrides=_DRY.get(variant.family))
+        base = tiny_model(
+            variant.family, dtype=variant.dtype, overrides={**_DRY.get(variant.family, {}), **variant.overrides}
+        )
         labels = ("animal", "person") if variant.task else ()
         apply(base, root / f"fresh-{variant.name}", variant.spec, task=TaskSpec(variant.task, labels))
     return Bench(root)
@@ -174,7 +180,7 @@ def adapter_bytes(bench: Bench, name: str) -> bytes:
 @pytest.fixture(scope="module")
 def bench(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Every variant in one process and in two, and the runs that are stopped, killed and resumed: all run once."""
-    made = prepare(tmp_path_factory.mktemp("distributed"), tiny_model, VARIANTS)
+    made = prepare(tmp_path_factory.mktemp("distributed"), tiny_model, (*VARIANTS, DROPOUT))
     for variant in VARIANTS:
         made.add(variant, f"{variant.name}-one", 0)
         for strategy in STRATEGIES:
@@ -197,6 +203,9 @@ def add_interrupted(made: Bench) -> None:
         made.add(plain, f"killed-{strategy}/1", 2, at={"1": [6, "SIGKILL"]}, **two)
         made.add(plain, f"killed-{strategy}/2", 2, fresh=False, more=onwards, **two)
         made.add(plain, f"failing-{strategy}", 2, at={"1": [2, FAILURE]}, **two)
+    made.add(DROPOUT, "dropout-ddp", 2)
+    made.add(DROPOUT, "again-dropout/1", 2, at={"0": [3, "SIGTERM"]})
+    made.add(DROPOUT, "again-dropout/2", 2, fresh=False, more=onwards)
     made.add(plain, "other-batch/1", 2, at={"0": [3, "SIGTERM"]})
     made.add(plain, "other-batch/2", 0, fresh=False, more=onwards, settings={"batch_size": 2})
 
@@ -277,6 +286,12 @@ def test_a_resumed_run_of_two_processes_equals_an_uninterrupted_one(strategy: st
     assert bench.codes(f"again-{strategy}/1") == [130, 130]
     assert bench.codes(f"again-{strategy}/2") == [0, 0]
     assert adapter_bytes(bench, f"again-{strategy}") == adapter_bytes(bench, f"plain-{strategy}")
+
+
+def test_each_rank_finds_its_own_generators_again(bench: Bench) -> None:
+    """A resumed run with dropout, of which each rank draws its own, is the uninterrupted one bit for bit."""
+    assert [bench.codes(f"again-dropout/{number}") for number in (1, 2)] == [[130, 130], [0, 0]]
+    assert adapter_bytes(bench, "again-dropout") == adapter_bytes(bench, "dropout-ddp")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -476,6 +491,14 @@ def test_what_is_asked_wrongly_is_refused(
     assert end.value.code == code
     assert f"Error: {message}" in capfd.readouterr().err
     assert digest_folder(tmp_path / "adapter") == before
+
+
+@pytest.mark.parametrize("name", ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+def test_accelerates_own_strategies_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `accelerate launch --use_fsdp` sets would shard the model once more: a strategy is asked for instead."""
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(RecipeError, match=f"{name}: true, by accelerate's configuration, expected train.strategy="):
+        require_strategy("ddp", "cpu", cpu_offload=False, has_launcher=True)
 
 
 def test_a_run_of_another_plan_is_not_gone_on_with(bench: Bench, tmp_path: Path) -> None:

@@ -94,10 +94,9 @@ def require_strategy(strategy: str, device: str, *, cpu_offload: bool, has_launc
     """
     is_plain = strategy == "ddp"
     for name, ours in OF_ACCELERATE.items():
-        if os.environ.get(name, "false").lower() == "true":
-            raise RecipeError(
-                name, "true, by accelerate's configuration", expected=f"train.strategy={ours} in its place"
-            )
+        if os.environ.get(name, "false").lower() == "true" and not strategy.startswith("zero"):
+            expected = f"train.strategy={ours} in its place"
+            raise RecipeError(name, "true, by accelerate's configuration", expected=expected)
     if cpu_offload and is_plain:
         expected = "a strategy that shards: fsdp2, zero2 or zero3"
         raise RecipeError("train.cpu_offload", "true with strategy ddp", expected=expected)

@@ -97,10 +97,10 @@ class SurgeryCheckpoints:
         fsync_path(folder)
 
     def surgery_take_sharded(self) -> None:
-        """Train the model as `surgery.sharding` left it: accelerate adds autocast, and wraps it in nothing."""
+        """Train the model as `surgery.sharding` left it: accelerate adds autocast now, and nothing later on."""
         self.surgery_is_sharded = True
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-        self.model._is_accelerate_prepared = True  # noqa: SLF001  accelerate's own mark of what it leaves as it is
+        self.accelerator.prepare_model = lambda model, **_: model
 
     def surgery_place_best(self) -> None:
         """Tell the trainer's state where its best checkpoint lies now."""

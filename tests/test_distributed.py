@@ -132,8 +132,10 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 def prepare(root: Path, tiny_model: TinyModel, variants: Sequence[Variant]) -> Bench:
     """Data, and a fresh adapter of each variant."""
-    write_rows(root / "prompts.jsonl", [{"prompt": question, "completion": answer} for question, answer in QUESTIONS])
-    write_rows(root / "pairs.jsonl", [{"source": question, "target": answer} for question, answer in QUESTIONS])
+    # Answers of different lengths: a rank's batch has more labels than the other's.
+    pairs = [(question, answer + " indeed" * (number % 4)) for number, (question, answer) in enumerate(QUESTIONS)]
+    write_rows(root / "prompts.jsonl", [{"prompt": question, "completion": answer} for question, answer in pairs])
+    write_rows(root / "pairs.jsonl", [{"source": question, "target": answer} for question, answer in pairs])
     write_rows(root / "labelled.jsonl", LABELLED)
     for variant in variants:
         base = tiny_model(

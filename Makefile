@@ -6,7 +6,7 @@ READY := $(VENV)/.complete
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TESTS ?= tests
 
-.PHONY: help demo test test-long test-fast lint format docs clean
+.PHONY: help demo test test-long test-fast test-deepspeed lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test       set up .venv, lint, type-check and run every test but the long ones"
 	@echo "make test-long  the tests that take minutes: learning on real data, ONNX graphs of all families"
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
+	@echo "make test-deepspeed  the tests of DeepSpeed's ZeRO on the CPU (installs it into build/deepspeed)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       write docs/cli.md from the commands' help"
 	@echo "make format     let ruff rewrite what it can"
@@ -43,6 +44,12 @@ test-long: $(READY)
 
 test-fast: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long" $(TESTS)
+
+# Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Its operators need g++.
+test-deepspeed: $(READY)
+	test -d build/deepspeed || $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps \
+	  --target build/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	$(ONE_THREAD) PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/test_distributed.py -k deepspeed
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +152,14 @@ def download_config(hub_id: str) -> Path:
         return Path(hf_hub_download(hub_id, "config.json")).parent
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise OSError(str(error)) from error
+
+
+def fall_silent() -> None:
+    """No remark, warning or bar from this process: another one says it."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    os.environ["TQDM_DISABLE"] = "1"
 
 
 def accepts(function: Any, argument: str) -> bool:

@@ -151,6 +151,8 @@ class TrainSection(_Section):
     cache_features: str | None = Field(None, description="READ: folder for the backbone's states of the training set")
     cache_bytes: str | None = Field(None, description="READ: what the states may take, for example 20GB")
     threads: int | None = Field(None, ge=1, description="torch's threads on the CPU")
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field("ddp", description="how several processes share work")
+    cpu_offload: bool = Field(default=False, description="fsdp2, zero2, zero3: keep shards in the CPU's memory")
 
 
 class ExportSection(_Section):

@@ -30,6 +30,9 @@ RANKS = {
     "surgery.lookup": 1,
     "surgery.paca_layers": 1,
     "surgery.side": 1,
+    "surgery.ranks": 1,
+    "surgery.zero": 2,
+    "surgery.sharding": 3,
     "surgery.metrics": 1,
     "surgery.rows": 1,
     "surgery.checkpoint": 2,
@@ -96,6 +99,7 @@ LAZY = (
     "surgery.cli_plan",
     "surgery.errors",
     "surgery.lookup",
+    "surgery.ranks",
     "surgery.tensorfile",
 )
 HEAVY = frozenset({"torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "numpy"})

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import resource
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +18,12 @@ import torch
 
 from surgery.acceleration import choose_tf32
 from surgery.compat import accepts
-from surgery.errors import UnsupportedError
+from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
+from surgery.ranks import ERRORS, RankError, environment, first_error
 from surgery.recipe import TrainSection
+from surgery.zero import settings as zero_settings
+
+SHUTDOWN_SECONDS = "120"  # what processes that are asked to stop have to end their step and save
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Backend:
     trainer_class: Any
     training_arguments: Any
     peak_memory_bytes: Any
+    launch: Callable[[Sequence[str], int], int]
 
 
 def choose_device(wanted: str) -> str:
@@ -57,6 +68,8 @@ def training_arguments(
     stops_early = section.early_stopping_patience is not None
     save_steps = section.save_steps or max(1, steps // 10)
     eval_steps = section.eval_steps or (save_steps if stops_early else steps)
+    zero = zero_settings(section.strategy, cpu_offload=section.cpu_offload, autocast=autocast)
+    autocast = "fp32" if zero else autocast  # DeepSpeed's own configuration says it
     checkpointing = {f"{_checkpointing_key(TrainingArguments)}": section.gradient_checkpointing}
     if section.gradient_checkpointing:
         checkpointing[f"{_checkpointing_key(TrainingArguments)}_kwargs"] = {"use_reentrant": False}  # type: ignore[assignment]
@@ -97,6 +110,10 @@ def training_arguments(
         dataloader_drop_last=False,
         remove_unused_columns=True,
         disable_tqdm=True,
+        log_level_replica="error",
+        deepspeed=zero,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
         report_to=[],
         push_to_hub=False,
         **checkpointing,
@@ -115,4 +132,64 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-BACKEND = Backend("local", ("cpu", "cuda"), choose_device, trainer_class, training_arguments, peak_memory_bytes)
+# --- several processes
+
+
+def launch(arguments: Sequence[str], nproc: int) -> int:
+    """Run `python -m surgery.train *arguments` in so many processes on this machine, by torchrun.
+
+    What follows `--` in the arguments is torchrun's. The error that a process ended with first is said once, here.
+    Returns its exit code, or 0. Raises: RequestError for arguments that torchrun does not take.
+    """
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, torchrun = arguments[:cut], list(arguments[cut + 1 :])
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # pages about a child that fails: it says why in a line
+    where = torchrun or ["--standalone"]
+    options = _parse_torchrun([f"--nproc-per-node={nproc}", *where, "-m", "surgery.train", *own])
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS,
+    }
+    with tempfile.TemporaryDirectory(prefix="surgery-ranks-") as folder:
+        with environment(**variables, **{ERRORS: folder}):
+            ended = _run_torchrun(options)
+        said = first_error(Path(folder)) or ended
+    if said is None:
+        return 0
+    print(f"Error: {said.text}", file=sys.stderr)  # noqa: T201  the processes have left it to us
+    return said.exit_code
+
+
+def _parse_torchrun(options: list[str]) -> Any:
+    from torch.distributed.run import parse_args
+
+    usage = io.StringIO()
+    try:
+        with redirect_stderr(usage):
+            return parse_args(options)  # type: ignore[no-untyped-call]
+    except SystemExit as error:
+        found = usage.getvalue().strip().rpartition("error: ")[2]
+        raise RequestError("torchrun", found, expected="arguments that `torchrun --help` lists") from error
+
+
+def _run_torchrun(options: Any) -> RankError | None:
+    """None, or how the first process that failed ended, as far as the launcher sees it."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import run
+
+    try:
+        run(options)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        text = str(SurgeryError("train", f"rank {number} ended with {how}", fix="Go on with --resume auto"))
+        return RankError(number, 0.0, SurgeryError.exit_code, text)
+    except SignalException as error:
+        stopped = InterruptedRunError("train", f"stopped by {error.sigval.name}", fix="Go on with --resume auto")
+        return RankError(0, 0.0, stopped.exit_code, str(stopped))
+    return None
+
+
+BACKEND = Backend("local", ("cpu", "cuda"), choose_device, trainer_class, training_arguments, peak_memory_bytes, launch)

@@ -25,7 +25,7 @@ from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.compat import quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, Delta
-from surgery.errors import InterruptedRunError, RecipeError, RequestError, closest, shorten
+from surgery.errors import DataError, InterruptedRunError, RecipeError, RequestError, closest, counted, shorten
 from surgery.features import ROW, FeatureCache, numbered, open_cache
 from surgery.lookup import BACKENDS, METHODS
 from surgery.lookup import load as lookup
@@ -61,6 +61,8 @@ FREE_SETTINGS = (
     "eval_batch_size",
     "threads",
     "device",
+    "hpu_mode",
+    "hpu_warmup_steps",
     "cache_features",
     "cache_bytes",
 )
@@ -122,7 +124,8 @@ def train(
         if checkpoint == FINISHED:
             return _result_of(adapter)
         tokenizer = read_tokenizer(adapter.folder)
-        prepared = prepare(data.spec(), task=plan.task, tokenizer=tokenizer, labels=_labels(plan))
+        spec = replace(data.spec(), static_shapes=backend.static_shapes)
+        prepared = prepare(spec, task=plan.task, tokenizer=tokenizer, labels=_labels(plan))
         _require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
         root = find_base(adapter.record, adapter.folder, base)
         if anew:
@@ -171,7 +174,7 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     started = time.monotonic()
     model, autocast = _load_for_training(adapter, job.root, settings, job.device)
     folder = adapter.folder / CHECKPOINTS
-    steps = count_steps(settings, len(prepared.train))
+    steps = count_steps(settings, len(prepared.train), only_whole_batches=job.backend.static_shapes)
     arguments = job.backend.training_arguments(
         settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
@@ -247,11 +250,17 @@ def _result_of(adapter: Adapter) -> TrainResult:
     return TrainResult(adapter=adapter.folder, data=tuple(training["data"]), was_finished=True, **figures)
 
 
-def count_steps(settings: TrainSection, examples: int) -> int:
-    """Optimizer steps of the whole run: the last, smaller batch of an epoch counts."""
+def count_steps(settings: TrainSection, examples: int, *, only_whole_batches: bool = False) -> int:
+    """Optimizer steps of the whole run: the last, smaller batch of an epoch counts, unless it is left out.
+
+    Raises: DataError where it is left out, and there is no other.
+    """
+    if only_whole_batches and examples < settings.batch_size:
+        found = f"found {counted(examples, 'example')}, fewer than one batch, and smaller batches are left out here"
+        raise DataError("data.train", found, expected=f"{settings.batch_size} or more", fix="Lower train.batch_size")
     if settings.max_steps:
         return settings.max_steps
-    batches = math.ceil(examples / settings.batch_size)
+    batches = examples // settings.batch_size if only_whole_batches else math.ceil(examples / settings.batch_size)
     return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation) * settings.epochs))
 
 
@@ -318,7 +327,7 @@ def _load_for_training(adapter: Adapter, root: Path, settings: TrainSection, dev
     model.config.use_cache = False
     autocast = settings.precision
     if autocast == "auto":
-        autocast = "bf16" if device == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        autocast = "bf16" if device == "hpu" or (device == "cuda" and torch.cuda.is_bf16_supported()) else "fp32"
     if adapter.plan.whole and model.dtype != torch.float32:
         for target in adapter.plan.whole:
             module_name, _, name = target.parameter.rpartition(".")
@@ -483,7 +492,7 @@ def _last_evaluation(trainer: Any, prepared: Prepared) -> dict[str, float]:
 
 
 def _metrics(raw: Mapping[str, float]) -> dict[str, float]:
-    """The metrics without the trainer's timings and without its prefix."""
-    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    named = {name.removeprefix("eval_"): float(value) for name, value in raw.items()}
-    return {name: value for name, value in named.items() if name not in (*timings, "epoch", "step")}
+    """The metrics without the trainer's timings (and a device's memory) and without its prefix."""
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "end_time")
+    named = {name.removeprefix("eval_"): float(value) for name, value in raw.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if name not in timings}

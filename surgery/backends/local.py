@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.backends import Backend
 from surgery.compat import accepts
 from surgery.errors import UnsupportedError
 from surgery.recipe import TrainSection
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Where training runs: which Trainer, which arguments, which device. Knows nothing about methods."""
-
-    name: str
-    devices: tuple[str, ...]
-    choose_device: Any
-    trainer_class: Any
-    training_arguments: Any
-    peak_memory_bytes: Any
 
 
 def choose_device(wanted: str) -> str:
@@ -113,4 +103,14 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-BACKEND = Backend("local", ("cpu", "cuda"), choose_device, trainer_class, training_arguments, peak_memory_bytes)
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run `python -m surgery.train *arguments` in so many processes on this machine. Returns the exit code."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    return subprocess.run([*command, "surgery.train", *arguments], check=False).returncode  # noqa: S603  ourselves
+
+
+BACKEND = Backend(
+    "local", ("cpu", "cuda"), choose_device, trainer_class, training_arguments, peak_memory_bytes, launch
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,15 @@ def quiet_loading() -> Iterator[None]:
 def accepts(function: Any, argument: str) -> bool:
     """Whether a callable has a parameter of that name: for arguments that came or went between versions."""
     return argument in inspect.signature(function).parameters
+
+
+def current_class(model_class: Any) -> Any:
+    """The class that stands under this class's name in transformers now.
+
+    An accelerator's package may have replaced it after someone, transformers' own tables included, took hold of it.
+    """
+    module = sys.modules[model_class.__module__]
+    return getattr(module, model_class.__name__) if module.__name__.startswith("transformers.") else model_class
 
 
 def upstream_architecture(name: str) -> str:

@@ -66,6 +66,16 @@ def gather(x: Tensor, columns_r: Tensor) -> Tensor:
     return x.detach().index_select(-1, columns_r)
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that casts what it casts by name, on any kind of device: torch.amp.custom_bwd serves only one."""
+
+    def run(ctx: Any, dy: Tensor) -> Any:
+        with torch.autocast(dy.device.type, enabled=False):
+            return backward(ctx, dy)
+
+    return run
+
+
 class _PacaFunction(torch.autograd.Function):
     """y = base(x); backward keeps `kept` (.., r) of the input and nothing else.
 
@@ -81,6 +91,7 @@ class _PacaFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         layer: PacaLayer = ctx.layer
         x_dtype, delta_dtype = ctx.dtypes

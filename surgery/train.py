@@ -66,6 +66,7 @@ FREE_SETTINGS = (
     "cache_features",
     "cache_bytes",
 )
+GAUDI_TIMINGS = ("end_time", "graph_compliation_duration")  # spelt so
 
 
 @dataclass(frozen=True)
@@ -493,6 +494,6 @@ def _last_evaluation(trainer: Any, prepared: Prepared) -> dict[str, float]:
 
 def _metrics(raw: Mapping[str, float]) -> dict[str, float]:
     """The metrics without the trainer's timings (and a device's memory) and without its prefix."""
-    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "end_time")
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *GAUDI_TIMINGS)
     named = {name.removeprefix("eval_"): float(value) for name, value in raw.items() if name.startswith("eval_")}
     return {name: value for name, value in named.items() if name not in timings}

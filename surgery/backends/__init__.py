@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ class Backend:
     """Where training runs: which Trainer, which arguments, which device. Knows nothing about methods.
 
     launch: run `python -m surgery.train *arguments` in so many processes on this machine; returns the exit code.
+    environment: the variables that a run with these settings needs before torch is imported, and that are not set.
     static_shapes: every training batch has the same shape: rows are padded to `data.max_length`, and an epoch's last,
     smaller batch is left out.
     """
@@ -23,4 +24,5 @@ class Backend:
     training_arguments: Any
     peak_memory_bytes: Any
     launch: Callable[[Sequence[str], int], int]
+    environment: Callable[[Any], Mapping[str, str]]
     static_shapes: bool = False

@@ -36,6 +36,7 @@ MODES = {"lazy": "1", "eager": "0", "compile": "0"}  # the variable's value, rea
 PLUGIN, PACKAGE = "habana-torch-plugin", "optimum-habana"
 # Validated by their makers: optimum-habana -> the Gaudi software (its plugin for torch), and the releases of torch.
 FITTING: Mapping[str, tuple[str, tuple[str, ...]]] = {"1.20": ("1.23", ("2.9",)), "1.21": ("1.24", ("2.10", "2.11"))}
+SUPPORT = "optimum-habana's support ended on 2026-10-31"
 TRANSFORMERS = ">=4.55,<4.56"
 PINNED = "pip install -c with a line `torch==` that names the version you have (README, Gaudi)"
 
@@ -64,15 +65,23 @@ def _installed(name: str) -> str:
 
 def shortcomings(found: Installation) -> list[UnsupportedError]:
     """What is missing, or does not fit together, the first cause first. Empty: training can start."""
+    problems = []
     if not found.plugin:
         fix = "It comes with Intel's Gaudi software and from no package index; train with --device cpu or cuda"
-        return [_error(f"{PLUGIN} is not installed", "the Gaudi software and its plugin for torch", fix)]
-    series = _series(found.package)
-    if series not in FITTING:
+        problems.append(_error(f"{PLUGIN} is not installed", "the Gaudi software and its plugin for torch", fix))
+    if _series(found.package) not in FITTING:
         what = f"{PACKAGE} {found.package}" if found.package else f"{PACKAGE} is not installed"
         fix = f"Install {PACKAGE}==1.21.2 in an environment of its own: {PINNED}"
-        return [_error(what, f"{PACKAGE} {' or '.join(FITTING)}", fix)]
-    return [*_torch_shortcomings(found), *_pair_shortcomings(found, series)]
+        problems.append(_error(what, f"{PACKAGE} {' or '.join(FITTING)}", fix))
+    if found.plugin:
+        problems += _torch_shortcomings(found)
+    if found.plugin and not problems:
+        problems += _pair_shortcomings(found)
+    if found.package and not SpecifierSet(TRANSFORMERS).contains(found.transformers or "0", prereleases=True):
+        what = f"transformers {found.transformers}" if found.transformers else "transformers is not installed"
+        fix = f"pip install 'transformers{TRANSFORMERS}', in an environment of its own"
+        problems.append(_error(what, f"transformers {TRANSFORMERS}", fix))
+    return problems
 
 
 def _error(found: str, expected: str, fix: str) -> UnsupportedError:
@@ -80,34 +89,31 @@ def _error(found: str, expected: str, fix: str) -> UnsupportedError:
 
 
 def _torch_shortcomings(found: Installation) -> list[UnsupportedError]:
-    """The vendor's builds carry a local version `+hpu.1.24.0.695`; any other was put over them, as a rule by pip."""
+    """The vendor's builds carry a local version such as `+hpu.1.24.0.695`; any other was put over them, by pip mostly."""
     software = _series(found.plugin)
     local = found.torch.partition("+")[2].replace("_", ".").replace("-", ".")
     if not local.startswith("hpu."):
         fix = f"pip has replaced it: install the Gaudi software's torch again, then everything else by {PINNED}"
-        return [_error(f"torch {found.torch or 'none'}", f"the build that came with {PLUGIN} {found.plugin}", fix)]
+        what = f"torch {found.torch}" if found.torch else "torch is not installed"
+        return [_error(what, f"the build that came with {PLUGIN} {found.plugin}", fix)]
     if not local.startswith(f"hpu.{software}."):
-        fix = "Install both from one release of the Gaudi software"
-        return [_error(f"torch {found.torch} beside {PLUGIN} {found.plugin}", f"a torch of {software}", fix)]
+        what, fix = f"torch {found.torch} beside {PLUGIN} {found.plugin}", "Install both from one Gaudi software"
+        return [_error(what, f"a torch of the Gaudi software {software}", fix)]
     return []
 
 
-def _pair_shortcomings(found: Installation, series: str) -> list[UnsupportedError]:
+def _pair_shortcomings(found: Installation) -> list[UnsupportedError]:
     """What the makers of optimum-habana did not validate together."""
-    software, torches = FITTING[series]
-    problems = []
+    software, torches = FITTING[_series(found.package)]
     if _series(found.plugin) != software:
         other = next((name for name, (fitting, _) in FITTING.items() if fitting == _series(found.plugin)), "")
         fix = f"Install {PACKAGE} {other}" if other else f"Install the Gaudi software {software}"
-        problems.append(_error(f"{PLUGIN} {found.plugin} with {PACKAGE} {found.package}", software, fix))
+        what = f"{PLUGIN} {found.plugin} with {PACKAGE} {found.package}"
+        return [_error(what, f"{PLUGIN} {software}", fix)]
     if _series(found.torch) not in torches:
-        expected = f"torch {' or '.join(torches)} with {PACKAGE} {found.package}"
-        problems.append(_error(f"torch {found.torch}", expected, "Install the Gaudi software that fits"))
-    if not SpecifierSet(TRANSFORMERS).contains(found.transformers or "0", prereleases=True):
-        what = f"transformers {found.transformers or 'none'}"
-        fix = f"pip install 'transformers{TRANSFORMERS}', in an environment of its own"
-        problems.append(_error(what, f"transformers {TRANSFORMERS}", fix))
-    return problems
+        what, fix = f"torch {found.torch} with {PACKAGE} {found.package}", "Install the Gaudi software that fits"
+        return [_error(what, f"torch {' or '.join(torches)}", fix)]
+    return []
 
 
 def _series(version: str) -> str:
@@ -143,8 +149,19 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
+def environment(section: TrainSection) -> dict[str, str]:
+    """The variables that have to be set before torch is imported, and are not. Raises: UnsupportedError."""
+    problems = shortcomings(Installation.here())
+    if problems:
+        raise problems[0]
+    if LAZY_MODE not in os.environ:
+        return {LAZY_MODE: MODES[section.hpu_mode]}
+    require_mode(section.hpu_mode)
+    return {}
+
+
 def require_mode(mode: str) -> None:
-    """The environment holds the mode that is asked for, since before torch was imported. Raises: UnsupportedError."""
+    """The environment holds the mode that is asked for. Raises: UnsupportedError."""
     found, wanted = os.environ.get(LAZY_MODE), MODES[mode]
     if found == wanted:
         return
@@ -202,6 +219,7 @@ def trainer_class() -> Any:
                 use_dynamic_shapes=False,
             )
             super().__init__(model=model, args=args, gaudi_config=config, **rest)
+            self.model_accepts_loss_kwargs = True  # so that a batch's items are counted; no model is given the number
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None  # noqa: FBT001, FBT002
@@ -320,5 +338,6 @@ BACKEND = Backend(
     training_arguments,
     peak_memory_bytes,
     launch,
+    environment,
     static_shapes=True,
 )

@@ -111,6 +111,11 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     return subprocess.run([*command, "surgery.train", *arguments], check=False).returncode  # noqa: S603  ourselves
 
 
+def environment(_section: TrainSection) -> dict[str, str]:
+    """No variable has to be set before torch is imported."""
+    return {}
+
+
 BACKEND = Backend(
-    "local", ("cpu", "cuda"), choose_device, trainer_class, training_arguments, peak_memory_bytes, launch
+    "local", ("cpu", "cuda"), choose_device, trainer_class, training_arguments, peak_memory_bytes, launch, environment
 )

@@ -14,11 +14,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from surgery.checkpoint import CONFIG_FILE, read_json
-from surgery.compat import TRANSFORMERS_5, base_prefix, current_class, quiet_loading, upstream_architecture
+from surgery.compat import (
+    TRANSFORMERS_5,
+    base_prefix,
+    current_class,
+    load_tokenizer,
+    quiet_loading,
+    settle_rope,
+    upstream_architecture,
+)
 from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest, shorten
 from surgery.plan import Untouched
 from surgery.select import LinearSite
@@ -102,6 +110,7 @@ def read_config(root: Path) -> PretrainedConfig:
         )
     with _foreign_config(root):
         config: PretrainedConfig = AutoConfig.from_pretrained(root, trust_remote_code=False)
+        settle_rope(config, document)
         names = config.architectures or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"architectures {names!r}")
@@ -173,7 +182,7 @@ def _pad_token_id(root: Path) -> int | None:
     """What the tokenizer pads with (its end token where it has no other): a decoder's classifier must know it."""
     try:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+            tokenizer = load_tokenizer(root)
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return None
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PrinterCallback, TrainerState
+from transformers import PrinterCallback, TrainerState
 
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
-from surgery.compat import quiet_loading
+from surgery.compat import load_tokenizer, quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, Delta
 from surgery.errors import DataError, InterruptedRunError, RecipeError, RequestError, closest, counted, shorten
@@ -269,7 +269,7 @@ def read_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies with an adapter. Raises: RequestError."""
     try:
         with quiet_loading():
-            return AutoTokenizer.from_pretrained(folder)
+            return load_tokenizer(folder)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RequestError(

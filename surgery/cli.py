@@ -18,7 +18,9 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from surgery import ranks
 from surgery.checkpoint import RECORD_FILE, require_folder, require_model, require_record
 from surgery.cli_generate import generate_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
@@ -126,6 +128,38 @@ def parse_rank_pattern(values: Sequence[str]) -> dict[str, int]:
             raise RequestError("--rank-pattern", repr(value), expected="PATTERN=RANK, such as 'mlp.*=8'")
         pairs[pattern] = int(rank)
     return pairs
+
+
+def split_launcher(texts: Sequence[str], nproc: int | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The settings, and what follows `--`, with it: click leaves that out, but no setting begins with a dash.
+
+    Raises: RequestError for a launcher's arguments without a launcher.
+    """
+    cut = next((number for number, text in enumerate(texts) if text.startswith("-")), len(texts))
+    launcher = ("--", *texts[cut:]) if texts[cut:] else ()
+    if launcher and nproc is None:
+        found = f"{texts[cut]!r} after `--`, which is a launcher's"
+        raise RequestError("train", found, expected="--nproc", fix="Say how many processes to launch")
+    return tuple(texts[:cut]), launcher
+
+
+def given_arguments(*leave_out: str) -> list[str]:
+    """The running command's arguments and options as they were given, to give them to another process."""
+    context = click.get_current_context()
+    flags = {"verbose": "-v", "quiet": "-q"}
+    given = [flag for name, flag in flags.items() if context.find_root().obj[name]]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or name in leave_out:
+            continue
+        value, option = context.params[name], parameter.opts[-1]
+        if not isinstance(parameter, click.Option):
+            given.append(str(value))
+        elif parameter.is_flag:
+            given.append(option)
+        else:
+            given += [f"{option}={item}" for item in (value if parameter.multiple else [value])]
+    return given
 
 
 def _list(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -248,6 +282,7 @@ def apply(
 @click.option("--cache-features", help="read: a folder for the backbone's states; later epochs read them from there.")
 @click.option("--cache-bytes", help="read: what the states may take, for example 20GB.")
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="A recipe whose data and train sections hold.")
+@click.option("--nproc", type=int, help="Processes on this machine, a device each; torchrun's own options follow `--`.")
 @BASE
 @click.option("--overwrite", is_flag=True, help="Throw the checkpoints of an interrupted run away.")
 @JSON
@@ -264,6 +299,7 @@ def train(
     cache_features: str | None,
     cache_bytes: str | None,
     config: Path | None,
+    nproc: int | None,
     base: str | None,
     overwrite: bool,
     as_json: bool,
@@ -276,12 +312,15 @@ def train(
     surgery train model-paca/ --data train.jsonl --eval-data eval.jsonl learning_rate=1e-3 epochs=2
     surgery train model-paca/ --data sst2.tsv --task sequence-classification
     surgery train model-paca/ --data train.jsonl --resume auto
+    surgery train model-paca/ --data train.jsonl --nproc 4 strategy=fsdp2
     """
     require_record(adapter)
+    settings, launcher = split_launcher(settings, nproc)
     from surgery import recipe as recipes
     from surgery import show as showing
     from surgery.adapter import open_adapter
     from surgery.survey import TaskSpec
+    from surgery.train import launch
     from surgery.train import train as run_training
 
     document: dict[str, Any] = {"model": str(adapter)}
@@ -299,6 +338,8 @@ def train(
         recipes.apply_override(document, text)
     recipe = recipes.check(recipes.Recipe, document, "settings")
     enter_environment(recipe.train)
+    if nproc is not None:
+        sys.exit(launch([*given_arguments("nproc", "settings"), *settings, *launcher], recipe.train, nproc))
     result = run_training(
         adapter,
         recipe.data,
@@ -308,6 +349,8 @@ def train(
         resume=resume,
         overwrite=overwrite,
     )
+    if not ranks.is_main():
+        return
     way = "--merge" if open_adapter(adapter).plan.targets else "--format remote-code"
     lines = [*showing.result_lines(result), "", f"Next: surgery export {shlex.quote(str(adapter))} {way}"]
     show(lines, result, as_json=as_json)
@@ -590,7 +633,8 @@ def _unexpected(error: Exception) -> SurgeryError:
 def _fail(error: SurgeryError, *, verbose: bool) -> None:
     if verbose:
         traceback.print_exc()
-    click.echo(f"Error: {error}", err=True)
+    if not ranks.hand_over(error):
+        click.echo(f"Error: {error}", err=True)
     sys.exit(error.exit_code)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,13 +118,21 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def fall_silent() -> None:
+    """No remark, warning or bar from this process: another one says it."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    os.environ["TQDM_DISABLE"] = "1"
+
+
 def accepts(function: Any, argument: str) -> bool:
     """Whether a callable has a parameter of that name: for arguments that came or went between versions."""
     return argument in inspect.signature(function).parameters
 
 
 def settle_rope(config: Any, document: Mapping[str, Any]) -> None:
-    """Give a configuration the rotary settings that transformers 5 wrote and 4.55 passes over: bases of 10,000 otherwise.
+    """Give a configuration the rotary settings that transformers 5 wrote, which 4.55 passes over in silence.
 
     config: what 4.55 made of `document`, the content of config.json.
     Raises: ValueError for settings by kind of layer that 4.55 has no place for.

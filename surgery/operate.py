@@ -30,6 +30,7 @@ from surgery.manifest import Base, Manifest, relative_path
 from surgery.methods.paca import PacaSpec
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
+from surgery.sharding import settle, whole
 from surgery.survey import (
     TASKS,
     TaskSpec,
@@ -227,16 +228,18 @@ def state_of(model: nn.Module) -> AttachedState:
 
 
 def collect(model: nn.Module) -> Delta:
-    """What training has changed so far. Raises: RequestError, DamagedError where values are not finite."""
+    """What training has changed so far; of a sharded model every rank's rows, and all ranks collect together.
+
+    Raises: RequestError, DamagedError where values are not finite.
+    """
     state = state_of(model)
-    whole = {
-        w.parameter: WholePatch(
-            model.get_parameter(w.parameter).detach().cpu().clone(), state.originals.get(w.parameter)
-        )
+    settle(model)
+    heads = {
+        w.parameter: WholePatch(whole(model.get_parameter(w.parameter)).clone(), state.originals.get(w.parameter))
         for w in state.plan.whole
     }
     method = lookup(METHODS, state.plan.method, "--method")
-    delta: Delta = method.collect(model, state.plan, whole, state.columns)
+    delta: Delta = method.collect(model, state.plan, heads, state.columns)
     return delta
 
 

@@ -138,6 +138,9 @@ class PacaLayer(nn.Module):
     through autograd's eyes. A bare `.data` write in eval mode shows none of these signs: call `refresh` after one.
     A backward belongs before the step that follows its forward: one that comes after the next refresh sees the new
     columns in its input gradient, where plain torch would raise.
+
+    Sharded, each rank holds the same outputs' rows of weight, columns and difference, and refreshes those; it happens
+    before the model's forward puts the whole weights together, as `surgery.sharding` sees to.
     """
 
     weight: Any
@@ -150,6 +153,7 @@ class PacaLayer(nn.Module):
     paca_storage: torch.dtype
     paca_pending: bool
     paca_seen: tuple[int, ...]
+    paca_is_sharded = False  # True where `surgery.sharding` has given each rank some of the rows
     input_axis: int
     frozen_forward: Callable[[Tensor], Tensor]  # the base layer's own forward, from the class this is mixed into
 
@@ -158,17 +162,29 @@ class PacaLayer(nn.Module):
         return dy.matmul(weight if self.input_axis == 1 else weight.t())
 
     def forward(self, x: Tensor) -> Tensor:
-        self.refresh_if_stale()
+        if not self.paca_is_sharded:
+            self.refresh_if_stale()
         if not (torch.is_grad_enabled() and self.paca_delta.requires_grad):
             return self.frozen_forward(x)
         kept = self.paca_gather(x, self.paca_columns)
         result: Tensor = _PacaFunction.apply(x, self.paca_delta, kept, self)  # type: ignore[no-untyped-call]
         return result
 
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, the base's columns and the difference: of a sharded layer, this rank's rows of them."""
+        parts: tuple[Any, ...] = (self.weight, self.paca_original, self.paca_delta)
+        weight, original, delta = (part.to_local() for part in parts) if self.paca_is_sharded else parts
+        return weight, original, delta
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a backward or a step came since the last refresh: what can be told without the parameters."""
+        return self.paca_pending or self.paca_seen[0] != _optimizer_steps
+
     def _signs(self) -> tuple[int, ...]:
-        delta = self.paca_delta
+        weight, _, delta = self.rows()
         version = delta._version  # noqa: SLF001  one sign among several: some writers do not bump it
-        return (_optimizer_steps, version, delta.data_ptr(), self.weight.data_ptr())
+        return (_optimizer_steps, version, delta.data_ptr(), weight.data_ptr())
 
     def refresh_if_stale(self) -> None:
         """Rewrite the columns in the weight if the master copy may have changed."""
@@ -178,18 +194,16 @@ class PacaLayer(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the trained columns into the weight."""
-        values = self.trained_columns().to(self.paca_storage).to(self.weight.dtype)
-        write_columns(self.weight.data, self.paca_columns, values, self.input_axis)
+        weight, original, delta = self.rows()
+        values = combine(original, delta, self.paca_scale).to(self.paca_storage).to(weight.dtype)
+        write_columns(weight.data, self.paca_columns.to(weight.device), values, self.input_axis)
         self.paca_pending, self.paca_seen = False, self._signs()
 
     @torch.no_grad()
     def trained_columns(self) -> Tensor:
-        """The columns as training has them: (o, r) in the master copy's dtype.
-
-        Where the difference is zero the base's value stands untouched: -0.0 + 0.0 would be +0.0.
-        """
-        original = self.paca_original.to(self.paca_delta.dtype)
-        return torch.where(self.paca_delta == 0, original, original.add(self.paca_delta, alpha=self.paca_scale))
+        """The columns as training has them: (o, r) in the master copy's dtype; of a sharded layer, this rank's rows."""
+        _, original, delta = self.rows()
+        return combine(original, delta, self.paca_scale)
 
     @torch.no_grad()
     def start_from(self, values: Tensor) -> None:
@@ -232,6 +246,15 @@ class PacaConv1D(PacaLayer, Conv1D):  # type: ignore[misc]  # transformers is un
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         return cast("Tensor", Conv1D.forward(self, x))
+
+
+def combine(original_or: Tensor, delta_or: Tensor, scale: float) -> Tensor:
+    """original + scale * delta, in the delta's dtype.
+
+    Where the difference is zero the base's value stands untouched: -0.0 + 0.0 would be +0.0.
+    """
+    original_or = original_or.to(delta_or.dtype)
+    return torch.where(delta_or == 0, original_or, original_or.add(delta_or, alpha=scale))
 
 
 SWAPS: dict[type[nn.Module], type[PacaLayer]] = {nn.Linear: PacaLinear, Conv1D: PacaConv1D}

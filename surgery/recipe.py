@@ -124,7 +124,9 @@ class TrainSection(_Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     seed: int = Field(0, ge=0, description="order of the data and dropout")
     device: Literal["auto", "cpu", "cuda", "hpu"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on hpu and where CUDA has it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on hpu, or where CUDA has it"
+    )
     gradient_checkpointing: bool = False
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps; at the end in any case")
@@ -138,6 +140,8 @@ class TrainSection(_Section):
     threads: int | None = Field(None, ge=1, description="torch's threads on the CPU")
     hpu_mode: Literal["lazy", "eager", "compile"] = Field("lazy", description="Gaudi: how operators reach the device")
     hpu_warmup_steps: int = Field(3, ge=0, description="Gaudi: first steps, which compile, left out of the throughput")
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field("ddp", description="how several processes share work")
+    cpu_offload: bool = Field(default=False, description="fsdp2, zero2, zero3: keep shards in the CPU's memory")
 
 
 class ExportSection(_Section):

@@ -8,10 +8,13 @@ by rename.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,19 +25,30 @@ from transformers import PrinterCallback, TrainerState
 
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
-from surgery.compat import load_tokenizer, quiet_loading
+from surgery.compat import fall_silent, load_tokenizer, quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, Delta
-from surgery.errors import DataError, InterruptedRunError, RecipeError, RequestError, closest, counted, shorten
+from surgery.errors import (
+    DataError,
+    InterruptedRunError,
+    RecipeError,
+    RequestError,
+    UnsupportedError,
+    closest,
+    counted,
+    shorten,
+)
 from surgery.features import ROW, FeatureCache, numbered, open_cache
-from surgery.lookup import BACKENDS, METHODS
+from surgery.lookup import BACKENDS, METHODS, resolve
 from surgery.lookup import load as lookup
 from surgery.metrics import metric_names, metrics_for, preprocess_for
 from surgery.operate import attach_plan, collect, load_base_model
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
+from surgery.ranks import adopt_slurm, count, from_main, is_main, joined, require_places, require_strategy
 from surgery.recipe import DataSection, TrainSection
 from surgery.runs import CHECKPOINTS, RUN_FILE, latest_checkpoint, open_run, step_of
+from surgery.sharding import shard
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import file_sha256
 from surgery.trainer import (
@@ -65,8 +79,11 @@ FREE_SETTINGS = (
     "hpu_warmup_steps",
     "cache_features",
     "cache_bytes",
+    "strategy",
+    "cpu_offload",
 )
 GAUDI_TIMINGS = ("end_time", "graph_compliation_duration")  # spelt so
+PER_STEP = ("batch_size", "gradient_accumulation")  # these and the number of processes decide what a step sees
 
 
 @dataclass(frozen=True)
@@ -109,19 +126,25 @@ def train(
 
     resume: `no`, or `auto` to go on from the last checkpoint of an interrupted run with the same settings (a finished
     one is left alone). overwrite: throw the checkpoints of an interrupted run away.
+    Where a launcher started several processes, all call this with the same arguments, and the folder is one that all
+    of them see; rank 0 writes.
     Raises: DataError, RecipeError, RequestError, DamagedError, BaseMismatchError, InterruptedRunError.
     """
     settings = settings or TrainSection()
+    adopt_slurm(os.environ)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     device = backend.choose_device(settings.device)
-    with interruptible() as interruption:
+    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload)
+    if not is_main():
+        fall_silent()
+    with interruptible() as interruption, joined(device):
         adapter = open_adapter(folder)
         anew = _for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
         run = _Run.describe(adapter, plan, data, settings)
-        checkpoint = _where_to_start(adapter, run, resume=resume, overwrite=overwrite)
+        checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
             return _result_of(adapter)
         tokenizer = read_tokenizer(adapter.folder)
@@ -130,8 +153,25 @@ def train(
         _require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
         root = find_base(adapter.record, adapter.folder, base)
         if anew:
-            adapter = update_adapter(adapter, anew, adapter.record.manifest)
+            adapter = _replan(adapter, anew)
         return _run(_Job(adapter, root, prepared, settings, backend, device, checkpoint, run), interruption)
+
+
+def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
+    """Run `python -m surgery.train *arguments` in so many processes on this machine, as the device's backend does it.
+
+    What follows `--` in the arguments is its launcher's. Returns the exit code; the processes' error has been said.
+    Raises: RequestError, UnsupportedError.
+    """
+    backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
+    require_places(backend.choose_device(settings.device), nproc)
+    return int(backend.launch(arguments, nproc))
+
+
+def _replan(adapter: Adapter, anew: Delta) -> Adapter:
+    """The adapter with its state planned anew, on every rank."""
+    from_main(lambda: bool(update_adapter(adapter, anew, adapter.record.manifest)))
+    return open_adapter(adapter.folder)
 
 
 def _require_evaluation(settings: TrainSection, task: str, *, has_eval: bool) -> None:
@@ -180,11 +220,10 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
     features = _open_features(job, model, autocast)
+    if settings.strategy == "fsdp2":
+        shard(model, device=job.device, cpu_offload=settings.cpu_offload)
     trainer = _trainer(job, model, arguments, interruption, features)
-    remove_leftovers(adapter.folder)
-    if not job.checkpoint:
-        remove_whole(folder)
-    job.run.write(folder)
+    from_main(lambda: _prepare_folder(job, folder))
     before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
     with features or nullcontext():
         loss = _go(trainer, job, steps, interruption)
@@ -207,9 +246,19 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         after,
         tuple(prepared.report.lines()),
     )
-    _store(job, collect(model), result)
-    job.run.write(folder, finished=True)
+    delta = collect(model)
+    if is_main():
+        _store(job, delta, result)
+        job.run.write(folder, finished=True)
     return result
+
+
+def _prepare_folder(job: _Job, folder: Path) -> None:
+    """What killed runs left is gone, and so is an earlier run that is not gone on with; this one's record is there."""
+    remove_leftovers(job.adapter.folder)
+    if not job.checkpoint:
+        remove_whole(folder)
+    job.run.write(folder)
 
 
 def _store(job: _Job, delta: Delta, result: TrainResult) -> None:
@@ -256,12 +305,13 @@ def count_steps(settings: TrainSection, examples: int, *, only_whole_batches: bo
 
     Raises: DataError where it is left out, and there is no other.
     """
-    if only_whole_batches and examples < settings.batch_size:
+    batch = settings.batch_size * count()
+    if only_whole_batches and examples < batch:
         found = f"found {counted(examples, 'example')}, fewer than one batch, and smaller batches are left out here"
-        raise DataError("data.train", found, expected=f"{settings.batch_size} or more", fix="Lower train.batch_size")
+        raise DataError("data.train", found, expected=f"{batch} or more", fix="Lower train.batch_size")
     if settings.max_steps:
         return settings.max_steps
-    batches = examples // settings.batch_size if only_whole_batches else math.ceil(examples / settings.batch_size)
+    batches = examples // batch if only_whole_batches else math.ceil(examples / batch)
     return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation) * settings.epochs))
 
 
@@ -364,7 +414,8 @@ class _Run:
 
     @classmethod
     def describe(cls, adapter: Adapter, plan: SurgeryPlan, data: DataSection, settings: TrainSection) -> _Run:
-        kept = {k: v for k, v in settings.model_dump().items() if k not in FREE_SETTINGS}
+        kept = {k: v for k, v in settings.model_dump().items() if k not in (*FREE_SETTINGS, *PER_STEP)}
+        kept["examples_per_step"] = settings.batch_size * settings.gradient_accumulation * count()
         files = {name: file_sha256(Path(name)) for name in (*data.train, *data.eval) if Path(name).is_file()}
         start = adapter.record.manifest.files[ADAPTER_FILE]
         return cls(plan.id, kept, {**data.model_dump(), "sha256": files}, start)
@@ -427,6 +478,9 @@ def _open_features(job: _Job, model: Any, autocast: str) -> FeatureCache | None:
         if section.cache_bytes is not None:
             raise RecipeError("--cache-bytes", "given without --cache-features", expected="both, or neither")
         return None
+    if count() > 1:
+        found = f"with {count()} processes"
+        raise UnsupportedError("--cache-features", found, expected="one process", fix="Leave it out")
     return open_cache(
         job.adapter.plan,
         job.prepared.train,
@@ -445,7 +499,8 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
         rows = rows.add_column(ROW, list(range(len(rows))))
         arguments.remove_unused_columns = False  # the trainer would take the numbers away
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
-    callbacks = [Progress(), LogFile(adapter.folder / LOG_FILE), StopWhenDiverged(), StopWhenAsked(interruption)]
+    callbacks = [Progress(), LogFile(adapter.folder / LOG_FILE)] if is_main() else []
+    callbacks += [StopWhenDiverged(), StopWhenAsked(interruption)]
     if settings.early_stopping_patience:
         callbacks.append(StopEarly(settings.early_stopping_patience))
     task = adapter.plan.task
@@ -465,6 +520,8 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
     trainer.remove_callback(PrinterCallback)
     trainer.surgery_plan, trainer.surgery_keep = adapter.plan, settings.save_total_limit
     trainer.surgery_features = features
+    if settings.strategy == "fsdp2":
+        trainer.surgery_take_sharded()
     return trainer
 
 
@@ -478,7 +535,8 @@ def _first_evaluation(
     if prepared.eval is None or not settings.eval_on_start:
         return {}
     metrics = _metrics(trainer.evaluate())
-    replace_file(path, json.dumps(metrics) + "\n")
+    if is_main():
+        replace_file(path, json.dumps(metrics) + "\n")
     return metrics
 
 
@@ -497,3 +555,8 @@ def _metrics(raw: Mapping[str, float]) -> dict[str, float]:
     timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *GAUDI_TIMINGS)
     named = {name.removeprefix("eval_"): float(value) for name, value in raw.items() if name.startswith("eval_")}
     return {name: value for name, value in named.items() if name not in timings}
+
+
+if __name__ == "__main__":  # what launchers start: `torchrun -m surgery.train ADAPTER ..`
+    _flags = list(itertools.takewhile(("-v", "-q").__contains__, sys.argv[1:]))
+    resolve("surgery.cli:main")([*_flags, "train", *sys.argv[1 + len(_flags) :]])

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,23 +26,35 @@ from surgery.errors import CheckError, DamagedError, InterruptedRunError, Reques
 from surgery.features import ROW, FeatureCache
 from surgery.plan import SurgeryPlan
 from surgery.planning import trainable_names
+from surgery.ranks import any_rank, count, is_main, to_main, wait
 from surgery.runs import CHECKPOINTS, step_of
+from surgery.sharding import assign, gather_optimizer, scatter_optimizer, settle, whole
 from surgery.tensorfile import read_header
 from surgery.writing import fsync_path, replace_file, require_disk, write_file
 
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
+OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 LINE_SECONDS = 30.0  # between lines of progress, where there is no terminal for a bar
 CHECKPOINT_BYTES = 16  # of each trained value: itself, AdamW's two moments, and as much again for all else
 
 
 class SurgeryCheckpoints:
-    """Mixed into a backend's Trainer: checkpoints hold what trains and not the base, and appear by rename."""
+    """Mixed into a backend's Trainer: checkpoints hold what trains and not the base, and appear by rename.
+
+    With several processes rank 0 alone writes, whole tensors as one process would have them: a checkpoint does not tell
+    how many ranks made it, but for the generators' states, of which each rank finds its own where there is one.
+    """
 
     surgery_plan: SurgeryPlan
     surgery_keep: int
     surgery_staging: str | None = None
     surgery_features: FeatureCache | None = None
+    surgery_is_sharded: bool = False
+    is_in_train: bool
+    accelerator: Any
     args: Any
+    optimizer: Any
+    lr_scheduler: Any
     model: Any
     state: Any
 
@@ -56,21 +69,33 @@ class SurgeryCheckpoints:
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             self.state.best_model_checkpoint = None  # a path would not outlive a move: `best_global_step` says which
-            self.state.save_to_json(str(staging / name / TRAINER_FILE))
-            for path in (staging / name).iterdir():
-                fsync_path(path)
-            fsync_path(staging / name)
-            remove_whole(folder / name)
-            (staging / name).rename(folder / name)
-            fsync_path(folder)
+            if is_main():
+                self._publish(staging / name, folder)
         except (OSError, RuntimeError):  # the latter is how torch.save says that the disk is full
             require_disk(folder, self.surgery_plan.trained_values * CHECKPOINT_BYTES)
             raise
         finally:
             self.surgery_staging = None
             shutil.rmtree(staging, ignore_errors=True)
+        wait()
         self.surgery_place_best()
-        self._drop_old(folder)
+        if is_main():
+            self._drop_old(folder)
+
+    def _publish(self, staged: Path, folder: Path) -> None:
+        self.state.save_to_json(str(staged / TRAINER_FILE))
+        for path in staged.iterdir():
+            fsync_path(path)
+        fsync_path(staged)
+        remove_whole(folder / staged.name)
+        staged.rename(folder / staged.name)
+        fsync_path(folder)
+
+    def surgery_take_sharded(self) -> None:
+        """Train the model as `surgery.sharding` left it: accelerate adds autocast, and wraps it in nothing."""
+        self.surgery_is_sharded = True
+        self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+        self.model._is_accelerate_prepared = True  # noqa: SLF001  accelerate's own mark of what it leaves as it is
 
     def surgery_place_best(self) -> None:
         """Tell the trainer's state where its best checkpoint lies now."""
@@ -79,9 +104,16 @@ class SurgeryCheckpoints:
         self.state.best_model_checkpoint = str(best) if keeps else None
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """As the trainer's, but how often one evaluates does not change what dropout draws."""
+        """As the trainer's, but how often one evaluates does not change what dropout draws.
+
+        Before training accelerate marks the model as prepared, and would then not wrap it for several processes: each
+        would train an adapter of its own.
+        """
         with torch.random.fork_rng(devices=[]):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+        if count() > 1 and not self.is_in_train and not self.surgery_is_sharded:
+            self.model._is_accelerate_prepared = False  # noqa: SLF001  accelerate's own mark
+        return metrics
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; a training batch runs from the backbone's states where they are kept."""
@@ -98,9 +130,38 @@ class SurgeryCheckpoints:
                 remove_whole(path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
-        if self.args.should_save and output_dir:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        if output_dir:
             write_state(self.model, self.surgery_plan, Path(output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.surgery_is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        state = gather_optimizer(self.optimizer)
+        if is_main():
+            torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.surgery_is_sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        scatter_optimizer(self.optimizer, torch.load(Path(checkpoint) / OPTIMIZER_FILE, weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Each rank's generators; rank 0's also under the name that one process reads."""
+        if self.args.world_size <= 1:
+            super()._save_rng_state(output_dir)  # type: ignore[misc]
+            return
+        with tempfile.TemporaryDirectory(prefix="surgery-rng-") as own:
+            super()._save_rng_state(own)  # type: ignore[misc]
+            states = to_main({path.name: path.read_bytes() for path in Path(own).iterdir()})
+        for state in states:
+            for name, data in state.items():
+                (Path(output_dir) / name).write_bytes(data)
+        for data in (states[0] if states else {}).values():
+            (Path(output_dir) / RANDOM_FILE).write_bytes(data)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         read_state(model or self.model, self.surgery_plan, Path(resume_from_checkpoint))
@@ -110,10 +171,12 @@ class SurgeryCheckpoints:
 
 
 def write_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
-    """Every trainable parameter, exactly as it is."""
-    names = trainable_names(plan)
-    tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in sorted(names)}
-    write_file(folder / STATE_FILE, safetensors.torch.save(tensors, {"plan": plan.id}))
+    """Every trainable parameter, exactly as it is; of a sharded model every rank's rows. Rank 0 writes."""
+    settle(model)
+    tensors = {name: whole(model.get_parameter(name)).contiguous() for name in sorted(trainable_names(plan))}
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / STATE_FILE, safetensors.torch.save(tensors, {"plan": plan.id}))
 
 
 def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
@@ -127,9 +190,9 @@ def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
     names = trainable_names(plan)
     if set(tensors) != names:
         raise DamagedError(str(path), "its tensors are not the plan's", expected=f"{len(names)} tensors")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)
+    settle(model)
+    for name, tensor in tensors.items():
+        assign(model, name, tensor)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -263,6 +326,7 @@ class StopWhenAsked(TrainerCallback):  # type: ignore[misc]
         self.interruption = interruption
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.interruption.requested = any_rank(self.interruption.requested)  # all stop at the same step
         if self.interruption.requested:
             control.should_save = control.should_training_stop = True
             if not args.load_best_model_at_end:  # else this evaluation is one of those that decide
@@ -278,7 +342,8 @@ def interruptible() -> Iterator[Interruption]:
         if interruption.requested or not interruption.is_training:
             raise InterruptedRunError("train", f"stopped by {signal.Signals(number).name}", fix="Start it again")
         interruption.requested = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr)  # noqa: T201
+        if is_main():
+            print("stopping after this step; once more to stop at once", file=sys.stderr)  # noqa: T201
 
     try:
         earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -30,6 +30,8 @@ RANKS = {
     "surgery.lookup": 1,
     "surgery.paca_layers": 1,
     "surgery.side": 1,
+    "surgery.ranks": 1,
+    "surgery.sharding": 2,
     "surgery.metrics": 1,
     "surgery.rows": 1,
     "surgery.checkpoint": 2,
@@ -90,6 +92,7 @@ LAZY = (
     "surgery.cli_generate",
     "surgery.errors",
     "surgery.lookup",
+    "surgery.ranks",
     "surgery.tensorfile",
 )
 HEAVY = frozenset({"torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "numpy"})

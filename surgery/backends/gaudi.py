@@ -143,6 +143,7 @@ def choose_device(wanted: str) -> str:
     if not device.is_available():
         found = f"{PLUGIN} is installed, but sees no device"
         raise _error(found, "a Gaudi", "Look at hl-smi: the driver may be missing, or every card in use")
+    import habana_frameworks.torch.distributed.hccl  # noqa: F401  gives torch.distributed the backend of that name
     from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
     adapt_transformers_to_gaudi()
@@ -222,7 +223,11 @@ def trainer_class() -> Any:
             self.model_accepts_loss_kwargs = True  # so that a batch's items are counted; no model is given the number
 
         def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None  # noqa: FBT001, FBT002
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,  # noqa: FBT001, FBT002
         ) -> Any:
             labels = inputs.get("labels")
             result = super().compute_loss(model, inputs, return_outputs)
@@ -235,7 +240,7 @@ def trainer_class() -> Any:
             """What a part's mean loss counts for in its batch, which GaudiTrainer leaves at one."""
             if items is None:
                 return 1 / self.current_gradient_accumulation_steps
-            share = labels[:, 1:].ne(-100).sum() / items  # as transformers: the first token is an item, but predicted by none
+            share = labels[:, 1:].ne(-100).sum() / items  # transformers counts the first token, which none predicts
             return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
         def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -257,7 +262,9 @@ def training_arguments(
     Raises: UnsupportedError.
     """
     if autocast == "fp16":
-        raise UnsupportedError("train.precision", "fp16 on hpu", expected="fp32 or bf16", fix="Train with precision=bf16")
+        raise UnsupportedError(
+            "train.precision", "fp16 on hpu", expected="fp32 or bf16", fix="Train with precision=bf16"
+        )
     require_mode(section.hpu_mode)
     from optimum.habana import GaudiTrainingArguments
 
@@ -326,7 +333,7 @@ def training_arguments(
     )
     if arguments.device.type != device:  # optimum-habana itself trains wherever accelerate finds a device
         raise _error(f"training would run on {arguments.device}", "a Gaudi", "See `surgery doctor`")
-    arguments.accelerator_config.even_batches = True  # of an evaluation no rank may run out of batches before the others
+    arguments.accelerator_config.even_batches = True  # no rank may run out of batches to evaluate before the others
     return arguments
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import resource
-import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import torch
 
 from surgery.backends import Backend
 from surgery.compat import accepts
-from surgery.errors import UnsupportedError
+from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
+from surgery.ranks import ERRORS, RankError, first_error
 from surgery.recipe import TrainSection
+
+SHUTDOWN_SECONDS = "120"  # what processes that are asked to stop have to end their step and save
 
 
 def choose_device(wanted: str) -> str:
@@ -85,6 +90,8 @@ def training_arguments(
         dataloader_drop_last=False,
         remove_unused_columns=True,
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
         report_to=[],
         push_to_hub=False,
         **checkpointing,
@@ -103,12 +110,61 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `python -m surgery.train *arguments` in so many processes on this machine. Returns the exit code."""
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    return subprocess.run([*command, "surgery.train", *arguments], check=False).returncode  # noqa: S603  ourselves
+# --- several processes
+
+
+def launch(arguments: Sequence[str], nproc: int) -> int:
+    """Run `python -m surgery.train *arguments` in so many processes on this machine, by torchrun.
+
+    What follows `--` in the arguments is torchrun's. The error that a process ended with first is said once, here.
+    Returns its exit code, or 0. Raises: RequestError for arguments that torchrun does not take.
+    """
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, torchrun = arguments[:cut], list(arguments[cut + 1 :])
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # pages about a child that fails: it says why in a line
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
+    where = torchrun or ["--standalone"]
+    options = _parse_torchrun([f"--nproc-per-node={nproc}", *where, "-m", "surgery.train", *own])
+    with tempfile.TemporaryDirectory(prefix="surgery-ranks-") as folder:
+        os.environ[ERRORS] = folder
+        ended = _run_torchrun(options)
+        said = first_error(Path(folder))
+    if not ended and not said:
+        return 0
+    said = said or ended or RankError(0, 0.0, 0, "")
+    print(f"Error: {said.text}", file=sys.stderr)  # noqa: T201  the processes have left it to us
+    return said.exit_code
+
+
+def _parse_torchrun(options: list[str]) -> Any:
+    from torch.distributed.run import parse_args
+
+    try:
+        return parse_args(options)  # type: ignore[no-untyped-call]
+    except SystemExit as error:  # argparse has said what is wrong
+        found = "arguments that torchrun does not take"
+        raise RequestError("--", found, expected="those of `torchrun --help`") from error
+
+
+def _run_torchrun(options: Any) -> RankError | None:
+    """None, or how the first process that failed ended, as far as the launcher sees it."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import run
+
+    try:
+        run(options)  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        text = str(SurgeryError("train", f"rank {number} ended with {how}", fix="Go on with --resume auto"))
+        return RankError(number, 0.0, SurgeryError.exit_code, text)
+    except SignalException as error:
+        stopped = InterruptedRunError("train", f"stopped by {error.sigval.name}", fix="Go on with --resume auto")
+        return RankError(0, 0.0, stopped.exit_code, str(stopped))
+    return None
 
 
 def environment(_section: TrainSection) -> dict[str, str]:

@@ -18,9 +18,10 @@ from surgery.columns import choose_columns, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
 from surgery.methods import Method, PlanRequest
-from surgery.paca_layers import SharedGather, close_layer, layers, open_layer, watch_optimizers
+from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, watch_optimizers
 from surgery.plan import Stored, SurgeryPlan, Target
 from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
+from surgery.sharding import whole as gathered
 from surgery.survey import list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES, torch_dtype
 
@@ -165,9 +166,10 @@ def collect(
     patches = {}
     for target in plan.targets:
         layer = opened[target.module]
-        held = layer.paca_original.detach().to(layer.paca_storage).cpu()
-        original = originals.get(target.module, held)
-        patches[target.module] = ColumnPatch(target, layer.paca_columns.cpu(), layer.trained_columns().cpu(), original)
+        held = gathered(layer.paca_original)
+        values = combine(held, gathered(layer.paca_delta), layer.paca_scale)
+        original = originals.get(target.module, held.to(layer.paca_storage))
+        patches[target.module] = ColumnPatch(target, layer.paca_columns.cpu(), values, original)
     return ColumnDelta(plan, patches, whole)
 
 

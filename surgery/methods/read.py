@@ -23,6 +23,7 @@ from surgery.delta import SideDelta, WholePatch, backbone_sha256
 from surgery.errors import BaseMismatchError, RequestError, UnsupportedError, closest
 from surgery.methods import Method, PlanRequest
 from surgery.plan import SideTarget, SurgeryPlan
+from surgery.sharding import whole as gathered
 from surgery.side import GATES, NAME, SideNetwork, SideSettings, Stack, attach_side, build_side
 from surgery.stacks import BACKBONE, DECODER, ENCODER, find_stacks
 from surgery.survey import TASKS
@@ -222,7 +223,7 @@ def collect(
     model: nn.Module, plan: SurgeryPlan, whole: Mapping[str, WholePatch], _originals: Mapping[str, Tensor]
 ) -> SideDelta:
     """Read back the side network."""
-    state = {t.parameter: model.get_parameter(t.parameter).detach().cpu().clone() for t in plan.side}
+    state = {t.parameter: gathered(model.get_parameter(t.parameter)).clone() for t in plan.side}
     return SideDelta(plan, state, whole)
 
 

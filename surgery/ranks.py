@@ -1,0 +1,213 @@
+"""Which process of a run this is, and what the processes of one run tell each other.
+
+A launcher says in the environment which process is which: torchrun, accelerate and SageMaker by RANK, WORLD_SIZE and
+LOCAL_RANK, SLURM's srun by variables of its own. Rank 0 decides, writes and speaks; the others compute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedError
+
+ERRORS = "SURGERY_RANK_ERRORS"  # the folder in which `surgery train --nproc` waits for its processes' errors
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "hccl"}
+TIMEOUT = timedelta(minutes=30)  # rank 0 may be reading or writing while the others wait
+T = TypeVar("T")
+
+
+# --- who this is
+
+
+def rank() -> int:
+    """The number of this process among all of the run, from 0."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def count() -> int:
+    """How many processes the run has."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that decides, writes and speaks."""
+    return rank() == 0
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process, be it alone."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    """Say in torch's variables what srun says in its own; where a launcher has spoken already, leave it so.
+
+    A batch script's own shell has SLURM's variables too, but no step: nothing is taken from it.
+    Source: srun's manual, output environment variables.
+    """
+    if "RANK" in environment or "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_NTASKS", "1")) < 2:
+        return
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("MASTER_ADDR", first_node(nodes))
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def first_node(nodes: str) -> str:
+    """The first host of SLURM's notation: `gpu[007-010,012],login` is gpu007."""
+    form = re.match(r"(?P<head>[^\[,]+)(?:\[(?P<first>\d+)[^\]]*\](?P<tail>[^,]*))?", nodes)
+    if form is None:
+        raise RequestError("SLURM_STEP_NODELIST", repr(nodes), expected="a list of hosts", fix="Set MASTER_ADDR")
+    return form["head"] + (form["first"] or "") + (form["tail"] or "")
+
+
+def require_places(device: str, nproc: int) -> None:
+    """So many processes of one machine have a device each; on the CPU: a core each. Raises: RequestError."""
+    import torch
+
+    places = {"cpu": (os.cpu_count() or 1, "cores"), "cuda": (torch.cuda.device_count(), "CUDA devices")}
+    if nproc < 1:
+        raise RequestError("--nproc", str(nproc), expected="at least 1")
+    if device in places and nproc > places[device][0]:
+        number, what = places[device]
+        raise RequestError("--nproc", str(nproc), expected=f"at most {number}, as this machine has {number} {what}")
+
+
+def require_strategy(strategy: str, device: str, *, cpu_offload: bool) -> None:
+    """The strategy can be carried out by these processes on that device.
+
+    Raises: RecipeError for a setting that would be ignored; UnsupportedError.
+    """
+    is_plain = strategy == "ddp"
+    if cpu_offload and is_plain:
+        expected = "a strategy that shards: fsdp2, zero2 or zero3"
+        raise RecipeError("train.cpu_offload", "true with strategy ddp", expected=expected)
+    if cpu_offload and device == "cpu":
+        raise RecipeError("train.cpu_offload", "true on the CPU", expected="a device to offload from")
+    if not is_plain and not is_launched():
+        fix = "Give --nproc (1 will do), or leave train.strategy out"
+        raise RecipeError("train.strategy", f"{strategy} without a launcher", expected="one that counts ranks", fix=fix)
+    if device == "hpu" and not is_plain:
+        raise UnsupportedError("train.strategy", f"{strategy} on hpu", expected="ddp", fix="Leave train.strategy out")
+
+
+# --- what they tell each other
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """In the group of the run's processes, where a launcher started several or one.
+
+    After an error the group is left as it is: the others are in the middle of something and must not be waited for.
+    """
+    if not is_launched():
+        yield
+        return
+    import torch
+    import torch.distributed
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    owns = not torch.distributed.is_initialized()
+    if owns:
+        torch.distributed.init_process_group(BACKENDS[device], timeout=TIMEOUT)
+    yield
+    if owns:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _is_joined() -> bool:
+    import torch.distributed
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and count() > 1
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if _is_joined():
+        import torch.distributed
+
+        torch.distributed.barrier()
+
+
+def from_main(decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank. Where it fails, it alone says why; the others end with exit code 1."""
+    if not _is_joined():
+        return decide()
+    import torch.distributed
+
+    answer: list[Any] = [False, None]
+    if not is_main():
+        torch.distributed.broadcast_object_list(answer, 0)
+        if not answer[0]:
+            raise SystemExit(SurgeryError.exit_code)
+        return answer[1]  # type: ignore[no-any-return]
+    try:
+        answer = [True, decide()]
+    finally:
+        torch.distributed.broadcast_object_list(answer, 0)
+    return answer[1]  # type: ignore[no-any-return]
+
+
+def to_main(value: T) -> list[T]:
+    """Every rank's value in order, on rank 0; an empty list on the others."""
+    if not _is_joined():
+        return [value]
+    import torch.distributed
+
+    values: list[Any] = [None] * count()
+    torch.distributed.gather_object(value, values if is_main() else None, 0)
+    return values if is_main() else []
+
+
+def any_rank(flag: bool) -> bool:  # noqa: FBT001  a question, not an option
+    """Whether it holds on any rank."""
+    if not _is_joined():
+        return flag
+    import torch
+    import torch.distributed
+
+    votes = torch.tensor([int(flag)], device="hpu" if torch.distributed.get_backend() == "hccl" else "cpu")
+    torch.distributed.all_reduce(votes)
+    return bool(votes.item())
+
+
+# --- errors on their way to the launcher
+
+
+@dataclass(frozen=True)
+class RankError:
+    """What one process said before it ended."""
+
+    rank: int
+    seconds: float
+    exit_code: int
+    text: str
+
+
+def hand_over(error: SurgeryError) -> bool:
+    """Leave an error to the launcher that collects them, if there is one: the first says why a run ended."""
+    folder = os.environ.get(ERRORS)
+    if not folder:
+        return False
+    said = {"rank": rank(), "seconds": time.time(), "exit_code": error.exit_code, "text": str(error)}
+    (Path(folder) / f"{rank()}.json").write_text(json.dumps(said), encoding="utf-8")
+    return True
+
+
+def first_error(folder: Path) -> RankError | None:
+    """The error that was handed over first."""
+    said = [RankError(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
+    return min(said, key=lambda error: error.seconds, default=None)

@@ -138,15 +138,15 @@ def choose_device(wanted: str) -> str:
         raise problems[0]
     if LAZY_MODE not in os.environ:
         raise _unset("lazy")
-    import habana_frameworks.torch.hpu as device
+    with contextlib.redirect_stdout(sys.stderr):  # both packages print remarks when they are imported
+        import habana_frameworks.torch.distributed.hccl  # gives torch.distributed the backend of that name
+        import habana_frameworks.torch.hpu as device
+        from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
+        adapt_transformers_to_gaudi()
     if not device.is_available():
         found = f"{PLUGIN} is installed, but sees no device"
         raise _error(found, "a Gaudi", "Look at hl-smi: the driver may be missing, or every card in use")
-    import habana_frameworks.torch.distributed.hccl  # noqa: F401  gives torch.distributed the backend of that name
-    from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
-
-    adapt_transformers_to_gaudi()
     return wanted
 
 

@@ -1,0 +1,351 @@
+"""Training on `hpu:0` with the real optimum-habana: as on the CPU, whole, resumable, with upstream's names."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from habana_frameworks.torch import core, hpu
+from habana_frameworks.torch.device import OPERATORS
+
+from exporters.dense import export
+from surgery.checkpoint import Checkpoint
+from surgery.delta import ADAPTER_FILE
+from surgery.errors import DataError, InterruptedRunError
+from surgery.recipe import DataSection
+from surgery.train import LOG_FILE
+from surgery.verify import verify
+from tests.conftest import TinyModel
+from tests.examples import QUESTIONS
+from tests.gaudi.runs import NO_DROPOUT, Run, case_of, largest_difference, rows_of, run_on
+from tests.test_train import stop_at
+
+TEXT = ("causal-lm", "text.txt")
+ANSWERS = ("causal-lm", "prompts.csv")
+LABELS = ("sequence-classification", "labelled.tsv")
+TARGETS = ("seq2seq", "pairs.jsonl")
+# Families of which optimum-habana replaces classes (Llama, Qwen, Gemma, GPT-2), patches some (BERT, T5), or none.
+RUNS = (
+    ("llama", "paca", TEXT), ("llama", "read", TEXT), ("qwen2", "read", TEXT), ("qwen3", "paca", TEXT),
+    ("qwen3", "read", TEXT), ("gemma2", "paca", TEXT), ("gemma3", "read", TEXT), ("gpt2", "paca", ANSWERS),
+    ("mistral", "paca", TEXT), ("opt", "paca", ANSWERS), ("bert", "paca", LABELS), ("bert", "read", LABELS),
+    ("llama", "paca", LABELS), ("t5", "paca", TARGETS), ("t5", "read", TARGETS),
+)  # fmt: skip
+
+
+def pair(tiny_model: TinyModel, root: Path, family: str, method: str, example: tuple[str, str], **changes: Any) -> list[Run]:
+    """The same run on the CPU and on hpu, on rows that make whole batches."""
+    case = case_of(*example)
+    base = tiny_model(family, overrides=NO_DROPOUT.get(family))
+    root.mkdir(exist_ok=True)
+    data = rows_of(case, root, 36)
+    if example == TEXT:
+        data, changes = case.write(root), {"batch_size": 7, **changes}
+    return [run_on(device, base, root, case, method=method, data=data, **changes) for device in ("cpu", "hpu")]
+
+
+@pytest.mark.parametrize(("family", "method", "example"), RUNS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_a_run_equals_the_cpu_s(
+    family: str, method: str, example: tuple[str, str], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Each step's loss within 1e-6, what was trained within 1e-5, the metrics too; the model was on the device."""
+    cpu, device = pair(tiny_model, tmp_path, family, method, example)
+    assert device.devices == {"hpu:0"}
+    assert device.result.device == "hpu"
+    assert len(device.losses) == len(cpu.losses) == 5
+    assert device.losses == pytest.approx(cpu.losses, rel=1e-6, abs=1e-6)
+    assert largest_difference(device.trained(), cpu.trained()) < 1e-5
+    assert device.result.after.keys() == cpu.result.after.keys()
+    assert dict(device.result.before) == pytest.approx(dict(cpu.result.before), rel=1e-5)
+    assert device.losses[-1] != device.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "example"), (("llama", "paca", ANSWERS), ("gpt2", "paca", ANSWERS), ("bert", "paca", LABELS),
+                                      ("llama", "read", ANSWERS)), ids=lambda value: value if isinstance(value, str) else value[0]
+)  # fmt: skip
+def test_accumulation_changes_nothing(
+    family: str, method: str, example: tuple[str, str], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Three parts of four rows, whose numbers of labels differ, give the step of twelve rows, and report its loss."""
+    case = case_of(*example)
+    base = tiny_model(family, overrides=NO_DROPOUT.get(family))
+    data = rows_of(case, tmp_path, 36)
+    small = {"batch_size": 4, "gradient_accumulation": 3, "max_steps": 3}
+    whole = run_on("hpu", base, tmp_path / "w", case, method=method, data=data, batch_size=12, max_steps=3)
+    parts = run_on("hpu", base, tmp_path / "p", case, method=method, data=data, **small)
+    sums = [sum(parts.losses[start : start + 3]) for start in (0, 3, 6)]
+    assert sums == pytest.approx(whole.losses, rel=1e-5)
+    assert largest_difference(parts.trained(), whole.trained()) < 1e-4
+    assert parts.result.loss == pytest.approx(whole.result.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ("paca", "read"))
+def test_a_resumed_run_equals_an_uninterrupted_one(method: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Bit for bit, the adapter file: optimizer, schedule and generators came back onto the device."""
+    case, base, data = case_of(*ANSWERS), tiny_model("llama"), None
+    data = rows_of(case, tmp_path, 36)
+    settings = {"max_steps": 8, "save_steps": 2}
+    whole = run_on("hpu", base, tmp_path, case, method=method, data=data, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4, how="SIGTERM")
+        with pytest.raises(InterruptedRunError, match=r"checkpoint-4 is whole"):
+            run_on("hpu", base, tmp_path / "stopped", case, method=method, data=data, **settings)
+    (folder,) = (tmp_path / "stopped").iterdir()
+    from surgery.survey import TaskSpec
+    from surgery.train import train
+    from tests.gaudi.runs import settings_of
+
+    resumed = train(folder, data, settings_of(case, "hpu", settings), task=TaskSpec(case.task), resume="auto")
+    assert resumed.steps == 8
+    assert (folder / ADAPTER_FILE).read_bytes() == (whole.folder / ADAPTER_FILE).read_bytes()
+
+
+# --- what is written
+
+
+def test_the_exported_checkpoint_has_upstream_s_names(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Tensors and config.json are the base's, and the checks of a merge hold."""
+    base = tiny_model("llama")
+    run = run_on("hpu", base, tmp_path, case_of(*TEXT), batch_size=7)
+    merged = tmp_path / "merged"
+    export(run.folder, merged)
+    assert {n: (i.dtype, i.shape) for n, i in Checkpoint.open(merged).items()} == {
+        n: (i.dtype, i.shape) for n, i in Checkpoint.open(base).items()
+    }
+    for folder in (run.folder, merged):
+        assert (folder / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert run.adapter().plan.architecture == "LlamaForCausalLM"
+    assert verify(merged, numeric=False).holds
+
+
+@pytest.mark.parametrize(("family", "name"), (("qwen2", "Qwen2ForSequenceClassification"), ("llama", "LlamaForSequenceClassification")))
+def test_a_task_that_is_chosen_while_training_has_upstream_s_architecture(
+    family: str, name: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """By then transformers' classes are optimum-habana's, whose names say Gaudi."""
+    from surgery.operate import apply
+    from surgery.survey import TaskSpec
+    from surgery.train import train
+    from tests.gaudi.runs import SPECS, settings_of
+
+    case = case_of(*LABELS)
+    data = rows_of(case, tmp_path, 36)
+    from surgery.backends import gaudi
+
+    gaudi.choose_device("hpu")
+    apply(tiny_model(family), tmp_path / "adapter", SPECS["paca"])
+    train(tmp_path / "adapter", data, settings_of(case, "hpu", {"max_steps": 2}), task=TaskSpec(case.task))
+    document = json.loads((tmp_path / "adapter" / "surgery.json").read_text())
+    assert document["plan"]["architecture"] == name
+    assert json.loads((tmp_path / "adapter" / "config.json").read_text())["architectures"] == [name]
+    assert "Gaudi" not in (tmp_path / "adapter" / "surgery.json").read_text()
+
+
+def test_the_log_has_memory_and_a_throughput_without_the_first_steps(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Each line has the device's peak; the first steps, which compile, count as warm-up; metrics have neither."""
+    run = run_on("hpu", tiny_model("llama"), tmp_path, case_of(*TEXT), batch_size=7, max_steps=6)
+    lines = [json.loads(line) for line in (run.folder / LOG_FILE).read_text().splitlines()]
+    assert all(line["max_memory_allocated (GB)"] == hpu.PEAK / hpu.GIB for line in lines)
+    assert run.result.peak_memory_bytes == hpu.PEAK
+    (trainer,) = run.trainers
+    assert trainer.args.throughput_warmup_steps == 3
+    assert set(run.result.after) == {"loss", "token_accuracy"}
+    short = run_on("hpu", tiny_model("llama"), tmp_path, case_of(*TEXT), batch_size=7, max_steps=2)
+    assert short.trainers[0].args.throughput_warmup_steps == 1
+    assert all(value > 0 for line in lines for name, value in line.items() if name.endswith("per_second"))
+
+
+# --- shapes
+
+
+def steps_of(run_operators: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]]:
+    """The operators of each training step: what ran between two of the optimizer's ends."""
+    steps: list[list[tuple[str, Any]]] = [[]]
+    for entry in run_operators:
+        if entry[0] == "end of step":
+            steps.append([])
+        else:
+            steps[-1].append(entry)
+    return steps[:-1]
+
+
+@pytest.fixture
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the record of operators show where each training step begins and ends."""
+    from tests.gaudi.runs import gaudi_base
+
+    trainer = gaudi_base()
+    step, zero = trainer.training_step, trainer._zero_model_grad
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        OPERATORS.append(("begin", ()))
+        return step(self, *args, **kwargs)
+
+    def zero_model_grad(self: Any, *args: Any) -> None:
+        zero(self, *args)
+        OPERATORS.append(("end of step", ()))
+
+    monkeypatch.setattr(trainer, "training_step", training_step)
+    monkeypatch.setattr(trainer, "_zero_model_grad", zero_model_grad)
+
+
+DYNAMIC = (
+    "nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "_local_scalar_dense", "bincount", "argwhere",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", ({}, {"gradient_accumulation": 2}), ids=("plain", "accumulating"))
+@pytest.mark.parametrize(("family", "method", "example"), (("llama", "paca", TEXT), ("llama", "paca", ANSWERS), ("llama", "read", ANSWERS), ("bert", "read", LABELS)),
+                         ids=lambda value: value if isinstance(value, str) else value[1])  # fmt: skip
+def test_every_step_runs_the_same_operators_with_the_same_shapes(
+    family: str, method: str, example: tuple[str, str], settings: dict[str, int], marked: None, tiny_model: TinyModel,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """From the second step on (the first makes the optimizer's state) nothing would compile anew, and nothing asks values.
+
+    Rows of unlike lengths, in a number that leaves a smaller batch over, over more than one epoch.
+    """
+    case = case_of(*example)
+    base = tiny_model(family, overrides=NO_DROPOUT.get(family))
+    data = rows_of(case, tmp_path, 33)
+    OPERATORS.clear()
+    run_on("hpu", base, tmp_path, case, method=method, data=data, max_steps=7, logging_steps=100, save_steps=100,
+           eval_on_start=False, **({"batch_size": 4} | settings))  # fmt: skip
+    begun = [step[step.index(("begin", ())) :] for step in steps_of(list(OPERATORS)) if ("begin", ()) in step]
+    assert len(begun) == 7
+    assert all(len(step) > 100 for step in begun)
+    for number, step in enumerate(begun[2:]):
+        assert step == begun[1], f"step {number + 3} differs"
+    found = {name for step in begun for name, _ in step if any(word in name for word in DYNAMIC)}
+    assert found == set()
+
+
+def test_lazy_mode_marks_steps_and_eager_does_not(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The boundary of lazy mode's graphs is set by GaudiTrainer."""
+    core.CALLS.clear()
+    run_on("hpu", tiny_model("llama"), tmp_path, case_of(*TEXT), batch_size=7, max_steps=2)
+    assert core.CALLS
+    core.CALLS.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PT_HPU_LAZY_MODE", "0")
+        run_on("hpu", tiny_model("llama"), tmp_path, case_of(*TEXT), batch_size=7, max_steps=2, hpu_mode="eager")
+    assert core.CALLS == []
+
+
+def test_the_last_smaller_batch_is_evaluated(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Training leaves it out, and evaluation must not: accuracy is that of all rows, as on the CPU."""
+    case = case_of(*ANSWERS)
+    data = rows_of(case, tmp_path, 10)
+    base = tiny_model("llama")
+    runs = [
+        run_on(device, base, tmp_path / device, case, data=data, max_steps=1, batch_size=5, eval_batch_size=8)
+        for device in ("cpu", "hpu")
+    ]
+    cpu, device = (run.result.before for run in runs)
+    assert device["token_accuracy"] == pytest.approx(cpu["token_accuracy"], rel=1e-6)
+    assert device["loss"] == pytest.approx(cpu["loss"], rel=1e-5)
+
+
+def test_epochs_count_whole_batches(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """33 rows are 8 batches of 4: no step of one row; a set that is no whole batch is an error."""
+    case = case_of(*ANSWERS)
+    data = rows_of(case, tmp_path, 33)
+    run = run_on("hpu", tiny_model("llama"), tmp_path, case, data=data, batch_size=4, max_steps=None, epochs=2.0)
+    assert run.result.steps == 16
+    with pytest.raises(DataError, match=r"33 examples, fewer than one batch.*expected 40 or more"):
+        run_on("hpu", tiny_model("llama"), tmp_path, case, data=data, batch_size=40)
+
+
+# --- dtypes
+
+
+def test_a_bf16_base_trains_in_fp32_columns_as_on_the_cpu(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Fused clipping and AdamW would give every gradient and parameter the first parameter's dtype: they are off."""
+    base = tiny_model("llama", dtype=torch.bfloat16)
+    runs = [run_on(device, base, tmp_path, case_of(*TEXT), batch_size=7, max_grad_norm=0.1) for device in ("cpu", "hpu")]
+    cpu, device = runs
+    assert device.losses == pytest.approx(cpu.losses, rel=1e-6)
+    assert largest_difference(device.trained(), cpu.trained()) < 1e-6
+    (trainer,) = device.trainers
+    assert not trainer.gaudi_config.use_fused_adam
+    assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
+    assert trainer.FusedNorm is None
+
+
+def test_autocast_trains_in_bf16_as_on_the_cpu(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """`precision=bf16` reaches the device's own autocast; a base in bf16 asks for it by itself."""
+    base = tiny_model("llama")
+    plain, lower = (
+        run_on("hpu", base, tmp_path / p, case_of(*TEXT), batch_size=7, precision=p) for p in ("fp32", "bf16")
+    )
+    cpu = run_on("cpu", base, tmp_path / "cpu", case_of(*TEXT), batch_size=7, precision="bf16")
+    assert lower.losses != pytest.approx(plain.losses, rel=1e-7)
+    assert lower.losses == pytest.approx(cpu.losses, rel=2e-3)
+    assert all(math.isfinite(loss) for loss in lower.losses)
+    assert lower.trainers[0].use_hpu_amp
+    assert not plain.trainers[0].use_hpu_amp
+
+
+@pytest.mark.parametrize("device", ("cpu", "hpu"))
+def test_a_backward_under_autocast_is_the_backward_without(device: str) -> None:
+    """Whether lazy mode's checkpointing or a loop of one's own runs it there: bit for bit."""
+    from surgery.backends import gaudi
+    from surgery.methods.paca import PacaSpec
+    from surgery.operate import attach
+    from tests.tiny import build_model, sample_inputs
+
+    gaudi.choose_device("hpu")
+    gradients = []
+    for enabled in (False, True):
+        model = build_model("llama")
+        attach(model, PacaSpec(rank=4))
+        model.to(device)
+        inputs = {name: value.to(device) for name, value in sample_inputs("llama").items()}
+        loss = model(**inputs, use_cache=False).logits.float().square().mean()
+        layer = model.model.layers[1].mlp.down_proj  # above it autograd's own operators stay out of the way
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            (gradient,) = torch.autograd.grad(loss, layer.paca_delta)
+        gradients.append(gradient.cpu())
+    head_is_lowered = not torch.equal(*gradients)
+    kept = torch.randn(6, 32, device=device, requires_grad=True)
+    results = []
+    for enabled in (False, True):
+        out = layer_output(layer, kept.new_zeros(6, layer.in_features).add(1.5).requires_grad_())
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            (gradient,) = torch.autograd.grad(out.sum() * 1.00390625, layer.paca_delta)
+        results.append(gradient.cpu())
+    assert head_is_lowered
+    assert torch.equal(*results)
+
+
+def layer_output(layer: Any, x: Any) -> Any:
+    """One layer alone: nothing but its own backward runs."""
+    return layer(x)
+
+
+def test_too_long_data_sections_are_padded_to_one_length(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Rows of unlike lengths come as one shape, which is data.max_length's."""
+    case = case_of(*ANSWERS)
+    data = rows_of(case, tmp_path, 36)
+    seen: set[tuple[int, ...]] = set()
+    from tests.gaudi.runs import gaudi_base
+
+    trainer = gaudi_base()
+    original = trainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            seen.add(tuple(inputs["input_ids"].shape))
+        return original(self, model, inputs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "compute_loss", compute_loss)
+        run_on("hpu", tiny_model("llama"), tmp_path, case, data=data)
+    assert seen == {(6, 64)}
+    assert len({len(question + answer) for question, answer in QUESTIONS}) > 1
+    assert isinstance(data, DataSection)

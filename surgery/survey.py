@@ -196,7 +196,7 @@ def survey(root: Path, spec: TaskSpec) -> Survey:
     model_class = class_for(config, task)
     changes = _task_config(root, config, spec, task)
     architecture = upstream_architecture(model_class.__name__)
-    if architecture != own_architecture(config):
+    if [architecture] != (config.architectures or [])[:1]:  # also where optimum-habana has saved the base
         changes["architectures"] = [architecture]
     with _foreign_config(root), torch.device("meta"):
         config = configured(config, changes)

@@ -213,6 +213,7 @@ class _Job:
 def _run(job: _Job, interruption: Interruption) -> TrainResult:
     adapter, prepared, settings = job.adapter, job.prepared, job.settings
     started = time.monotonic()
+    job.backend.prepare()
     model, autocast = _load_for_training(adapter, job.root, settings, job.device)
     folder = adapter.folder / CHECKPOINTS
     steps = count_steps(settings, len(prepared.train), only_whole_batches=job.backend.static_shapes)

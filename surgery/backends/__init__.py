@@ -13,6 +13,7 @@ class Backend:
 
     launch: run `python -m surgery.train *arguments` in so many processes on this machine; returns the exit code.
     environment: the variables that a run with these settings needs before torch is imported, and that are not set.
+    prepare: what has to happen in this process before the model is loaded.
     static_shapes: every training batch has the same shape: rows are padded to `data.max_length`, and an epoch's last,
     smaller batch is left out.
     """
@@ -25,4 +26,5 @@ class Backend:
     peak_memory_bytes: Any
     launch: Callable[[Sequence[str], int], int]
     environment: Callable[[Any], Mapping[str, str]]
+    prepare: Callable[[], None]
     static_shapes: bool = False

@@ -129,10 +129,7 @@ def _series(version: str) -> str:
 
 
 def choose_device(wanted: str) -> str:
-    """`hpu`, ready: versions fit, a mode was set in time, and transformers' classes are the vendor's from now on.
-
-    Raises: UnsupportedError.
-    """
+    """`hpu`, where versions fit, a mode was set in time and there is a device. Raises: UnsupportedError."""
     problems = shortcomings(Installation.here())
     if problems:
         raise problems[0]
@@ -141,13 +138,18 @@ def choose_device(wanted: str) -> str:
     with contextlib.redirect_stdout(sys.stderr):  # both packages print remarks when they are imported
         import habana_frameworks.torch.distributed.hccl  # gives torch.distributed the backend of that name
         import habana_frameworks.torch.hpu as device
-        from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
-
-        adapt_transformers_to_gaudi()
     if not device.is_available():
         found = f"{PLUGIN} is installed, but sees no device"
         raise _error(found, "a Gaudi", "Look at hl-smi: the driver may be missing, or every card in use")
     return wanted
+
+
+def prepare() -> None:
+    """From now on and for good, transformers' classes are the vendor's. Plans are made before: some of these cannot be traced."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
+
+        adapt_transformers_to_gaudi()
 
 
 def environment(section: TrainSection) -> dict[str, str]:
@@ -346,5 +348,6 @@ BACKEND = Backend(
     peak_memory_bytes,
     launch,
     environment,
+    prepare,
     static_shapes=True,
 )

@@ -172,6 +172,18 @@ def environment(_section: TrainSection) -> dict[str, str]:
     return {}
 
 
+def prepare() -> None:
+    """Nothing has to happen before a model is loaded."""
+
+
 BACKEND = Backend(
-    "local", ("cpu", "cuda"), choose_device, trainer_class, training_arguments, peak_memory_bytes, launch, environment
+    "local",
+    ("cpu", "cuda"),
+    choose_device,
+    trainer_class,
+    training_arguments,
+    peak_memory_bytes,
+    launch,
+    environment,
+    prepare,
 )

@@ -19,7 +19,37 @@ if not HAS_PLUGIN:
 os.environ["PYTHONPATH"] = os.pathsep.join([*([] if HAS_PLUGIN else [str(STANDIN)]), str(PROJECT)])
 os.environ["PT_HPU_LAZY_MODE"] = "1"
 
-from tests.conftest import digest_folder, pytest_runtest_setup, tiny_model  # noqa: F401  hooks and fixtures of all tests
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from tests.conftest import TinyModel, pytest_runtest_setup  # noqa: F401  a hook of all tests
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[ProcessPoolExecutor]:
+    """A process in which transformers stays as it is: after the first run on hpu this one's classes are the vendor's."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def tiny_model(upstream: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Tiny checkpoints as upstream's classes write them, each built on first use."""
+    root = tmp_path_factory.mktemp("tiny")
+    built: dict[str, Path] = {}
+
+    def build(family: str, *, overrides: Mapping[str, object] | None = None, **settings: Any) -> Path:
+        from tests.tiny import build_tiny
+
+        key = repr((family, settings, sorted((overrides or {}).items())))
+        if key not in built:
+            folder = root / f"{family}-{len(built)}"
+            built[key] = upstream.submit(build_tiny, family, folder, overrides=overrides, **settings).result()
+        return built[key]
+
+    return build  # type: ignore[return-value]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class Run:
     devices: set[str] = field(default_factory=set)
     trainers: list[Any] = field(default_factory=list)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "trainers": []}
+
     def adapter(self) -> Adapter:
         return open_adapter(self.folder)
 
@@ -81,19 +84,28 @@ def watched(run: Run) -> Iterator[None]:
 def gaudi_base() -> Any:
     """GaudiTrainer, through the backend, which alone names its package."""
     gaudi.choose_device("hpu")
+    gaudi.prepare()
     return gaudi.trainer_class().__mro__[1]
 
 
 def run_on(
-    device: str, base: Path, root: Path, case: Case, *, method: str = "paca", data: DataSection | None = None, **changes: Any
+    device: str,
+    base: Path,
+    root: Path,
+    case: Case,
+    *,
+    method: str = "paca",
+    data: DataSection | None = None,
+    watch: bool = True,
+    **changes: Any,
 ) -> Run:
-    """Apply and train one example on a device; `changes` are settings."""
-    folder = root / f"{device}-{len(list(root.iterdir())) if root.exists() else 0}"
+    """Apply and train one example on a device; `changes` are settings. watch: note losses, which asks for values."""
     root.mkdir(exist_ok=True)
+    folder = root / f"{device}-{len(list(root.iterdir()))}"
     task = TaskSpec(case.task)
     apply(base, folder, SPECS[method], task=task)
     run = Run(folder, None)  # type: ignore[arg-type]
-    with watched(run):
+    with watched(run) if watch else nullcontext():
         run.result = train(folder, data or case.write(root), settings_of(case, device, changes), task=task)
     return run
 

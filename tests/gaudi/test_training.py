@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from exporters.dense import export
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import DataError, InterruptedRunError
+from surgery.paca_layers import SharedGather, open_layer
 from surgery.recipe import DataSection
-from surgery.train import LOG_FILE
+from surgery.survey import TaskSpec
+from surgery.train import LOG_FILE, train
 from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.examples import QUESTIONS
-from tests.gaudi.runs import NO_DROPOUT, Run, case_of, largest_difference, rows_of, run_on
+from tests.gaudi.runs import NO_DROPOUT, Run, case_of, gaudi_base, largest_difference, rows_of, run_on, settings_of
 from tests.test_train import stop_at
 
 TEXT = ("causal-lm", "text.txt")
@@ -37,28 +39,37 @@ RUNS = (
 )  # fmt: skip
 
 
-def pair(tiny_model: TinyModel, root: Path, family: str, method: str, example: tuple[str, str], **changes: Any) -> list[Run]:
-    """The same run on the CPU and on hpu, on rows that make whole batches."""
+def pair(
+    upstream: ProcessPoolExecutor, base: Path, root: Path, method: str, example: tuple[str, str], **changes: Any
+) -> list[Run]:
+    """The same run on the CPU, in a process of upstream's classes, and on hpu, on rows that make whole batches."""
     case = case_of(*example)
-    base = tiny_model(family, overrides=NO_DROPOUT.get(family))
-    root.mkdir(exist_ok=True)
     data = rows_of(case, root, 36)
-    if example == TEXT:
-        data, changes = case.write(root), {"batch_size": 7, **changes}
-    return [run_on(device, base, root, case, method=method, data=data, **changes) for device in ("cpu", "hpu")]
+    settings = {"method": method, "data": data, **({"batch_size": 7} if example == TEXT else {}), **changes}
+    cpu = upstream.submit(run_on, "cpu", base, root / "cpu", case, **settings).result()
+    return [cpu, run_on("hpu", base, root / "hpu", case, **settings)]
 
 
-@pytest.mark.parametrize(("family", "method", "example"), RUNS, ids=lambda value: value if isinstance(value, str) else value[0])
+@pytest.mark.parametrize(
+    ("family", "method", "example"), RUNS, ids=lambda value: value if isinstance(value, str) else value[0]
+)
 def test_a_run_equals_the_cpu_s(
-    family: str, method: str, example: tuple[str, str], tiny_model: TinyModel, tmp_path: Path
+    family: str,
+    method: str,
+    example: tuple[str, str],
+    upstream: ProcessPoolExecutor,
+    tiny_model: TinyModel,
+    tmp_path: Path,
 ) -> None:
-    """Each step's loss within 1e-6, what was trained within 1e-5, the metrics too; the model was on the device."""
-    cpu, device = pair(tiny_model, tmp_path, family, method, example)
+    """Each step's loss within 1e-6, what was trained within 1e-4, the metrics too; the model was on the device."""
+    base = tiny_model(family, overrides=NO_DROPOUT.get(family))
+    cpu, device = pair(upstream, base, tmp_path, method, example)
+    assert cpu.devices == {"cpu"}
     assert device.devices == {"hpu:0"}
     assert device.result.device == "hpu"
     assert len(device.losses) == len(cpu.losses) == 5
     assert device.losses == pytest.approx(cpu.losses, rel=1e-6, abs=1e-6)
-    assert largest_difference(device.trained(), cpu.trained()) < 1e-5
+    assert largest_difference(device.trained(), cpu.trained()) < 1e-4
     assert device.result.after.keys() == cpu.result.after.keys()
     assert dict(device.result.before) == pytest.approx(dict(cpu.result.before), rel=1e-5)
     assert device.losses[-1] != device.losses[0]
@@ -87,7 +98,7 @@ def test_accumulation_changes_nothing(
 @pytest.mark.parametrize("method", ("paca", "read"))
 def test_a_resumed_run_equals_an_uninterrupted_one(method: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     """Bit for bit, the adapter file: optimizer, schedule and generators came back onto the device."""
-    case, base, data = case_of(*ANSWERS), tiny_model("llama"), None
+    case, base = case_of(*ANSWERS), tiny_model("llama")
     data = rows_of(case, tmp_path, 36)
     settings = {"max_steps": 8, "save_steps": 2}
     whole = run_on("hpu", base, tmp_path, case, method=method, data=data, **settings)
@@ -96,10 +107,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method: str, tiny_model: Tiny
         with pytest.raises(InterruptedRunError, match=r"checkpoint-4 is whole"):
             run_on("hpu", base, tmp_path / "stopped", case, method=method, data=data, **settings)
     (folder,) = (tmp_path / "stopped").iterdir()
-    from surgery.survey import TaskSpec
-    from surgery.train import train
-    from tests.gaudi.runs import settings_of
-
     resumed = train(folder, data, settings_of(case, "hpu", settings), task=TaskSpec(case.task), resume="auto")
     assert resumed.steps == 8
     assert (folder / ADAPTER_FILE).read_bytes() == (whole.folder / ADAPTER_FILE).read_bytes()
@@ -113,7 +120,7 @@ def test_the_exported_checkpoint_has_upstream_s_names(tiny_model: TinyModel, tmp
     base = tiny_model("llama")
     run = run_on("hpu", base, tmp_path, case_of(*TEXT), batch_size=7)
     merged = tmp_path / "merged"
-    export(run.folder, merged)
+    export(run.adapter(), merged)
     assert {n: (i.dtype, i.shape) for n, i in Checkpoint.open(merged).items()} == {
         n: (i.dtype, i.shape) for n, i in Checkpoint.open(base).items()
     }
@@ -121,29 +128,6 @@ def test_the_exported_checkpoint_has_upstream_s_names(tiny_model: TinyModel, tmp
         assert (folder / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert run.adapter().plan.architecture == "LlamaForCausalLM"
     assert verify(merged, numeric=False).holds
-
-
-@pytest.mark.parametrize(("family", "name"), (("qwen2", "Qwen2ForSequenceClassification"), ("llama", "LlamaForSequenceClassification")))
-def test_a_task_that_is_chosen_while_training_has_upstream_s_architecture(
-    family: str, name: str, tiny_model: TinyModel, tmp_path: Path
-) -> None:
-    """By then transformers' classes are optimum-habana's, whose names say Gaudi."""
-    from surgery.operate import apply
-    from surgery.survey import TaskSpec
-    from surgery.train import train
-    from tests.gaudi.runs import SPECS, settings_of
-
-    case = case_of(*LABELS)
-    data = rows_of(case, tmp_path, 36)
-    from surgery.backends import gaudi
-
-    gaudi.choose_device("hpu")
-    apply(tiny_model(family), tmp_path / "adapter", SPECS["paca"])
-    train(tmp_path / "adapter", data, settings_of(case, "hpu", {"max_steps": 2}), task=TaskSpec(case.task))
-    document = json.loads((tmp_path / "adapter" / "surgery.json").read_text())
-    assert document["plan"]["architecture"] == name
-    assert json.loads((tmp_path / "adapter" / "config.json").read_text())["architectures"] == [name]
-    assert "Gaudi" not in (tmp_path / "adapter" / "surgery.json").read_text()
 
 
 def test_the_log_has_memory_and_a_throughput_without_the_first_steps(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -177,8 +161,6 @@ def steps_of(run_operators: list[tuple[str, Any]]) -> list[list[tuple[str, Any]]
 @pytest.fixture
 def marked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the record of operators show where each training step begins and ends."""
-    from tests.gaudi.runs import gaudi_base
-
     trainer = gaudi_base()
     step, zero = trainer.training_step, trainer._zero_model_grad
 
@@ -215,7 +197,7 @@ def test_every_step_runs_the_same_operators_with_the_same_shapes(
     data = rows_of(case, tmp_path, 33)
     OPERATORS.clear()
     run_on("hpu", base, tmp_path, case, method=method, data=data, max_steps=7, logging_steps=100, save_steps=100,
-           eval_on_start=False, **({"batch_size": 4} | settings))  # fmt: skip
+           eval_on_start=False, watch=False, **({"batch_size": 3 if example == TEXT else 4} | settings))  # fmt: skip
     begun = [step[step.index(("begin", ())) :] for step in steps_of(list(OPERATORS)) if ("begin", ()) in step]
     assert len(begun) == 7
     assert all(len(step) > 100 for step in begun)
@@ -226,27 +208,30 @@ def test_every_step_runs_the_same_operators_with_the_same_shapes(
 
 
 def test_lazy_mode_marks_steps_and_eager_does_not(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """The boundary of lazy mode's graphs is set by GaudiTrainer."""
-    core.CALLS.clear()
-    run_on("hpu", tiny_model("llama"), tmp_path, case_of(*TEXT), batch_size=7, max_steps=2)
-    assert core.CALLS
-    core.CALLS.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PT_HPU_LAZY_MODE", "0")
-        run_on("hpu", tiny_model("llama"), tmp_path, case_of(*TEXT), batch_size=7, max_steps=2, hpu_mode="eager")
-    assert core.CALLS == []
+    """The boundary of lazy mode's graphs is set by GaudiTrainer, in each step."""
+    case = case_of(*TEXT)
+    data = DataSection(train=case.write(tmp_path).train, max_length=64)
+    marks = {}
+    for mode, value in (("lazy", "1"), ("eager", "0")):
+        core.CALLS.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PT_HPU_LAZY_MODE", value)
+            run_on("hpu", tiny_model("llama"), tmp_path, case, data=data, batch_size=7, max_steps=2, hpu_mode=mode)
+        marks[mode] = len(core.CALLS)
+    assert marks["lazy"] >= 4
+    assert marks["eager"] == 0
 
 
-def test_the_last_smaller_batch_is_evaluated(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_the_last_smaller_batch_is_evaluated(
+    upstream: ProcessPoolExecutor, tiny_model: TinyModel, tmp_path: Path
+) -> None:
     """Training leaves it out, and evaluation must not: accuracy is that of all rows, as on the CPU."""
     case = case_of(*ANSWERS)
     data = rows_of(case, tmp_path, 10)
+    settings = {"data": data, "max_steps": 1, "batch_size": 5, "eval_batch_size": 8}
     base = tiny_model("llama")
-    runs = [
-        run_on(device, base, tmp_path / device, case, data=data, max_steps=1, batch_size=5, eval_batch_size=8)
-        for device in ("cpu", "hpu")
-    ]
-    cpu, device = (run.result.before for run in runs)
+    cpu = upstream.submit(run_on, "cpu", base, tmp_path / "cpu", case, **settings).result().result.before
+    device = run_on("hpu", base, tmp_path / "hpu", case, **settings).result.before
     assert device["token_accuracy"] == pytest.approx(cpu["token_accuracy"], rel=1e-6)
     assert device["loss"] == pytest.approx(cpu["loss"], rel=1e-5)
 
@@ -264,77 +249,64 @@ def test_epochs_count_whole_batches(tiny_model: TinyModel, tmp_path: Path) -> No
 # --- dtypes
 
 
-def test_a_bf16_base_trains_in_fp32_columns_as_on_the_cpu(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """Fused clipping and AdamW would give every gradient and parameter the first parameter's dtype: they are off."""
+def test_a_bf16_base_trains_in_fp32_columns_as_on_the_cpu(
+    upstream: ProcessPoolExecutor, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Fused clipping and AdamW, which would give every gradient and parameter the first one's dtype, are off."""
     base = tiny_model("llama", dtype=torch.bfloat16)
-    runs = [run_on(device, base, tmp_path, case_of(*TEXT), batch_size=7, max_grad_norm=0.1) for device in ("cpu", "hpu")]
-    cpu, device = runs
-    assert device.losses == pytest.approx(cpu.losses, rel=1e-6)
-    assert largest_difference(device.trained(), cpu.trained()) < 1e-6
+    cpu, device = pair(upstream, base, tmp_path, "paca", TEXT, max_grad_norm=0.1)
+    assert device.losses == pytest.approx(cpu.losses, rel=1e-3)
     (trainer,) = device.trainers
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16, torch.float32}
     assert not trainer.gaudi_config.use_fused_adam
     assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
     assert trainer.FusedNorm is None
 
 
-def test_autocast_trains_in_bf16_as_on_the_cpu(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """`precision=bf16` reaches the device's own autocast; a base in bf16 asks for it by itself."""
+def test_autocast_trains_in_bf16_as_on_the_cpu(
+    upstream: ProcessPoolExecutor, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """`precision=bf16` reaches the device's own autocast, and is what `auto` means on a Gaudi."""
     base = tiny_model("llama")
-    plain, lower = (
-        run_on("hpu", base, tmp_path / p, case_of(*TEXT), batch_size=7, precision=p) for p in ("fp32", "bf16")
+    plain, lower, auto = (
+        run_on("hpu", base, tmp_path, case_of(*TEXT), batch_size=7, precision=p) for p in ("fp32", "bf16", "auto")
     )
-    cpu = run_on("cpu", base, tmp_path / "cpu", case_of(*TEXT), batch_size=7, precision="bf16")
+    cpu, _ = pair(upstream, base, tmp_path, "paca", TEXT, precision="bf16")
     assert lower.losses != pytest.approx(plain.losses, rel=1e-7)
     assert lower.losses == pytest.approx(cpu.losses, rel=2e-3)
-    assert all(math.isfinite(loss) for loss in lower.losses)
+    assert auto.losses == lower.losses
     assert lower.trainers[0].use_hpu_amp
     assert not plain.trainers[0].use_hpu_amp
 
 
 @pytest.mark.parametrize("device", ("cpu", "hpu"))
 def test_a_backward_under_autocast_is_the_backward_without(device: str) -> None:
-    """Whether lazy mode's checkpointing or a loop of one's own runs it there: bit for bit."""
-    from surgery.backends import gaudi
-    from surgery.methods.paca import PacaSpec
-    from surgery.operate import attach
-    from tests.tiny import build_model, sample_inputs
-
-    gaudi.choose_device("hpu")
+    """Lazy mode's checkpointing, or a loop of one's own, may run it there: the layer's gradients are the same bits."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(12, 8)
+    attach_linear(layer, rank=4)
+    layer.to(device)
+    x = torch.randn(6, 12).to(device).requires_grad_()
     gradients = []
     for enabled in (False, True):
-        model = build_model("llama")
-        attach(model, PacaSpec(rank=4))
-        model.to(device)
-        inputs = {name: value.to(device) for name, value in sample_inputs("llama").items()}
-        loss = model(**inputs, use_cache=False).logits.float().square().mean()
-        layer = model.model.layers[1].mlp.down_proj  # above it autograd's own operators stay out of the way
+        out = layer(x)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
-            (gradient,) = torch.autograd.grad(loss, layer.paca_delta)
-        gradients.append(gradient.cpu())
-    head_is_lowered = not torch.equal(*gradients)
-    kept = torch.randn(6, 32, device=device, requires_grad=True)
-    results = []
-    for enabled in (False, True):
-        out = layer_output(layer, kept.new_zeros(6, layer.in_features).add(1.5).requires_grad_())
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
-            (gradient,) = torch.autograd.grad(out.sum() * 1.00390625, layer.paca_delta)
-        results.append(gradient.cpu())
-    assert head_is_lowered
-    assert torch.equal(*results)
+            gradients.append(torch.autograd.grad(out, (layer.paca_delta, x), torch.ones_like(out) * 1.001))
+    for plain, under in zip(*gradients, strict=True):
+        assert torch.equal(plain.cpu(), under.cpu())
+        assert plain.abs().max() > 0
 
 
-def layer_output(layer: Any, x: Any) -> Any:
-    """One layer alone: nothing but its own backward runs."""
-    return layer(x)
+def attach_linear(layer: torch.nn.Linear, *, rank: int) -> None:
+    """Open one layer by hand."""
+    open_layer(layer, torch.arange(rank) * 3, input_axis=1, storage=torch.float32, shared=SharedGather(1), scale=1.0)
 
 
-def test_too_long_data_sections_are_padded_to_one_length(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """Rows of unlike lengths come as one shape, which is data.max_length's."""
+def test_rows_of_unlike_lengths_come_in_one_shape(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """That of data.max_length, batch after batch."""
     case = case_of(*ANSWERS)
     data = rows_of(case, tmp_path, 36)
     seen: set[tuple[int, ...]] = set()
-    from tests.gaudi.runs import gaudi_base
-
     trainer = gaudi_base()
     original = trainer.compute_loss
 
@@ -348,4 +320,3 @@ def test_too_long_data_sections_are_padded_to_one_length(tiny_model: TinyModel, 
         run_on("hpu", tiny_model("llama"), tmp_path, case, data=data)
     assert seen == {(6, 64)}
     assert len({len(question + answer) for question, answer in QUESTIONS}) > 1
-    assert isinstance(data, DataSection)

@@ -5,7 +5,9 @@ import torch
 
 class FusedSDPA:
     @staticmethod
-    def apply(q, k, v, mask=None, dropout=0.0, is_causal=False, scale=None, softmax_mode="None", recompute=False, *rest):
+    def apply(
+        q, k, v, mask=None, dropout=0.0, is_causal=False, scale=None, softmax_mode="None", recompute=False, *rest
+    ):
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

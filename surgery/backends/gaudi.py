@@ -4,7 +4,8 @@ Importing the vendor's packages changes transformers for the whole process and f
 before a run asks for the device, and `surgery train` gives such a run processes of its own.
 
 What differs from transformers' own Trainer, and is put right here: the loss of a part of a batch is not divided by the
-number of parts; every default that optimum-habana changes is set; the evaluation keeps its last, smaller batch.
+number of parts; every default that optimum-habana changes is set; the evaluation keeps its last, smaller batch; rows
+beyond a sliding window, which optimum-habana's models pass over, are refused.
 
 Off, for reasons: HPU graphs, which replay a forward without the Python in it that refreshes PaCA's columns; the fused
 AdamW and the fused clipping of gradients, which give every parameter the first one's dtype.
@@ -221,6 +222,7 @@ def trainer_class() -> Any:
                 use_fused_clip_norm=False,
                 use_dynamic_shapes=False,
             )
+            _require_window(model, rest["train_dataset"])
             super().__init__(model=model, args=args, gaudi_config=config, **rest)
             self.model_accepts_loss_kwargs = True  # so that a batch's items are counted; no model is given the number
 
@@ -253,6 +255,22 @@ def trainer_class() -> Any:
                 self.args.dataloader_drop_last = drops
 
     return Trainer
+
+
+def _require_window(model: Any, rows: Any) -> None:
+    """No row is longer than a sliding window, which optimum-habana's models pass over. Raises: UnsupportedError."""
+    window = model.config.to_dict().get("sliding_window")
+    if not window or not type(model).__module__.startswith("optimum."):
+        return
+    import pyarrow.compute
+
+    longest = pyarrow.compute.max(pyarrow.compute.list_value_length(rows.data.column("input_ids"))).as_py()
+    if longest > window:
+        found = (
+            f"rows of {longest} tokens for {type(model).__name__}, whose attention passes over the window of {window}"
+        )
+        fix = f"Set data.max_length={window}, or train on another device"
+        raise UnsupportedError("data.max_length", found, expected=f"at most {window} on hpu", fix=fix)
 
 
 def training_arguments(

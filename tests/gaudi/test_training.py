@@ -15,7 +15,7 @@ from habana_frameworks.torch.device import OPERATORS
 from exporters.dense import export
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE
-from surgery.errors import DataError, InterruptedRunError
+from surgery.errors import DataError, InterruptedRunError, UnsupportedError
 from surgery.paca_layers import SharedGather, open_layer
 from surgery.recipe import DataSection
 from surgery.survey import TaskSpec
@@ -112,6 +112,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method: str, tiny_model: Tiny
     assert (folder / ADAPTER_FILE).read_bytes() == (whole.folder / ADAPTER_FILE).read_bytes()
 
 
+@pytest.mark.parametrize("family", ("mistral", "gemma2", "gemma3"))
+def test_rows_beyond_a_sliding_window_are_refused(family: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """optimum-habana's models pass over it: what was trained would not be what is deployed. Exit code 5."""
+    with pytest.raises(UnsupportedError, match=r"rows of 64 tokens.*window of 16.*data\.max_length=16") as caught:
+        run_on("hpu", tiny_model(family), tmp_path, case_of(*TEXT), batch_size=7)
+    assert caught.value.exit_code == 5
+
+
 # --- what is written
 
 
@@ -127,7 +135,7 @@ def test_the_exported_checkpoint_has_upstream_s_names(tiny_model: TinyModel, tmp
     for folder in (run.folder, merged):
         assert (folder / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert run.adapter().plan.architecture == "LlamaForCausalLM"
-    assert verify(merged, numeric=False).holds
+    verify(merged, numeric=False)  # raises where it does not hold
 
 
 def test_the_log_has_memory_and_a_throughput_without_the_first_steps(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -218,8 +226,7 @@ def test_lazy_mode_marks_steps_and_eager_does_not(tiny_model: TinyModel, tmp_pat
             patch.setenv("PT_HPU_LAZY_MODE", value)
             run_on("hpu", tiny_model("llama"), tmp_path, case, data=data, batch_size=7, max_steps=2, hpu_mode=mode)
         marks[mode] = len(core.CALLS)
-    assert marks["lazy"] >= 4
-    assert marks["eager"] == 0
+    assert marks["lazy"] - marks["eager"] >= 4  # the models set some of their own in either mode
 
 
 def test_the_last_smaller_batch_is_evaluated(

@@ -17,6 +17,7 @@ help:
 	@echo "make test       set up .venv, lint, type-check and run every test but the long ones"
 	@echo "make test-long  the tests that take minutes: learning on real data, ONNX graphs of all families"
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
+	@echo "make test-gaudi contract tests of the Gaudi backend in .venv-gaudi, without a Gaudi"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       write docs/cli.md from the commands' help"
 	@echo "make format     let ruff rewrite what it can"
@@ -30,8 +31,9 @@ define require_python
 	  { echo "make: $(PYTHON) has no venv module, expected one. On Debian and Ubuntu: apt install python3-venv." >&2; exit 2; }
 endef
 
-# .venv and .venv-gaudi are whole or absent. The stamp is written last and removed first: an installation that was interrupted leaves
-# none, and the next run starts from an empty environment. With a stamp that is merely out of date pip only updates.
+# .venv and .venv-gaudi are whole or absent. The stamp is written last and removed first: an installation that was
+# interrupted leaves none, and the next run starts from an empty environment. With a stamp that is merely out of date pip
+# only updates.
 $(READY): pyproject.toml constraints.txt
 	$(require_python)
 	@test -f $@ || { echo "make: setting up $(VENV) (a few minutes: PyTorch is large)" >&2; $(PYTHON) -m venv --clear $(VENV); }
@@ -76,5 +78,5 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(GAUDI_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find surgery exporters tests benchmarks recipes -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -162,9 +162,10 @@ def load_tokenizer(folder: Path) -> Any:
         written = json.loads(path.read_text(encoding="utf-8"))
         if written.get("tokenizer_class") == "TokenizersBackend":
             extra = written.get("extra_special_tokens")  # a list there, names for each here
-            changes = {"extra_special_tokens": {}} if isinstance(extra, list) else {}
-            if isinstance(extra, list):
-                changes["additional_special_tokens"] = extra
+            is_list = isinstance(extra, list)
+            changes: dict[str, Any] = (
+                {"extra_special_tokens": {}, "additional_special_tokens": extra} if is_list else {}
+            )
             return PreTrainedTokenizerFast.from_pretrained(folder, **changes)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,14 +66,17 @@ def gather(x: Tensor, columns_r: Tensor) -> Tensor:
     return x.detach().index_select(-1, columns_r)
 
 
-def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
+
+
+def _without_autocast(backward: _Backward) -> _Backward:
     """A backward that casts what it casts by name, on any kind of device: torch.amp.custom_bwd serves only one."""
 
     def run(ctx: Any, dy: Tensor) -> Any:
         with torch.autocast(dy.device.type, enabled=False):
             return backward(ctx, dy)
 
-    return run
+    return cast("_Backward", run)
 
 
 class _PacaFunction(torch.autograd.Function):

@@ -136,6 +136,7 @@ def train(
         torch.set_num_threads(settings.threads)
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     device = backend.choose_device(settings.device)
+    _require_used(settings, device)
     require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload)
     if not is_main():
         fall_silent()
@@ -155,6 +156,15 @@ def train(
         if anew:
             adapter = _replan(adapter, anew)
         return _run(_Job(adapter, root, prepared, settings, backend, device, checkpoint, run), interruption)
+
+
+def _require_used(settings: TrainSection, device: str) -> None:
+    """No setting that only a Gaudi has is given for another device. Raises: RecipeError."""
+    fields_of = type(settings).model_fields
+    changed = [n for n in fields_of if n.startswith("hpu_") and getattr(settings, n) != fields_of[n].default]
+    if changed and device != "hpu":
+        found = f"{getattr(settings, changed[0])} with device {device}"
+        raise RecipeError(f"train.{changed[0]}", found, expected="device hpu", fix=f"Leave {changed[0]} out")
 
 
 def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:

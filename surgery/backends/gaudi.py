@@ -90,7 +90,7 @@ def _error(found: str, expected: str, fix: str) -> UnsupportedError:
 
 
 def _torch_shortcomings(found: Installation) -> list[UnsupportedError]:
-    """The vendor's builds carry a local version such as `+hpu.1.24.0.695`; any other was put over them, by pip mostly."""
+    """The vendor's builds have a local version such as `+hpu.1.24.0.695`; any other was put over them, as by pip."""
     software = _series(found.plugin)
     local = found.torch.partition("+")[2].replace("_", ".").replace("-", ".")
     if not local.startswith("hpu."):
@@ -137,7 +137,7 @@ def choose_device(wanted: str) -> str:
     if LAZY_MODE not in os.environ:
         raise _unset("lazy")
     with contextlib.redirect_stdout(sys.stderr):  # both packages print remarks when they are imported
-        import habana_frameworks.torch.distributed.hccl  # gives torch.distributed the backend of that name
+        import habana_frameworks.torch.distributed.hccl  # noqa: F401  gives torch.distributed that backend
         import habana_frameworks.torch.hpu as device
     if not device.is_available():
         found = f"{PLUGIN} is installed, but sees no device"
@@ -146,7 +146,7 @@ def choose_device(wanted: str) -> str:
 
 
 def prepare() -> None:
-    """From now on and for good, transformers' classes are the vendor's. Plans are made before: some of these cannot be traced."""
+    """Make transformers' classes the vendor's, for good. Plans are made before: some of these cannot be traced."""
     with contextlib.redirect_stdout(sys.stderr):
         from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
@@ -230,8 +230,8 @@ def trainer_class() -> Any:
             self,
             model: Any,
             inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,  # noqa: FBT001, FBT002
+            return_outputs: bool = False,  # noqa: FBT001, FBT002  transformers' signature
+            num_items_in_batch: Any = None,
         ) -> Any:
             labels = inputs.get("labels")
             result = super().compute_loss(model, inputs, return_outputs)

@@ -29,7 +29,7 @@ from tests.conftest import TinyModel, pytest_runtest_setup  # noqa: F401  a hook
 
 @pytest.fixture(scope="session")
 def upstream() -> Iterator[ProcessPoolExecutor]:
-    """A process in which transformers stays as it is: after the first run on hpu this one's classes are the vendor's."""
+    """A process in which transformers stays as it is: after a run on hpu this one's classes are the vendor's."""
     from tests.gaudi import runs
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -33,7 +33,8 @@ NO_DROPOUT: dict[str, dict[str, object]] = {
     "t5": {"dropout_rate": 0.0},
     "opt": {"dropout": 0.0},
     # Rows beyond a window are refused; and upstream's own sdpa leaves out Gemma 2's soft cap, which optimum-habana has.
-    **dict.fromkeys(("gemma3", "mistral"), {"sliding_window": 128}),
+    "gemma3": {"sliding_window": 128},
+    "mistral": {"sliding_window": 128},
     "gemma2": {"sliding_window": 128, "attn_logit_softcapping": None},
 }
 

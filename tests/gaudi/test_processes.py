@@ -38,6 +38,7 @@ def adapter(base: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
+    """A plain text that fills some blocks."""
     path = tmp_path / "the text.txt"
     path.write_text("\n".join(TEXTS), encoding="utf-8")
     return path
@@ -104,13 +105,13 @@ def test_a_task_that_is_chosen_on_the_gaudi_is_planned_as_elsewhere(tiny_model: 
     data = write_rows(tmp_path / "labelled.jsonl", LABELLED)
     plans = []
     for device in ("cpu", "hpu"):
-        folder = adapter(tiny_model("mistral"), tmp_path / device)
+        folder = adapter(tiny_model("qwen2"), tmp_path / device)
         options = ("--data", data, "--task", "sequence-classification", "--device", device)
         done = surgery("train", folder, *options, "max_length=16", "max_steps=1", "batch_size=6", "precision=fp32")
         assert done.returncode == 0, done.stderr
         document = json.loads((folder / "surgery.json").read_text())
         assert "Gaudi" not in json.dumps(document["plan"])
-        assert document["plan"]["config"]["architectures"] == ["MistralForSequenceClassification"]
+        assert document["plan"]["config"]["architectures"] == ["Qwen2ForSequenceClassification"]
         plans.append(document["plan"])
     assert plans[0] == plans[1]
 

@@ -39,6 +39,11 @@ RUNS = (
 )  # fmt: skip
 
 
+def short(value: Any) -> str:
+    """A name for a parameter: an example's is its file's."""
+    return value if isinstance(value, str) else value[1]
+
+
 def pair(
     upstream: ProcessPoolExecutor, base: Path, root: Path, method: str, example: tuple[str, str], **changes: Any
 ) -> list[Run]:
@@ -50,9 +55,7 @@ def pair(
     return [cpu, run_on("hpu", base, root / "hpu", case, **settings)]
 
 
-@pytest.mark.parametrize(
-    ("family", "method", "example"), RUNS, ids=lambda value: value if isinstance(value, str) else value[0]
-)
+@pytest.mark.parametrize(("family", "method", "example"), RUNS, ids=short)
 def test_a_run_equals_the_cpu_s(
     family: str,
     method: str,
@@ -77,7 +80,7 @@ def test_a_run_equals_the_cpu_s(
 
 @pytest.mark.parametrize(
     ("family", "method", "example"), (("llama", "paca", ANSWERS), ("gpt2", "paca", ANSWERS), ("bert", "paca", LABELS),
-                                      ("llama", "read", ANSWERS)), ids=lambda value: value if isinstance(value, str) else value[0]
+                                      ("llama", "read", ANSWERS)), ids=short
 )  # fmt: skip
 def test_accumulation_changes_nothing(
     family: str, method: str, example: tuple[str, str], tiny_model: TinyModel, tmp_path: Path
@@ -189,14 +192,18 @@ DYNAMIC = (
 )  # fmt: skip
 
 
+STATIC = (
+    ("llama", "paca", TEXT), ("llama", "paca", ANSWERS), ("llama", "read", ANSWERS), ("bert", "read", LABELS),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("settings", ({}, {"gradient_accumulation": 2}), ids=("plain", "accumulating"))
-@pytest.mark.parametrize(("family", "method", "example"), (("llama", "paca", TEXT), ("llama", "paca", ANSWERS), ("llama", "read", ANSWERS), ("bert", "read", LABELS)),
-                         ids=lambda value: value if isinstance(value, str) else value[1])  # fmt: skip
+@pytest.mark.parametrize(("family", "method", "example"), STATIC, ids=short)
 def test_every_step_runs_the_same_operators_with_the_same_shapes(
     family: str, method: str, example: tuple[str, str], settings: dict[str, int], marked: None, tiny_model: TinyModel,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """From the second step on (the first makes the optimizer's state) nothing would compile anew, and nothing asks values.
+    """From the second step on (the first makes the optimizer's state) nothing compiles anew, nothing asks for values.
 
     Rows of unlike lengths, in a number that leaves a smaller batch over, over more than one epoch.
     """

@@ -9,7 +9,7 @@ TESTS ?= tests
 GAUDI_VENV := .venv-gaudi
 GAUDI_READY := $(GAUDI_VENV)/.complete
 
-.PHONY: help demo test test-long test-fast test-gaudi lint format docs clean
+.PHONY: help demo test test-long test-fast test-gaudi test-deepspeed lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-long  the tests that take minutes: learning on real data, ONNX graphs of all families"
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
 	@echo "make test-gaudi contract tests of the Gaudi backend in .venv-gaudi, without a Gaudi"
+	@echo "make test-deepspeed  the tests of DeepSpeed's ZeRO on the CPU (installs it into build/deepspeed)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       write docs/cli.md from the commands' help"
 	@echo "make format     let ruff rewrite what it can"
@@ -64,6 +65,12 @@ test-gaudi: $(GAUDI_READY)
 
 test-fast: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long" $(TESTS)
+
+# Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Its operators need g++.
+test-deepspeed: $(READY)
+	test -d build/deepspeed || $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps \
+	  --target build/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	$(ONE_THREAD) PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/test_distributed.py -k deepspeed
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -349,7 +349,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
     )
-    if not ranks.is_main():
+    if not ranks.is_main() or ranks.NO_RESULT in os.environ:
         return
     way = "--merge" if open_adapter(adapter).plan.targets else "--format remote-code"
     lines = [*showing.result_lines(result), "", f"Next: surgery export {shlex.quote(str(adapter))} {way}"]
@@ -529,14 +529,16 @@ def diff(a: Path, b: Path, *, as_json: bool) -> None:
 @cli.command()
 @click.argument("recipe", type=FOLDER)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--nproc", type=int, help="Train in so many processes on this machine, a device each.")
 @OVERWRITE
 @JSON
-def run(recipe: Path, settings: tuple[str, ...], *, overwrite: bool, as_json: bool) -> None:
+def run(recipe: Path, settings: tuple[str, ...], *, nproc: int | None, overwrite: bool, as_json: bool) -> None:
     """Carry out RECIPE, a YAML file: apply, train, export, verify. A finished step is not repeated.
 
     \b
     surgery run recipe.yaml
     surgery run recipe.yaml train.max_steps=50 paca.rank=8
+    surgery run recipe.yaml --nproc 8 train.strategy=fsdp2
     """
     from surgery import recipe as recipes
     from surgery import show as showing
@@ -544,7 +546,7 @@ def run(recipe: Path, settings: tuple[str, ...], *, overwrite: bool, as_json: bo
 
     wanted = recipes.read_recipe(recipe, settings)
     enter_environment(wanted.train)
-    result = workflow.run(wanted, overwrite=overwrite, say=say)
+    result = workflow.run(wanted, overwrite=overwrite, nproc=nproc, say=say)
     show(showing.run_lines(result), result, as_json=as_json)
 
 

@@ -89,7 +89,8 @@ class _PacaFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta_or: Tensor, kept: Tensor, layer: PacaLayer) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.layer, ctx.weight, ctx.dtypes = layer, layer.weight.detach(), (x.dtype, delta_or.dtype)
+        ctx.layer, ctx.dtypes = layer, (x.dtype, delta_or.dtype)
+        ctx.weight = None if layer.paca_is_gathered else layer.weight.detach()
         return layer.frozen_forward(x)
 
     @staticmethod
@@ -100,7 +101,10 @@ class _PacaFunction(torch.autograd.Function):
         x_dtype, delta_dtype = ctx.dtypes
         dx = ddelta_or = None
         if ctx.needs_input_grad[0]:
-            dx = layer.input_gradient(dy, ctx.weight.to(dy.dtype)).to(x_dtype)
+            if ctx.weight is None:
+                layer.refresh()  # what forward used is gone, and was put together again
+            weight = layer.weight.detach() if ctx.weight is None else ctx.weight
+            dx = layer.input_gradient(dy, weight.to(dy.dtype)).to(x_dtype)
         if ctx.needs_input_grad[1]:
             (kept,) = ctx.saved_tensors
             kept_nr = kept.reshape(-1, kept.shape[-1]).to(dy.dtype)
@@ -143,7 +147,8 @@ class PacaLayer(nn.Module):
     columns in its input gradient, where plain torch would raise.
 
     Sharded, each rank holds the same outputs' rows of weight, columns and difference, and refreshes those; it happens
-    before the model's forward puts the whole weights together, as `surgery.sharding` sees to.
+    before the model's forward puts the whole weights together, as `surgery.sharding` sees to. Gathered by DeepSpeed,
+    the whole weight comes without the trained columns each time it is used, and each rank writes them.
     """
 
     weight: Any
@@ -157,6 +162,7 @@ class PacaLayer(nn.Module):
     paca_pending: bool
     paca_seen: tuple[int, ...]
     paca_is_sharded = False  # True where `surgery.sharding` has given each rank some of the rows
+    paca_is_gathered = False  # True where DeepSpeed puts the parameters together anew for each use
     input_axis: int
     frozen_forward: Callable[[Tensor], Tensor]  # the base layer's own forward, from the class this is mixed into
 
@@ -165,7 +171,9 @@ class PacaLayer(nn.Module):
         return dy.matmul(weight if self.input_axis == 1 else weight.t())
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.paca_is_sharded:
+        if self.paca_is_gathered:
+            self.refresh()
+        elif not self.paca_is_sharded:
             self.refresh_if_stale()
         if not (torch.is_grad_enabled() and self.paca_delta.requires_grad):
             return self.frozen_forward(x)
@@ -225,7 +233,8 @@ class PacaLayer(nn.Module):
         return self
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        self.refresh_if_stale()
+        if not self.paca_is_gathered:
+            self.refresh_if_stale()
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -20,8 +20,11 @@ from typing import Any, TypeVar
 from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedError
 
 ERRORS = "SURGERY_RANK_ERRORS"  # the folder in which `surgery train --nproc` waits for its processes' errors
+NO_RESULT = "SURGERY_NO_RESULT"  # set where another process says what came of the run
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "hccl"}
 TIMEOUT = timedelta(minutes=30)  # rank 0 may be reading or writing while the others wait
+OF_ACCELERATE = {"ACCELERATE_USE_FSDP": "fsdp2", "ACCELERATE_USE_DEEPSPEED": "zero3"}
+LOST = ("by peer", "NCCL")  # in the errors of gloo and NCCL when a process that they talk to is gone
 T = TypeVar("T")
 
 
@@ -84,20 +87,27 @@ def require_places(device: str, nproc: int) -> None:
         raise RequestError("--nproc", str(nproc), expected=f"at most {number}, as this machine has {number} {what}")
 
 
-def require_strategy(strategy: str, device: str, *, cpu_offload: bool) -> None:
-    """The strategy can be carried out by these processes on that device.
+def require_strategy(strategy: str, device: str, *, cpu_offload: bool, has_launcher: bool) -> None:
+    """The strategy can be carried out on that device, and a launcher counts the processes where one is needed.
 
     Raises: RecipeError for a setting that would be ignored; UnsupportedError.
     """
     is_plain = strategy == "ddp"
+    for name, ours in OF_ACCELERATE.items():
+        if os.environ.get(name, "false").lower() == "true" and not strategy.startswith("zero"):
+            expected = f"train.strategy={ours} in its place"
+            raise RecipeError(name, "true, by accelerate's configuration", expected=expected)
     if cpu_offload and is_plain:
         expected = "a strategy that shards: fsdp2, zero2 or zero3"
         raise RecipeError("train.cpu_offload", "true with strategy ddp", expected=expected)
     if cpu_offload and device == "cpu":
         raise RecipeError("train.cpu_offload", "true on the CPU", expected="a device to offload from")
-    if not is_plain and not is_launched():
+    if not is_plain and not has_launcher:
         fix = "Give --nproc (1 will do), or leave train.strategy out"
         raise RecipeError("train.strategy", f"{strategy} without a launcher", expected="one that counts ranks", fix=fix)
+    if strategy.startswith("zero") and device == "cpu":
+        found, fix = f"{strategy} on the CPU, where accelerate does not start DeepSpeed", "Take fsdp2"
+        raise UnsupportedError("train.strategy", found, expected="a CUDA device", fix=fix)
     if device == "hpu" and not is_plain:
         raise UnsupportedError("train.strategy", f"{strategy} on hpu", expected="ddp", fix="Leave train.strategy out")
 
@@ -122,7 +132,13 @@ def joined(device: str) -> Iterator[None]:
     owns = not torch.distributed.is_initialized()
     if owns:
         torch.distributed.init_process_group(BACKENDS[device], timeout=TIMEOUT)
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        if count() < 2 or not any(sign in str(error) for sign in LOST):
+            raise
+        found, fix = "another process of the run has ended", "Its error says why; --resume auto goes on"
+        raise SurgeryError("train", found, expected="all to go on", fix=fix) from error
     if owns:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -195,6 +211,18 @@ class RankError:
     seconds: float
     exit_code: int
     text: str
+
+
+@contextmanager
+def environment(**settings: str) -> Iterator[None]:
+    """Variables for processes that are started meanwhile; those that are set already stay as they are."""
+    new = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
 
 
 def hand_over(error: SurgeryError) -> bool:

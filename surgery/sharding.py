@@ -21,14 +21,19 @@ from torch import Tensor, nn
 from surgery.errors import UnsupportedError
 from surgery.paca_layers import PacaLayer, layers
 from surgery.ranks import count
+from surgery.side import SideNetwork
+from surgery.zero import gather_parts, is_in_parts
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated parts of a model, which are gathered and let go one at a time: outermost lists of modules."""
+    """The repeated parts of a model, which are gathered and let go one at a time: outermost lists of modules.
+
+    A side network is none of them: its parameters are used all through the forward, and stay with the model's own.
+    """
     for child in model.children():
         if isinstance(child, nn.ModuleList):
             yield from child
-        else:
+        elif not isinstance(child, SideNetwork):
             yield from blocks(child)
 
 
@@ -98,13 +103,14 @@ def whole(tensor: Tensor) -> Tensor:
 
     Exact: each row is its rank's own, bit for bit.
     """
-    tensor = tensor.detach()
-    if _may_be_sharded():
-        from torch.distributed.tensor import DTensor
+    if not _may_be_sharded():
+        return tensor.detach().cpu()
+    from torch.distributed.tensor import DTensor
 
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-    return tensor.cpu()
+    if isinstance(tensor, DTensor):
+        held: Tensor = tensor.full_tensor().detach()
+        return held.cpu()
+    return gather_parts(tensor) if is_in_parts(tensor) else tensor.detach().cpu()
 
 
 def _part(value: Tensor, like: Tensor) -> Tensor:

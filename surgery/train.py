@@ -45,7 +45,16 @@ from surgery.metrics import metric_names, metrics_for, preprocess_for
 from surgery.operate import attach_plan, collect, load_base_model
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
-from surgery.ranks import adopt_slurm, count, from_main, is_main, joined, require_places, require_strategy
+from surgery.ranks import (
+    adopt_slurm,
+    count,
+    from_main,
+    is_launched,
+    is_main,
+    joined,
+    require_places,
+    require_strategy,
+)
 from surgery.recipe import DataSection, TrainSection
 from surgery.runs import CHECKPOINTS, RUN_FILE, latest_checkpoint, open_run, step_of
 from surgery.sharding import shard
@@ -66,6 +75,8 @@ from surgery.trainer import (
     remove_whole,
 )
 from surgery.writing import replace_file, require_disk
+from surgery.zero import STAGES, require_deepspeed
+from surgery.zero import prepare as cut
 
 LOG_FILE = "training_log.jsonl"
 # Settings that change neither the result nor the schedule: a resumed run may have others.
@@ -137,7 +148,7 @@ def train(
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     device = backend.choose_device(settings.device)
     _require_used(settings, device)
-    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload)
+    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=is_launched())
     if not is_main():
         fall_silent()
     with interruptible() as interruption, joined(device):
@@ -147,7 +158,9 @@ def train(
         run = _Run.describe(adapter, plan, data, settings)
         checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
-            return _result_of(adapter)
+            return result_of(adapter)
+        if settings.strategy in STAGES:
+            _require_zero(checkpoint, settings.strategy)
         tokenizer = read_tokenizer(adapter.folder)
         spec = replace(data.spec(), static_shapes=backend.static_shapes)
         prepared = prepare(spec, task=plan.task, tokenizer=tokenizer, labels=_labels(plan))
@@ -174,8 +187,21 @@ def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
     Raises: RequestError, UnsupportedError.
     """
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
-    require_places(backend.choose_device(settings.device), nproc)
+    device = backend.choose_device(settings.device)
+    require_places(device, nproc)
+    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=True)
     return int(backend.launch(arguments, nproc))
+
+
+def _require_zero(checkpoint: str, strategy: str) -> None:
+    """DeepSpeed is there, and nothing is resumed: transformers lets it read its own checkpoints only.
+
+    Raises: UnsupportedError.
+    """
+    require_deepspeed()
+    if checkpoint:
+        found, fix = f"{strategy} on the way from {Path(checkpoint).name}", "Go on with strategy fsdp2 or ddp"
+        raise UnsupportedError("train.strategy", found, expected="a strategy that resumes", fix=fix)
 
 
 def _replan(adapter: Adapter, anew: Delta) -> Adapter:
@@ -233,6 +259,8 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     features = _open_features(job, model, autocast)
     if settings.strategy == "fsdp2":
         shard(model, device=job.device, cpu_offload=settings.cpu_offload)
+    if settings.strategy in STAGES:
+        cut(model, settings.strategy)
     trainer = _trainer(job, model, arguments, interruption, features)
     from_main(lambda: _prepare_folder(job, folder))
     before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
@@ -303,7 +331,7 @@ def _is_complete(checkpoint: Path, steps: int, patience: int | None) -> bool:
     return out_of_patience or step_of(checkpoint) >= steps
 
 
-def _result_of(adapter: Adapter) -> TrainResult:
+def result_of(adapter: Adapter) -> TrainResult:
     """The result of a run that is finished, from the record."""
     training = adapter.record.manifest.training
     names = [field.name for field in fields(TrainResult) if field.name not in (*_OF_THE_CALL, "data")]
@@ -543,8 +571,8 @@ def _first_evaluation(
     path = folder / "before.json"
     if resumed and path.is_file():
         return {name: float(value) for name, value in read_json(path).items()}
-    if prepared.eval is None or not settings.eval_on_start:
-        return {}
+    if prepared.eval is None or not settings.eval_on_start or settings.strategy in STAGES:
+        return {}  # DeepSpeed's engine is there from the first step on
     metrics = _metrics(trainer.evaluate())
     if is_main():
         replace_file(path, json.dumps(metrics) + "\n")

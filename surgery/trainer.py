@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from surgery.runs import CHECKPOINTS, step_of
 from surgery.sharding import assign, gather_optimizer, scatter_optimizer, settle, whole
 from surgery.tensorfile import read_header
 from surgery.writing import fsync_path, replace_file, require_disk, write_file
+from surgery.zero import describe_optimizer, describe_scheduler
 
 STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "rng_state.pth"
@@ -50,7 +51,11 @@ class SurgeryCheckpoints:
     surgery_staging: str | None = None
     surgery_features: FeatureCache | None = None
     surgery_is_sharded: bool = False
+    surgery_groups: Sequence[Mapping[str, Any]]
+    surgery_parameters: Sequence[Any]
     is_in_train: bool
+    is_deepspeed_enabled: bool
+    model_accepts_loss_kwargs: bool
     accelerator: Any
     args: Any
     optimizer: Any
@@ -92,10 +97,10 @@ class SurgeryCheckpoints:
         fsync_path(folder)
 
     def surgery_take_sharded(self) -> None:
-        """Train the model as `surgery.sharding` left it: accelerate adds autocast, and wraps it in nothing."""
+        """Train the model as `surgery.sharding` left it: accelerate adds autocast now, and nothing later on."""
         self.surgery_is_sharded = True
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-        self.model._is_accelerate_prepared = True  # noqa: SLF001  accelerate's own mark of what it leaves as it is
+        self.accelerator.prepare_model = lambda model, **_: model
 
     def surgery_place_best(self) -> None:
         """Tell the trainer's state where its best checkpoint lies now."""
@@ -116,10 +121,16 @@ class SurgeryCheckpoints:
         return metrics
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's; a training batch runs from the backbone's states where they are kept."""
+        """As the trainer's; a training batch runs from the backbone's states where they are kept.
+
+        A loss that is the mean of its batch is weighted by the batch's part of all ranks' labels.
+        """
         rows = inputs.pop(ROW, None)
         if self.surgery_features is None or rows is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            is_mean = count() > 1 and model.training and not self.model_accepts_loss_kwargs
+            part = label_part(inputs["labels"]) if is_mean else None
+            loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            return loss if part is None else loss * part
         with self.surgery_features.batch(self.model, rows.tolist(), inputs.get("attention_mask")):
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -133,14 +144,29 @@ class SurgeryCheckpoints:
         if output_dir:
             write_state(self.model, self.surgery_plan, Path(output_dir))
 
+    def create_optimizer(self, *args: Any) -> Any:
+        """As the trainer's, remembered as it is before DeepSpeed cuts it."""
+        optimizer = super().create_optimizer(*args)  # type: ignore[misc]
+        if self.is_deepspeed_enabled:
+            self.surgery_groups = optimizer.state_dict()["param_groups"]
+            self.surgery_parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return optimizer
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        if self.surgery_is_sharded:
+            return gather_optimizer(self.optimizer)
+        rate = self.lr_scheduler.get_last_lr()[0]  # one for all groups
+        return describe_optimizer(self.surgery_parameters, self.surgery_groups, rate, self.state.global_step)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.surgery_is_sharded:
+        if not (self.surgery_is_sharded or self.is_deepspeed_enabled):
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        state = gather_optimizer(self.optimizer)
+        state, schedule = self._optimizer_state(), self.lr_scheduler.state_dict()
+        schedule = describe_scheduler(schedule, len(state["param_groups"]))
         if is_main():
             torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+            torch.save(schedule, Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.surgery_is_sharded or checkpoint is None:
@@ -168,6 +194,14 @@ class SurgeryCheckpoints:
 
     def _load_best_model(self) -> None:
         read_state(self.model, self.surgery_plan, Path(self.state.best_model_checkpoint))
+
+
+def label_part(labels: torch.Tensor) -> torch.Tensor:
+    """How many labels a batch has, to what a rank's batch has on average: 1 where all have as many."""
+    own = labels.ne(-100).sum()
+    total = own.clone()
+    torch.distributed.all_reduce(total)
+    return own * count() / total
 
 
 def write_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:

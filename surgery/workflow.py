@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +20,11 @@ from surgery.manifest import ADAPTER, ONNX, parse_record, read_document
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
+from surgery.ranks import NO_RESULT, environment
 from surgery.recipe import Recipe
 from surgery.runs import CHECKPOINTS, latest_checkpoint
 from surgery.survey import TaskSpec
-from surgery.train import TrainResult, train
+from surgery.train import TrainResult, launch, result_of, train
 from surgery.verify import Verification, verify
 from surgery.writing import parse_size
 
@@ -259,10 +262,18 @@ class RunResult:
     skipped: tuple[str, ...]
 
 
-def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] = lambda _: None) -> RunResult:
+def run(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    nproc: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> RunResult:
     """Apply, train, export and verify; a step whose result is there, by digests, is not repeated.
 
-    Raises: whatever a step raises; OutputExistsError for a folder that another plan made.
+    nproc: train in so many processes on this machine (None: in this one).
+    Raises: whatever a step raises; OutputExistsError for a folder that another plan made; SystemExit where a launched
+    training failed, which has said why.
     """
     skipped = []
     spec = recipe.spec()
@@ -275,7 +286,10 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
         _require_same_plan(recipe, spec, folder)
         skipped.append("apply")
     say(f"train: {folder}")
-    trained = train(folder, recipe.data, recipe.train, task=recipe.task_spec(), resume="auto", overwrite=overwrite)
+    if nproc is None:
+        trained = train(folder, recipe.data, recipe.train, task=recipe.task_spec(), resume="auto", overwrite=overwrite)
+    else:
+        trained = _train_launched(recipe, folder, nproc, overwrite=overwrite)
     if trained.was_finished:
         skipped.append("train")
     out = Path(recipe.export.out) if recipe.export.out else default_export_folder(folder, recipe.export.format)
@@ -293,6 +307,22 @@ def run(recipe: Recipe, *, overwrite: bool = False, say: Callable[[str], None] =
         check=recipe.export.verify,
     )
     return RunResult(folder, out, trained, done.verification, tuple(skipped))
+
+
+def _train_launched(recipe: Recipe, folder: Path, nproc: int, *, overwrite: bool) -> TrainResult:
+    before = open_adapter(folder).record.manifest.training
+    sections = {"data": recipe.data.model_dump(), "train": recipe.train.model_dump()}
+    document = {"model": recipe.model, "task": recipe.task, "labels": recipe.labels, **sections}
+    with tempfile.TemporaryDirectory(prefix="surgery-run-") as temporary:
+        path = Path(temporary) / "recipe.yaml"
+        path.write_text(json.dumps(document), encoding="utf-8")
+        arguments = [str(folder), f"--config={path}", "--resume=auto", *(["--overwrite"] if overwrite else [])]
+        with environment(**{NO_RESULT: "1"}):
+            code = launch(arguments, recipe.train, nproc)
+    if code:
+        raise SystemExit(code)
+    adapter = open_adapter(folder)
+    return replace(result_of(adapter), was_finished=adapter.record.manifest.training == before)
 
 
 def _require_export(recipe: Recipe) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import resource
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import torch
 from surgery.backends import Backend
 from surgery.compat import accepts
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
-from surgery.ranks import ERRORS, RankError, first_error
+from surgery.ranks import ERRORS, RankError, environment, first_error
 from surgery.recipe import TrainSection
+from surgery.zero import settings as zero_settings
 
 SHUTDOWN_SECONDS = "120"  # what processes that are asked to stop have to end their step and save
 
@@ -51,6 +54,8 @@ def training_arguments(
     stops_early = section.early_stopping_patience is not None
     save_steps = section.save_steps or max(1, steps // 10)
     eval_steps = section.eval_steps or (save_steps if stops_early else steps)
+    zero = zero_settings(section.strategy, cpu_offload=section.cpu_offload, autocast=autocast)
+    autocast = "fp32" if zero else autocast  # DeepSpeed's own configuration says it
     checkpointing = {f"{_checkpointing_key(TrainingArguments)}": section.gradient_checkpointing}
     if section.gradient_checkpointing:
         checkpointing[f"{_checkpointing_key(TrainingArguments)}_kwargs"] = {"use_reentrant": False}  # type: ignore[assignment]
@@ -90,6 +95,8 @@ def training_arguments(
         dataloader_drop_last=False,
         remove_unused_columns=True,
         disable_tqdm=True,
+        log_level_replica="error",
+        deepspeed=zero,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         report_to=[],
@@ -123,17 +130,18 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     own, torchrun = arguments[:cut], list(arguments[cut + 1 :])
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # pages about a child that fails: it says why in a line
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     where = torchrun or ["--standalone"]
     options = _parse_torchrun([f"--nproc-per-node={nproc}", *where, "-m", "surgery.train", *own])
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS,
+    }
     with tempfile.TemporaryDirectory(prefix="surgery-ranks-") as folder:
-        os.environ[ERRORS] = folder
-        ended = _run_torchrun(options)
-        said = first_error(Path(folder))
-    if not ended and not said:
+        with environment(**variables, **{ERRORS: folder}):
+            ended = _run_torchrun(options)
+        said = first_error(Path(folder)) or ended
+    if said is None:
         return 0
-    said = said or ended or RankError(0, 0.0, 0, "")
     print(f"Error: {said.text}", file=sys.stderr)  # noqa: T201  the processes have left it to us
     return said.exit_code
 
@@ -141,11 +149,13 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
 def _parse_torchrun(options: list[str]) -> Any:
     from torch.distributed.run import parse_args
 
+    usage = io.StringIO()
     try:
-        return parse_args(options)  # type: ignore[no-untyped-call]
-    except SystemExit as error:  # argparse has said what is wrong
-        found = "arguments that torchrun does not take"
-        raise RequestError("--", found, expected="those of `torchrun --help`") from error
+        with redirect_stderr(usage):
+            return parse_args(options)  # type: ignore[no-untyped-call]
+    except SystemExit as error:
+        found = usage.getvalue().strip().rpartition("error: ")[2]
+        raise RequestError("torchrun", found, expected="arguments that `torchrun --help` lists") from error
 
 
 def _run_torchrun(options: Any) -> RankError | None:
@@ -167,7 +177,7 @@ def _run_torchrun(options: Any) -> RankError | None:
     return None
 
 
-def environment(_section: TrainSection) -> dict[str, str]:
+def needed_environment(_section: TrainSection) -> dict[str, str]:
     """No variable has to be set before torch is imported."""
     return {}
 
@@ -184,6 +194,6 @@ BACKEND = Backend(
     training_arguments,
     peak_memory_bytes,
     launch,
-    environment,
+    needed_environment,
     prepare,
 )

@@ -6,7 +6,10 @@ READY := $(VENV)/.complete
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TESTS ?= tests
 
-.PHONY: help demo test test-long test-fast test-deepspeed lint format docs clean
+GAUDI_VENV := .venv-gaudi
+GAUDI_READY := $(GAUDI_VENV)/.complete
+
+.PHONY: help demo test test-long test-fast test-gaudi test-deepspeed lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +17,7 @@ help:
 	@echo "make test       set up .venv, lint, type-check and run every test but the long ones"
 	@echo "make test-long  the tests that take minutes: learning on real data, ONNX graphs of all families"
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
+	@echo "make test-gaudi contract tests of the Gaudi backend in .venv-gaudi, without a Gaudi"
 	@echo "make test-deepspeed  the tests of DeepSpeed's ZeRO on the CPU (installs it into build/deepspeed)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       write docs/cli.md from the commands' help"
@@ -21,16 +25,30 @@ help:
 	@echo "make clean      remove .venv, caches and build outputs"
 	@echo "PYTHON=python3.12 picks the interpreter that .venv is made with."
 
-# .venv is whole or absent. The stamp is written last and removed first: an installation that was interrupted leaves
-# none, and the next run starts from an empty environment. With a stamp that is merely out of date pip only updates.
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+define require_python
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected Python 3.10-3.13. Name one with PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "make: $(PYTHON) has no venv module, expected one. On Debian and Ubuntu: apt install python3-venv." >&2; exit 2; }
+endef
+
+# .venv and .venv-gaudi are whole or absent. The stamp is written last and removed first: an installation that was
+# interrupted leaves none, and the next run starts from an empty environment. With a stamp that is merely out of date pip
+# only updates.
+$(READY): pyproject.toml constraints.txt
+	$(require_python)
 	@test -f $@ || { echo "make: setting up $(VENV) (a few minutes: PyTorch is large)" >&2; $(PYTHON) -m venv --clear $(VENV); }
 	@rm -f $@
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# optimum-habana pins transformers 4.55, so it has an environment of its own. There is no Gaudi in it: tests/gaudi holds
+# a stand-in for the hardware bridge.
+$(GAUDI_READY): pyproject.toml constraints-gaudi.txt
+	$(require_python)
+	@test -f $@ || { echo "make: setting up $(GAUDI_VENV) (a few minutes: PyTorch is large)" >&2; $(PYTHON) -m venv --clear $(GAUDI_VENV); }
+	@rm -f $@
+	$(GAUDI_VENV)/bin/python -m pip install --disable-pip-version-check -c constraints-gaudi.txt -e '.[gaudi]' pytest
 	@touch $@
 
 demo: $(READY)
@@ -41,6 +59,9 @@ test: lint
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long $(TESTS)
+
+test-gaudi: $(GAUDI_READY)
+	$(ONE_THREAD) $(GAUDI_VENV)/bin/python -m pytest -c tests/gaudi/pytest.ini tests/gaudi
 
 test-fast: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long" $(TESTS)
@@ -64,5 +85,5 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(GAUDI_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find surgery exporters tests benchmarks recipes -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -123,6 +123,9 @@ def _require_compile(section: TrainSection, device: str) -> None:
     if section.cache_features is not None:
         found = "given with --cache-features, which runs parts of the model alone"
         raise RecipeError("train.compile", found, expected="one of the two")
+    if section.strategy != "ddp":
+        found = f"given with strategy {section.strategy}"
+        raise RecipeError("train.compile", found, expected="strategy ddp", fix="Leave one of the two out")
     failure = compile_failure(device)
     if failure:
         fix = "Leave train.compile out; `surgery doctor` says what is missing"
@@ -132,7 +135,7 @@ def _require_compile(section: TrainSection, device: str) -> None:
 def compile_failure(device: str) -> str:
     """What torch.compile says to a function of one line; the empty string where it compiles and runs."""
     if device not in ("cpu", "cuda"):
-        return f"the device is {device}"
+        return f"the device is {device}; hpu_mode=compile is its own"
 
     def two_kernels(x: torch.Tensor) -> torch.Tensor:
         return x.sin().add(1.0).softmax(-1)
@@ -166,12 +169,12 @@ def state(device: str) -> dict[str, str]:
 
 
 def choose_autocast(precision: str, device: str) -> str:
-    """fp32 (none), bf16 or fp16. `auto` is 16 bits on CUDA, of the kind that the device has, and none on a CPU."""
+    """fp32 (none), bf16 or fp16. `auto` is 16 bits on an accelerator, of the kind that it has, and none on a CPU."""
     if precision != "auto":
         return precision
-    if device != "cuda":
+    if device == "cpu":
         return "fp32"
-    return "bf16" if has_bf16() else "fp16"
+    return "bf16" if device == "hpu" or has_bf16() else "fp16"
 
 
 def choose_tf32(tf32: str, device: str, autocast: str) -> bool | None:

@@ -97,6 +97,21 @@ TASK = options(
 )
 
 
+def enter_environment(section: Any) -> None:
+    """Start over where a device needs variables that torch reads when it is imported: by now it has been.
+
+    section: the train section of a recipe. Raises: UnsupportedError.
+    """
+    from surgery.lookup import BACKENDS, load
+
+    missing = load(BACKENDS, "gaudi" if section.device == "hpu" else "local", "--device").environment(section)
+    if missing:
+        os.environ.update(missing)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  this very command
+
+
 def split_list(values: Sequence[str]) -> tuple[str, ...]:
     """Repeated options and comma-separated lists as one tuple; a `re:` pattern keeps its commas."""
     parts: list[str] = []
@@ -324,6 +339,7 @@ def train(
     for text in settings:
         recipes.apply_override(document, text)
     recipe = recipes.check(recipes.Recipe, document, "settings")
+    enter_environment(recipe.train)
     if nproc is not None:
         sys.exit(launch([*given_arguments("nproc", "settings"), *settings, *launcher], recipe.train, nproc))
     result = run_training(
@@ -530,7 +546,9 @@ def run(recipe: Path, settings: tuple[str, ...], *, nproc: int | None, overwrite
     from surgery import show as showing
     from surgery import workflow
 
-    result = workflow.run(recipes.read_recipe(recipe, settings), overwrite=overwrite, nproc=nproc, say=say)
+    wanted = recipes.read_recipe(recipe, settings)
+    enter_environment(wanted.train)
+    result = workflow.run(wanted, overwrite=overwrite, nproc=nproc, say=say)
     show(showing.run_lines(result), result, as_json=as_json)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 import re
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5.0")
@@ -165,6 +168,54 @@ def fall_silent() -> None:
 def accepts(function: Any, argument: str) -> bool:
     """Whether a callable has a parameter of that name: for arguments that came or went between versions."""
     return argument in inspect.signature(function).parameters
+
+
+def settle_rope(config: Any, document: Mapping[str, Any]) -> None:
+    """Give a configuration the rotary settings that transformers 5 wrote, which 4.55 passes over in silence.
+
+    config: what 4.55 made of `document`, the content of config.json.
+    Raises: ValueError for settings by kind of layer that 4.55 has no place for.
+    """
+    given = document.get("rope_parameters")
+    if TRANSFORMERS_5 or not given or "rope_theta" in document:
+        return
+    if "full_attention" in given:
+        if not hasattr(config, "rope_local_base_freq") or set(given) != {"full_attention", "sliding_attention"}:
+            raise ValueError(f"rope_parameters of {', '.join(given)}, for which transformers 4.55 has no place")
+        config.rope_local_base_freq = given["sliding_attention"]["rope_theta"]
+        given = given["full_attention"]
+    scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    config.rope_theta = given["rope_theta"]
+    config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+    if "partial_rotary_factor" in given:
+        config.partial_rotary_factor = given["partial_rotary_factor"]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer. transformers 4.55 does not know the class name that 5 writes for those in tokenizer.json.
+
+    Raises: what transformers raises.
+    """
+    path = folder / "tokenizer_config.json"
+    if not TRANSFORMERS_5 and path.is_file():
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if written.get("tokenizer_class") == "TokenizersBackend":
+            extra = written.get("extra_special_tokens")  # a list there, names for each here
+            is_list = isinstance(extra, list)
+            changes: dict[str, Any] = (
+                {"extra_special_tokens": {}, "additional_special_tokens": extra} if is_list else {}
+            )
+            return PreTrainedTokenizerFast.from_pretrained(folder, **changes)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def current_class(model_class: Any) -> Any:
+    """The class that stands under this class's name in transformers now.
+
+    An accelerator's package may have replaced it after someone, transformers' own tables included, took hold of it.
+    """
+    module = sys.modules[model_class.__module__]
+    return getattr(module, model_class.__name__) if module.__name__.startswith("transformers.") else model_class
 
 
 def upstream_architecture(name: str) -> str:

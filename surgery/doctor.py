@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 from packaging.specifiers import SpecifierSet
 
+from surgery.backends import gaudi
 from surgery.errors import shorten
-from surgery.lookup import BACKENDS
 from surgery.table import align, size_text
 
 DISTRIBUTION = "checkpoint-surgery"
@@ -47,7 +47,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "liger": {"liger-kernel": ">=0.8,<1"},
     "lora": {"peft": ">=0.17,<1"},
 }
-GAUDI_PLUGIN, GAUDI_TOOL, NVIDIA_TOOL = "habana-torch-plugin", "hl-smi", "nvidia-smi"
+GAUDI_TOOL, NVIDIA_TOOL = "hl-smi", "nvidia-smi"
 MIN_FREE_BYTES = 1_000_000_000
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16")  # the last one is ARM's
 _NO_BF16 = "bf16 is emulated here: it saves memory, not time"
@@ -114,6 +114,7 @@ def examine() -> Report:
         *_version_problems(versions),
         *broken,
         *_device_problems(devices),
+        *_gaudi_problems(versions),
         *_folder_problems({"the current folder": Path.cwd(), "the folder for temporary files": _temporary()}),
         *_cache_problems(_cache()),
     )
@@ -198,23 +199,32 @@ def _describe_gpu(number: int) -> str:
     return f"{card.name}, {size_text(card.total_memory)}, capability {card.major}.{card.minor}, {bf16}"
 
 
+def _gaudi_installation(versions: Mapping[str, str]) -> gaudi.Installation:
+    return gaudi.Installation(
+        plugin=installed(gaudi.PLUGIN),
+        package=versions[gaudi.PACKAGE],
+        torch=versions["torch"],
+        transformers=versions["transformers"],
+    )
+
+
 def _hpu(versions: Mapping[str, str]) -> Device:
-    """Gaudi, by what is installed: its driver's tool, its plugin for torch, optimum-habana and its transformers."""
-    wanted = {
-        f"no {GAUDI_TOOL} on the path": shutil.which(GAUDI_TOOL) is not None,
-        f"{GAUDI_PLUGIN} is not installed": bool(installed(GAUDI_PLUGIN)),
-        "optimum-habana is not installed": bool(versions["optimum-habana"]),
-        "transformers is not 4.55": versions["transformers"].startswith("4.55."),
-        "this version has no backend for it": "gaudi" in BACKENDS,
-    }
-    missing = [text for text, holds in wanted.items() if not holds]
-    return Device("hpu", is_usable=not missing, detail=", ".join(missing) or f"plugin {installed(GAUDI_PLUGIN)}")
+    """Gaudi, by what is installed: its driver's tool, its plugin for torch, optimum-habana, and what fits those."""
+    here = _gaudi_installation(versions)
+    missing = [] if shutil.which(GAUDI_TOOL) else [f"no {GAUDI_TOOL} on the path"]
+    missing += [problem.found for problem in gaudi.shortcomings(here)]
+    versions_text = f"plugin {here.plugin}, {gaudi.PACKAGE} {here.package}, torch {here.torch}"
+    return Device("hpu", is_usable=not missing, detail=", ".join(missing) or f"{versions_text}; {gaudi.SUPPORT}")
 
 
 def _extra(name: str, packages: Mapping[str, str], versions: Mapping[str, str]) -> Extra:
     missing = tuple(package for package in packages if not versions[package])
-    place = " in an environment of its own" if name == "gaudi" else ""
-    return Extra(name, missing, f"pip install '{DISTRIBUTION}[{name}]'{place}" if missing else "")
+    command = f"pip install '{DISTRIBUTION}[{name}]'"
+    if name == "gaudi":
+        command += " in an environment of its own"
+        if installed(gaudi.PLUGIN):  # here pip must leave torch alone
+            command += f", with -c FILE whose line is torch=={versions['torch']}"
+    return Extra(name, missing, command if missing else "")
 
 
 def _kernels(devices: tuple[Device, ...]) -> dict[str, str]:
@@ -240,6 +250,8 @@ def _version_problems(versions: Mapping[str, str]) -> list[str]:
         if not version or not any(SpecifierSet(text).contains(version, prereleases=True) for text in admitted):
             found = f"{name} {version}" if version else f"{name} is not installed"
             command = f"pip install '{name}{admitted[-1]}'"
+            if name == "torch" and installed(gaudi.PLUGIN):
+                command = "install the Gaudi software that has it; pip would break the plugin"
             problems.append(f"{found}, needed is {' or '.join(admitted)}: {command}")
     return problems
 
@@ -268,6 +280,12 @@ def _device_problems(devices: tuple[Device, ...]) -> list[str]:
     if ", but: " in cuda.detail:
         return [f"{cuda.detail}: install or update the driver, or take torch's build for the CPU"]
     return []
+
+
+def _gaudi_problems(versions: Mapping[str, str]) -> list[str]:
+    """On a machine with the Gaudi software: what else is missing, or does not fit it."""
+    here = _gaudi_installation(versions)
+    return [str(problem) for problem in gaudi.shortcomings(here)] if here.plugin else []
 
 
 def _folder_problems(folders: Mapping[str, Path]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from surgery.errors import RequestError, UnsupportedError, closest
 
 METHODS = {"paca": "surgery.methods.paca:METHOD", "read": "surgery.methods.read:METHOD"}
-BACKENDS = {"local": "surgery.backends.local:BACKEND"}
+BACKENDS = {"local": "surgery.backends.local:BACKEND", "gaudi": "surgery.backends.gaudi:BACKEND"}
 EXPORTERS = {
     "safetensors": "exporters.dense:EXPORTER",
     "lora": "exporters.lora:EXPORTER",

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,19 @@ def gather(x: Tensor, columns_r: Tensor) -> Tensor:
     return x.detach().index_select(-1, columns_r)
 
 
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
+
+
+def _without_autocast(backward: _Backward) -> _Backward:
+    """A backward that casts what it casts by name, on any kind of device: torch.amp.custom_bwd serves only one."""
+
+    def run(ctx: Any, dy: Tensor) -> Any:
+        with torch.autocast(dy.device.type, enabled=False):
+            return backward(ctx, dy)
+
+    return cast("_Backward", run)
+
+
 class _PacaFunction(torch.autograd.Function):
     """y = base(x); backward keeps `kept` (.., r) of the input and nothing else.
 
@@ -98,6 +111,7 @@ class _PacaFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         layer: PacaLayer = ctx.layer
         x_dtype, delta_dtype = ctx.dtypes

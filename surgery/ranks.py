@@ -121,7 +121,7 @@ def joined(device: str) -> Iterator[None]:
 
     After an error the group is left as it is: the others are in the middle of something and must not be waited for.
     """
-    if not is_launched() or device == "hpu":  # Gaudi's group is its own trainer's
+    if not is_launched():
         yield
         return
     import torch

@@ -130,7 +130,7 @@ class TrainSection(_Section):
     seed: int = Field(0, ge=0, description="order of the data and dropout")
     device: Literal["auto", "cpu", "cuda", "hpu"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: on CUDA bf16, or fp16 where it has none"
+        "auto", description="auto: bf16 on hpu and on CUDA, or fp16 where that has none"
     )
     tf32: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
         "auto", description="products of fp32 in TF32; auto: beside 16 bits only"
@@ -151,6 +151,8 @@ class TrainSection(_Section):
     cache_features: str | None = Field(None, description="READ: folder for the backbone's states of the training set")
     cache_bytes: str | None = Field(None, description="READ: what the states may take, for example 20GB")
     threads: int | None = Field(None, ge=1, description="torch's threads on the CPU")
+    hpu_mode: Literal["lazy", "eager", "compile"] = Field("lazy", description="Gaudi: how operators reach the device")
+    hpu_warmup_steps: int = Field(3, ge=0, description="Gaudi: first steps, which compile, left out of the throughput")
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field("ddp", description="how several processes share work")
     cpu_offload: bool = Field(default=False, description="fsdp2, zero2, zero3: keep shards in the CPU's memory")
 

@@ -635,8 +635,13 @@ def _padding(state_btd: Tensor, mask_bt: Tensor | None, *, may_skip: bool) -> tu
 
 
 def _flat(state_btd: Tensor, tokens_n: Tensor | None) -> Tensor:
-    """(b, t, d) -> (n, d), outside autograd."""
+    """(b, t, d) -> (n, d), outside autograd.
+
+    On a Gaudi a copy: there a layer in eval mode adds to its input in place, which backward still needs.
+    """
     state = state_btd.detach().reshape(-1, state_btd.shape[-1])
+    if state.device.type == "hpu" and torch.is_grad_enabled():
+        state = state.clone()
     return state if tokens_n is None else state.index_select(0, tokens_n)
 
 

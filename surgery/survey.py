@@ -14,11 +14,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from surgery.checkpoint import CONFIG_FILE, read_json
-from surgery.compat import TRANSFORMERS_5, base_prefix, quiet_loading, upstream_architecture
+from surgery.compat import (
+    TRANSFORMERS_5,
+    base_prefix,
+    current_class,
+    load_tokenizer,
+    quiet_loading,
+    settle_rope,
+    upstream_architecture,
+)
 from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest, shorten
 from surgery.plan import Untouched
 from surgery.select import LinearSite
@@ -102,6 +110,7 @@ def read_config(root: Path) -> PretrainedConfig:
         )
     with _foreign_config(root):
         config: PretrainedConfig = AutoConfig.from_pretrained(root, trust_remote_code=False)
+        settle_rope(config, document)
         names = config.architectures or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"architectures {names!r}")
@@ -141,7 +150,7 @@ def class_for(config: PretrainedConfig, task: str) -> Any:
     """The class that loads a checkpoint for a task. Raises UnsupportedError where transformers has none."""
     architecture = own_architecture(config)
     if task == own_task(config) and hasattr(transformers, architecture):
-        return getattr(transformers, architecture)
+        return current_class(getattr(transformers, architecture))
     auto = getattr(transformers, TASKS[task].auto_class)
     if type(config) not in auto._model_mapping:  # noqa: SLF001  transformers offers no public question
         raise UnsupportedError(
@@ -149,7 +158,7 @@ def class_for(config: PretrainedConfig, task: str) -> Any:
             f"transformers has no {task} model for {config.model_type}",
             expected=f"one that {TASKS[task].auto_class} knows",
         )
-    return auto._model_mapping[type(config)]  # noqa: SLF001
+    return current_class(auto._model_mapping[type(config)])  # noqa: SLF001
 
 
 def _task_config(root: Path, config: PretrainedConfig, spec: TaskSpec, task: str) -> dict[str, Any]:
@@ -173,7 +182,7 @@ def _pad_token_id(root: Path) -> int | None:
     """What the tokenizer pads with (its end token where it has no other): a decoder's classifier must know it."""
     try:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+            tokenizer = load_tokenizer(root)
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return None
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -186,14 +195,15 @@ def survey(root: Path, spec: TaskSpec) -> Survey:
     task = spec.name or own_task(config)
     model_class = class_for(config, task)
     changes = _task_config(root, config, spec, task)
-    if model_class.__name__ != own_architecture(config):
-        changes["architectures"] = [model_class.__name__]
+    architecture = upstream_architecture(model_class.__name__)
+    if [architecture] != (config.architectures or [])[:1]:  # also where optimum-habana has saved the base
+        changes["architectures"] = [architecture]
     with _foreign_config(root), torch.device("meta"):
         config = configured(config, changes)
         model = model_class(config)
         model.tie_weights()
     heads = find_heads(model, has_head=TASKS[task].has_head)
-    return Survey(model, config, task, model_class.__name__, heads, changes)
+    return Survey(model, config, task, architecture, heads, changes)
 
 
 def configured(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
@@ -270,7 +280,17 @@ def dry_run(twin: Any) -> None:
     prefix = base_prefix(twin)
     base = twin.get_submodule(prefix) if prefix else twin
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet_loading():
-        base.to_empty(device="cpu")(**_trace_inputs(base))
+        _leave_meta(base)
+        base(**_trace_inputs(base))
+
+
+def _leave_meta(module: nn.Module) -> None:
+    """As `to_empty(device="cpu")`, which cannot give fake tensors to parameters that modules share."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            part.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device="cpu"))
 
 
 def list_untouched(model: nn.Module, touched: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[Untouched, ...]:

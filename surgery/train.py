@@ -21,15 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PrinterCallback, TrainerState
+from transformers import PrinterCallback, TrainerState
 
 from surgery import acceleration
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
-from surgery.compat import fall_silent, quiet_loading
+from surgery.compat import fall_silent, load_tokenizer, quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, Delta
-from surgery.errors import InterruptedRunError, RecipeError, RequestError, UnsupportedError, closest, shorten
+from surgery.errors import (
+    DataError,
+    InterruptedRunError,
+    RecipeError,
+    RequestError,
+    UnsupportedError,
+    closest,
+    counted,
+    shorten,
+)
 from surgery.features import ROW, FeatureCache, numbered, open_cache
 from surgery.lookup import BACKENDS, METHODS, resolve
 from surgery.lookup import load as lookup
@@ -82,11 +91,14 @@ FREE_SETTINGS = (
     "attention",
     "compile",
     "liger",
+    "hpu_mode",
+    "hpu_warmup_steps",
     "cache_features",
     "cache_bytes",
     "strategy",
     "cpu_offload",
 )
+GAUDI_TIMINGS = ("end_time", "graph_compliation_duration")  # spelt so
 PER_STEP = ("batch_size", "gradient_accumulation")  # these and the number of processes decide what a step sees
 
 
@@ -140,6 +152,7 @@ def train(
         torch.set_num_threads(settings.threads)
     backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
     device = backend.choose_device(settings.device)
+    _require_used(settings, device)
     acceleration.require(settings, device)
     require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=is_launched())
     if not is_main():
@@ -155,12 +168,22 @@ def train(
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)
         tokenizer = read_tokenizer(adapter.folder)
-        prepared = prepare(data.spec(), task=plan.task, tokenizer=tokenizer, labels=_labels(plan))
+        spec = replace(data.spec(), static_shapes=backend.static_shapes)
+        prepared = prepare(spec, task=plan.task, tokenizer=tokenizer, labels=_labels(plan))
         _require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
         root = find_base(adapter.record, adapter.folder, base)
         if anew:
             adapter = _replan(adapter, anew)
         return _run(_Job(adapter, root, prepared, settings, backend, device, checkpoint, run), interruption)
+
+
+def _require_used(settings: TrainSection, device: str) -> None:
+    """No setting that only a Gaudi has is given for another device. Raises: RecipeError."""
+    fields_of = type(settings).model_fields
+    changed = [n for n in fields_of if n.startswith("hpu_") and getattr(settings, n) != fields_of[n].default]
+    if changed and device != "hpu":
+        found = f"{getattr(settings, changed[0])} with device {device}"
+        raise RecipeError(f"train.{changed[0]}", found, expected="device hpu", fix=f"Leave {changed[0]} out")
 
 
 def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
@@ -232,10 +255,11 @@ class _Job:
 def _run(job: _Job, interruption: Interruption) -> TrainResult:
     adapter, prepared, settings = job.adapter, job.prepared, job.settings
     started = time.monotonic()
+    job.backend.prepare()
     model, autocast = _load_for_training(adapter, job.root, settings, job.device)
     kernels = acceleration.prepare(model, settings, device=job.device, autocast=autocast)
     folder = adapter.folder / CHECKPOINTS
-    steps = count_steps(settings, len(prepared.train))
+    steps = count_steps(settings, len(prepared.train), only_whole_batches=job.backend.static_shapes)
     arguments = job.backend.training_arguments(
         settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
@@ -323,11 +347,18 @@ def result_of(adapter: Adapter) -> TrainResult:
     return TrainResult(adapter=adapter.folder, data=tuple(training["data"]), was_finished=True, **figures)
 
 
-def count_steps(settings: TrainSection, examples: int) -> int:
-    """Optimizer steps of the whole run: the last, smaller batch of an epoch counts."""
+def count_steps(settings: TrainSection, examples: int, *, only_whole_batches: bool = False) -> int:
+    """Optimizer steps of the whole run: the last, smaller batch of an epoch counts, unless it is left out.
+
+    Raises: DataError where it is left out, and there is no other.
+    """
+    batch = settings.batch_size * count()
+    if only_whole_batches and examples < batch:
+        found = f"found {counted(examples, 'example')}, fewer than one batch, and smaller batches are left out here"
+        raise DataError("data.train", found, expected=f"{batch} or more", fix="Lower train.batch_size")
     if settings.max_steps:
         return settings.max_steps
-    batches = math.ceil(examples / (settings.batch_size * count()))
+    batches = examples // batch if only_whole_batches else math.ceil(examples / batch)
     return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation) * settings.epochs))
 
 
@@ -335,7 +366,7 @@ def read_tokenizer(folder: Path) -> Any:
     """The tokenizer that lies with an adapter. Raises: RequestError."""
     try:
         with quiet_loading():
-            return AutoTokenizer.from_pretrained(folder)
+            return load_tokenizer(folder)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RequestError(
@@ -568,10 +599,10 @@ def _last_evaluation(trainer: Any, prepared: Prepared) -> dict[str, float]:
 
 
 def _metrics(raw: Mapping[str, float]) -> dict[str, float]:
-    """The metrics without the trainer's timings and without its prefix."""
-    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    named = {name.removeprefix("eval_"): float(value) for name, value in raw.items()}
-    return {name: value for name, value in named.items() if name not in (*timings, "epoch", "step")}
+    """The metrics without the trainer's timings (and a device's memory) and without its prefix."""
+    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *GAUDI_TIMINGS)
+    named = {name.removeprefix("eval_"): float(value) for name, value in raw.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if name not in timings}
 
 
 if __name__ == "__main__":  # what launchers start: `torchrun -m surgery.train ADAPTER ..`

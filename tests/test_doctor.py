@@ -209,20 +209,62 @@ def test_a_cuda_build_without_a_driver_is_a_problem(warning: str, reason: str, m
     assert "install or update the driver" in problem
 
 
+GAUDI = {
+    "optimum-habana": "1.21.2",
+    "habana-torch-plugin": "1.24.0.695",
+    "torch": "2.11.0+hpu.1.24.0.695.git1a2b3c4",
+    "transformers": "4.55.4",
+}
+
+
 def test_gaudi_needs_all_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each missing part is named; with all of them the device is usable."""
+    """Each missing part is named; with all of them the device is usable, and its support's end is said."""
     fake_tools(monkeypatch)
     pretend(monkeypatch, {"optimum-habana": "", "habana-torch-plugin": ""})
     missing = device(examine(), "hpu")
     assert not missing.is_usable
     assert missing.detail.startswith("no hl-smi on the path, habana-torch-plugin is not installed, optimum-habana is")
+    assert [problem for problem in examine().problems if "hpu" in problem] == []  # nobody misses what is not there
     fake_tools(monkeypatch, "hl-smi")
-    monkeypatch.setattr(doctor, "BACKENDS", {"local": "", "gaudi": ""})
-    parts = {"optimum-habana": "1.21.2", "habana-torch-plugin": "1.24.0", "transformers": "4.55.4"}
-    pretend(monkeypatch, parts)
-    assert device(examine(), "hpu") == Device("hpu", is_usable=True, detail="plugin 1.24.0")
-    pretend(monkeypatch, {**parts, "transformers": "5.23.0"})
-    assert device(examine(), "hpu").detail == "transformers is not 4.55"
+    pretend(monkeypatch, GAUDI)
+    whole = device(examine(), "hpu")
+    assert whole.is_usable
+    assert whole.detail.startswith("plugin 1.24.0.695, optimum-habana 1.21.2, torch 2.11.0+hpu")
+    assert "2026-10-31" in whole.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "found", "remedy"),
+    (
+        ({"torch": "2.11.0+cpu"}, "torch 2.11.0+cpu, expected the build that came with", "pip has replaced it"),
+        ({"torch": "2.9.0+hpu_1.23.1-25.git8598e6d"}, "torch 2.9.0+hpu_1.23.1", "Install both from one"),
+        ({"transformers": "5.23.0"}, "transformers 5.23.0", "pip install 'transformers>=4.55,<4.56'"),
+        ({"optimum-habana": ""}, "optimum-habana is not installed", "pip install -c"),
+        ({"optimum-habana": "1.20.0"}, "with optimum-habana 1.20.0", "Install optimum-habana 1.21"),
+    ),
+)
+def test_on_a_gaudi_what_does_not_fit_is_a_problem(
+    change: dict[str, str], found: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the vendor's software is installed, whatever does not fit it is said, with what to do."""
+    fake_tools(monkeypatch, "hl-smi")
+    pretend(monkeypatch, {**GAUDI, **change})
+    report = examine()
+    assert not device(report, "hpu").is_usable
+    (problem,) = [problem for problem in report.problems if problem.startswith("--device hpu")]
+    assert found in problem
+    assert remedy in problem
+
+
+def test_on_a_gaudi_no_advice_lets_pip_replace_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for a torch that is too old nor for a missing extra."""
+    old = "2.8.0+hpu.1.22.0.740"
+    pretend(monkeypatch, {**GAUDI, "torch": old, "habana-torch-plugin": "1.22.0.740", "optimum-habana": ""})
+    report = examine()
+    (problem,) = [problem for problem in report.problems if problem.startswith(f"torch {old}")]
+    assert "pip install" not in problem
+    (extra,) = [extra for extra in report.extras if extra.name == "gaudi"]
+    assert f"-c FILE whose line is torch=={old}" in extra.command
 
 
 @pytest.mark.parametrize(

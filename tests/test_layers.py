@@ -21,8 +21,8 @@ PACKAGES = ("surgery", "exporters")
 # A module may import modules of a lower rank only. Packages stand under their own names.
 RANKS = {
     "surgery.errors": 0,
-    "surgery.backends": 0,  # a docstring: it makes the folder a package
-    "exporters": 0,  # as surgery.backends
+    "surgery.backends": 0,  # what a backend is, as a record
+    "exporters": 0,  # a docstring: it makes the folder a package
     "surgery.arrow": 1,
     "surgery.tensorfile": 1,
     "surgery.columns": 1,
@@ -60,6 +60,7 @@ RANKS = {
     "surgery.doctor": 9,
     "surgery.inspection": 7,
     "surgery.acceleration": 8,
+    "surgery.backends.gaudi": 8,
     "surgery.backends.local": 9,
     "surgery.trainer": 7,
     "surgery.train": 9,

@@ -8,15 +8,15 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from surgery.acceleration import choose_tf32
+from surgery.backends import Backend
 from surgery.compat import accepts
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
 from surgery.ranks import ERRORS, RankError, environment, first_error
@@ -24,19 +24,6 @@ from surgery.recipe import TrainSection
 from surgery.zero import settings as zero_settings
 
 SHUTDOWN_SECONDS = "120"  # what processes that are asked to stop have to end their step and save
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Where training runs: which Trainer, which arguments, which device. Knows nothing about methods."""
-
-    name: str
-    devices: tuple[str, ...]
-    choose_device: Any
-    trainer_class: Any
-    training_arguments: Any
-    peak_memory_bytes: Any
-    launch: Callable[[Sequence[str], int], int]
 
 
 def choose_device(wanted: str) -> str:
@@ -192,4 +179,23 @@ def _run_torchrun(options: Any) -> RankError | None:
     return None
 
 
-BACKEND = Backend("local", ("cpu", "cuda"), choose_device, trainer_class, training_arguments, peak_memory_bytes, launch)
+def needed_environment(_section: TrainSection) -> dict[str, str]:
+    """No variable has to be set before torch is imported."""
+    return {}
+
+
+def prepare() -> None:
+    """Nothing has to happen before a model is loaded."""
+
+
+BACKEND = Backend(
+    "local",
+    ("cpu", "cuda"),
+    choose_device,
+    trainer_class,
+    training_arguments,
+    peak_memory_bytes,
+    launch,
+    needed_environment,
+    prepare,
+)

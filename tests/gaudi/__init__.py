@@ -1,0 +1,1 @@
+"""Contract tests of the Gaudi backend: `make test-gaudi` runs them, in an environment of their own."""

@@ -337,10 +337,11 @@ def test_read_compiles_as_one_graph(family: str, cell: str, tiny_model: TinyMode
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's, of torch's own functions
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: no g++ on the path")
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
 def test_inductor_agrees(family: str, tiny_model: TinyModel) -> None:
-    """The default backend, which writes kernels of its own: gradients within 1e-6, steps that compile nothing."""
+    """The default backend, which writes kernels of its own: gradients within rounding, steps that compile nothing."""
     ours, model = pair(family, tiny_model(family))
     compiled(ours, "inductor")
     inputs = sample_inputs(family)
@@ -350,4 +351,4 @@ def test_inductor_agrees(family: str, tiny_model: TinyModel) -> None:
                 version.zero_grad()
                 loss_of(version, inputs).backward()
                 torch.optim.SGD(trainable(version), lr=0.05).step()
-        same_gradients(ours, model)
+        same_gradients(ours, model, 1e-5)  # norms compute in fp32, here in kernels that join several operations

@@ -61,8 +61,6 @@ def _cuda_attention(
         q, k, v = (functional.pad(x, (0, pad)) if pad else x for x in (query, key, value))
         flash: Tensor = _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]  # noqa: SLF001
         return flash[..., : query.shape[-1]]
-    if attn_mask is not None and attn_mask.dtype is torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
     if query.shape[-3] == key.shape[-3]:
         bias = None if attn_mask is None else _efficient_bias(attn_mask, query, key)
         efficient: Tensor = _aten._scaled_dot_product_efficient_attention(  # noqa: SLF001
@@ -83,7 +81,7 @@ def _cuda_attention(
 
 
 def _efficient_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask as the kernel takes it: for all heads, its rows at multiples of 16 values."""
+    """A mask as the kernel takes it: in the values' dtype, for all heads, its rows at multiples of 16 values."""
     mask = mask.to(query.dtype)
     pad = -mask.shape[-1] % 16
     if pad:

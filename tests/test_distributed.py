@@ -44,7 +44,7 @@ TOLERANCE = 1e-6
 STRATEGIES = ("ddp", "fsdp2")
 PACA = PacaSpec(rank=4)
 STEPS = 8
-USUAL = {"learning_rate": 2e-3, "max_steps": STEPS, "max_length": 64, "max_rows": 32, "logging_steps": 1}
+USUAL = {"learning_rate": 1e-3, "max_steps": STEPS, "max_length": 64, "max_rows": 32, "logging_steps": 1}
 SAVE_STEPS = 4
 
 
@@ -510,7 +510,7 @@ def test_a_run_of_another_plan_is_not_gone_on_with(bench: Bench, tmp_path: Path)
     shutil.copytree(bench.folder("plain-ddp") / CHECKPOINTS, tmp_path / "other" / CHECKPOINTS)
     path = tmp_path / "other" / CHECKPOINTS / RUN_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
-    settings = TrainSection(learning_rate=2e-3, max_steps=STEPS, logging_steps=1, save_steps=SAVE_STEPS, batch_size=4)
+    settings = TrainSection(learning_rate=1e-3, max_steps=STEPS, logging_steps=1, save_steps=SAVE_STEPS, batch_size=4)
     data = DataSection(train=[str(bench.root / "prompts.jsonl")], max_length=64, max_rows=32)
     with pytest.raises(RequestError, match="an interrupted run with other plan, expected the same settings"):
         train(tmp_path / "other", data, settings, resume="auto")

@@ -72,8 +72,7 @@ def be_rank(arguments: argparse.Namespace) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings = TrainSection(
         max_steps=arguments.steps, batch_size=arguments.batch // processes, logging_steps=1,
-        learning_rate=LEARNING_RATE,
-        save_steps=arguments.steps, device="cpu", strategy=strategy, threads=1,
+        learning_rate=LEARNING_RATE, save_steps=arguments.steps, device="cpu", strategy=strategy, threads=1,
     )  # fmt: skip
     surgery.train(Path(arguments.adapter), data, settings)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

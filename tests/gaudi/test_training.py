@@ -256,7 +256,7 @@ def test_epochs_count_whole_batches(tiny_model: TinyModel, tmp_path: Path) -> No
     data = rows_of(case, tmp_path, 33)
     run = run_on("hpu", tiny_model("llama"), tmp_path, case, data=data, batch_size=4, max_steps=None, epochs=2.0)
     assert run.result.steps == 16
-    assert len(run.trainers[0].get_train_dataloader()) == 8  # left to itself, GaudiTrainer fills a ninth with rows again
+    assert len(run.trainers[0].get_train_dataloader()) == 8  # GaudiTrainer itself would fill a ninth with old rows
     with pytest.raises(DataError, match=r"33 examples, fewer than one batch.*expected 40 or more"):
         run_on("hpu", tiny_model("llama"), tmp_path, case, data=data, batch_size=40)
 

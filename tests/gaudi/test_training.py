@@ -189,6 +189,7 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DYNAMIC = (
     "nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "_local_scalar_dense", "bincount", "argwhere",
+    "boolean mask",
 )  # fmt: skip
 
 

@@ -71,8 +71,8 @@ def be_rank(arguments: argparse.Namespace) -> None:
     strategy = "ddp" if arguments.strategy == "one" else arguments.strategy
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings = TrainSection(
-        max_steps=arguments.steps, batch_size=arguments.batch // processes, logging_steps=1, learning_rate=LEARNING_RATE,
-        save_steps=arguments.steps, device="cpu", strategy=strategy, threads=1,
+        max_steps=arguments.steps, batch_size=arguments.batch // processes, logging_steps=1,
+        learning_rate=LEARNING_RATE, save_steps=arguments.steps, device="cpu", strategy=strategy, threads=1,
     )  # fmt: skip
     surgery.train(Path(arguments.adapter), data, settings)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -144,6 +144,10 @@ class SurgeryCheckpoints:
         if output_dir:
             write_state(self.model, self.surgery_plan, Path(output_dir))
 
+    def _inner_training_loop(self, batch_size: int | None = None, **rest: Any) -> Any:  # noqa: ARG002
+        """As the trainer's, with the batch size that was asked for: 4.55 takes a checkpoint's, of other ranks maybe."""
+        return super()._inner_training_loop(batch_size=self.args.train_batch_size, **rest)  # type: ignore[misc]
+
     def create_optimizer(self, *args: Any) -> Any:
         """As the trainer's, remembered as it is before DeepSpeed cuts it."""
         optimizer = super().create_optimizer(*args)  # type: ignore[misc]

@@ -48,7 +48,7 @@ $(GAUDI_READY): pyproject.toml constraints-gaudi.txt
 	$(require_python)
 	@test -f $@ || { echo "make: setting up $(GAUDI_VENV) (a few minutes: PyTorch is large)" >&2; $(PYTHON) -m venv --clear $(GAUDI_VENV); }
 	@rm -f $@
-	$(GAUDI_VENV)/bin/python -m pip install --disable-pip-version-check -c constraints-gaudi.txt -e '.[gaudi]' pytest
+	$(GAUDI_VENV)/bin/python -m pip install --disable-pip-version-check -c constraints-gaudi.txt -e '.[gaudi]' pytest pytest-xdist
 	@touch $@
 
 demo: $(READY)
@@ -61,7 +61,7 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -m long $(TESTS)
 
 test-gaudi: $(GAUDI_READY)
-	$(ONE_THREAD) $(GAUDI_VENV)/bin/python -m pytest -c tests/gaudi/pytest.ini tests/gaudi
+	$(ONE_THREAD) $(GAUDI_VENV)/bin/python -m pytest -n 2 --dist loadfile -c tests/gaudi/pytest.ini tests/gaudi
 
 test-fast: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long" $(TESTS)

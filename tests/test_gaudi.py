@@ -101,6 +101,12 @@ def test_a_gaudi_s_setting_on_another_device_is_an_error(tiny_model: TinyModel, 
         train(tmp_path / "adapter", data, TrainSection(device="cpu", hpu_mode="eager"))
 
 
+def test_a_launcher_s_own_arguments_are_refused() -> None:
+    """DistributedRunner takes none: they would be ignored."""
+    with pytest.raises(UnsupportedError, match=r"'--nnodes=2' after `--`, expected none on hpu"):
+        gaudi.launch(["adapter", "--", "--nnodes=2"], 2)
+
+
 def test_fp16_is_refused_before_anything_is_imported(tmp_path: Path) -> None:
     """optimum-habana has none."""
     with pytest.raises(UnsupportedError, match=r"fp16 on hpu, expected fp32 or bf16"):

@@ -196,7 +196,12 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m surgery.train *arguments`, one process a card. Returns the exit code.
 
     DistributedRunner puts a shell's line together and prints it: arguments are quoted, and standard output stays ours.
+    Raises: UnsupportedError.
     """
+    if "--" in arguments:
+        found = f"{shlex.join(arguments[arguments.index('--') + 1 :])!r} after `--`"
+        fix = "For another launcher start `python -m surgery.train` with it"
+        raise UnsupportedError("train", found, expected="none on hpu, where DistributedRunner launches", fix=fix)
     problems = shortcomings(Installation.here())
     if problems:
         raise problems[0]

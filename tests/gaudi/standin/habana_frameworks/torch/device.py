@@ -99,7 +99,9 @@ def run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return args[0], work
     out = operator(*raw_args, **tree_map(_unwrap, dict(kwargs)))
     results = tree_flatten(out)[0]
-    OPERATORS.append((str(operator), tuple(tuple(x.shape) for x in results if isinstance(x, torch.Tensor))))
+    by_mask = str(operator).startswith("aten.index") and any(x.dtype == torch.bool and x.dim() for x in given[1:])
+    shapes = tuple(tuple(x.shape) for x in results if isinstance(x, torch.Tensor))
+    OPERATORS.append((f"{operator} by a boolean mask" if by_mask else str(operator), shapes))
     if isinstance(out, torch.Tensor) and operator._schema.is_mutable:  # in place: the same object comes back
         for x in given:
             if x is out or (isinstance(x, HPUTensor) and x._raw is out):

@@ -120,6 +120,8 @@ def missing_liger(device: str) -> str:
 
 
 def _require_compile(section: TrainSection, device: str) -> None:
+    if device == "hpu":
+        raise UnsupportedError("train.compile", "true on hpu", expected="false", fix="Take train.hpu_mode=compile")
     if section.cache_features is not None:
         found = "given with --cache-features, which runs parts of the model alone"
         raise RecipeError("train.compile", found, expected="one of the two")
@@ -135,7 +137,7 @@ def _require_compile(section: TrainSection, device: str) -> None:
 def compile_failure(device: str) -> str:
     """What torch.compile says to a function of one line; the empty string where it compiles and runs."""
     if device not in ("cpu", "cuda"):
-        return f"the device is {device}; hpu_mode=compile is its own"
+        return f"the device is {device}"
 
     def two_kernels(x: torch.Tensor) -> torch.Tensor:
         return x.sin().add(1.0).softmax(-1)
@@ -213,7 +215,7 @@ def _set_attention(model: Any, section: TrainSection, *, device: str, autocast: 
             "train.attention", f"{FLASH} in fp32", expected="16 bits", fix="Set train.precision to bf16, or take sdpa"
         )
     if wanted and wanted != model.config._attn_implementation:  # noqa: SLF001  transformers has no other name for it
-        _switch_attention(model, wanted)
+        switch_attention(model, wanted)
     return str(model.config._attn_implementation)  # noqa: SLF001
 
 
@@ -221,7 +223,8 @@ def _has_flash(model: Any) -> bool:
     return bool(model._supports_flash_attn)  # noqa: SLF001  how a class of transformers says it
 
 
-def _switch_attention(model: Any, wanted: str) -> None:
+def switch_attention(model: Any, wanted: str) -> None:
+    """Give a model that attention. Raises: UnsupportedError where its class does not have it."""
     name = type(model).__name__
     try:
         model.set_attn_implementation(wanted)

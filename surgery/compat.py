@@ -7,7 +7,6 @@ both sides agree but for the base model's prefix.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import re
@@ -137,9 +136,15 @@ def reading_values() -> Iterator[None]:
             known["is_fake_tensor"] = before
 
 
+def checkpointing_name(owner: Any) -> str:
+    """What a model's methods, or the arguments of a training run, begin with: newer versions renamed it."""
+    is_new = any(name.startswith("activation_checkpointing") for name in dir(owner))
+    return "activation_checkpointing" if is_new else "gradient_checkpointing"
+
+
 def set_checkpointing(model: Any, *, on: bool) -> None:
     """Gradient checkpointing without reentrance, on or off. Raises ValueError for a model that has none."""
-    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    name = checkpointing_name(model)
     if on:
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
     else:
@@ -165,9 +170,10 @@ def fall_silent() -> None:
     os.environ["TQDM_DISABLE"] = "1"
 
 
-def accepts(function: Any, argument: str) -> bool:
-    """Whether a callable has a parameter of that name: for arguments that came or went between versions."""
-    return argument in inspect.signature(function).parameters
+def config_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that a configuration gives its weights when they are loaded; None where the files decide."""
+    dtype: torch.dtype | None = config.dtype if TRANSFORMERS_5 else config.torch_dtype
+    return dtype
 
 
 def settle_rope(config: Any, document: Mapping[str, Any]) -> None:

@@ -57,7 +57,8 @@ def forecast(path: str, question: Question, settings: Sequence[str] = ()) -> Pre
         spec = _spec(recipe, method, is_recipe=is_recipe)
         subject = open_subject(config_folder(recipe.model), method, spec, recipe.task_spec(), run)
     run = _fitted(subject, recipe, question, run)
-    return predict(subject, run, fit_bytes=question.fit_bytes)
+    found = predict(subject, run, fit_bytes=question.fit_bytes)
+    return replace(found, notes=(*_unpredicted(recipe), *found.notes))
 
 
 def forecast_plan(root: Path, plan: SurgeryPlan) -> Prediction:
@@ -113,20 +114,31 @@ def _spec(recipe: Recipe, method: str, *, is_recipe: bool) -> Any:
     return recipe.model_copy(update={"method": method}).spec()
 
 
+def _unpredicted(recipe: Recipe) -> list[str]:
+    """Settings of the recipe that change what is kept, and that no dry run has."""
+    section = recipe.train
+    asked = {"compile": section.compile, "liger": section.liger, "cache_features": section.cache_features is not None}
+    return [f"train.{name} is not predicted: these are the bytes without it" for name, on in asked.items() if on]
+
+
 def _run(recipe: Recipe, question: Question) -> Run:
-    device = question.device or recipe.train.device
+    """`ddp`, a recipe's default, says nothing of a single device."""
+    section = recipe.train
+    device = question.device or section.device
     if device == "hpu":
         raise UnsupportedError("--device hpu", "no prediction for it", expected="cpu or cuda")
     return Run(
-        batch=recipe.train.batch_size,
+        batch=section.batch_size,
         sequence=recipe.data.max_length,
         target=question.target,
         dtype=question.dtype,
-        precision=recipe.train.precision,
+        precision=section.precision,
         device=choose_device(device) if device == "auto" else device,
         devices=question.devices,
-        sharding=question.sharding,
-        checkpointing=recipe.train.gradient_checkpointing,
+        sharding=question.sharding or ("" if section.strategy == "ddp" else section.strategy),
+        checkpointing=section.gradient_checkpointing,
+        attention=section.attention,
+        cpu_offload=section.cpu_offload,
     )
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from surgery.acceleration import FLASH, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
-from surgery.compat import memory_names
-from surgery.errors import RequestError, closest
+from surgery.compat import config_dtype, memory_names
+from surgery.errors import RequestError, UnsupportedError, closest
 from surgery.generate import max_positions
 from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
@@ -58,6 +59,7 @@ class Sharding:
 
     weights, gradients, optimizer: each device holds its part. buckets: gradients are copied into buckets to be summed.
     master: the optimizer keeps an fp32 copy of what trains. gathers: a layer's weights are put together to run it.
+    offloaded: the parts that `cpu_offload` keeps in the CPU's memory.
     """
 
     name: str
@@ -67,16 +69,18 @@ class Sharding:
     buckets: bool = False
     master: bool = False
     gathers: bool = False
+    offloaded: tuple[str, ...] = ()
 
 
+STATE = ("weights", "columns", "gradients", "optimizer")
 SHARDINGS = {
     sharding.name: sharding
     for sharding in (
         Sharding("none"),
         Sharding("ddp", buckets=True),
-        Sharding("fsdp2", weights=True, gradients=True, optimizer=True, gathers=True),
-        Sharding("zero2", gradients=True, optimizer=True, master=True),
-        Sharding("zero3", weights=True, gradients=True, optimizer=True, master=True, gathers=True),
+        Sharding("fsdp2", weights=True, gradients=True, optimizer=True, gathers=True, offloaded=STATE),
+        Sharding("zero2", gradients=True, optimizer=True, master=True, offloaded=("gradients", "optimizer")),
+        Sharding("zero3", weights=True, gradients=True, optimizer=True, master=True, gathers=True, offloaded=STATE),
     )
 }
 
@@ -87,7 +91,7 @@ class Run:
 
     batch: sequences of one forward on each device; target: tokens of an encoder-decoder's output, 0 for as many as of
     its input; dtype: of the weights, fp32, bf16, fp16 or empty for the checkpoint's own; precision: of the computation,
-    as in a recipe; padded: rows differ in length.
+    as in a recipe; padded: rows differ in length; attention, cpu_offload: as in a recipe.
     """
 
     batch: int = 8
@@ -100,6 +104,8 @@ class Run:
     devices: int = 1
     sharding: str = ""
     checkpointing: bool = False
+    attention: str = "auto"
+    cpu_offload: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "sequence", "devices"):
@@ -123,7 +129,15 @@ class Run:
             many = ", ".join(name for name in SHARDINGS if name != "none")
             expected = "more than one" if self.devices == 1 else f"one of {many}"
             found = f"{self.sharding} with {self.devices} device{'s' * (self.devices > 1)}"
-            raise RequestError("--sharding", found, expected=expected)
+            fix = "Say with --devices how many there are" if self.devices == 1 else ""
+            raise RequestError("--sharding", found, expected=expected, fix=fix)
+        if self.attention == FLASH and self.device != "cuda":
+            found, fix = f"{FLASH}, and the device is {self.device}", "Give --device cuda, or take auto"
+            raise UnsupportedError("train.attention", found, expected="a CUDA device", fix=fix)
+        if self.cpu_offload and (self.device == "cpu" or not SHARDINGS[self.sharding].offloaded):
+            many = " or ".join(name for name, sharding in SHARDINGS.items() if sharding.offloaded)
+            found = f"true with sharding {self.sharding} on {self.device}"
+            raise RequestError("train.cpu_offload", found, expected=f"{many} on cuda")
 
 
 @dataclass(frozen=True)
@@ -235,6 +249,8 @@ def _has_weights(root: Path) -> bool:
 
 def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.dtype, run: Run) -> Subject:
     model: Any = seen.model
+    if run.attention not in ("auto", FLASH):  # flash is what sdpa takes on a card by itself
+        switch_attention(model, run.attention)
     dry = dry_model(model, seen.task, seen.heads, dtype=dtype)
     with without_values(dry.mode):
         if plan is None:
@@ -263,7 +279,7 @@ def _positions(model: Any) -> int | None:
 
 def _weight_dtype(root: Path, seen: Survey, run: Run) -> torch.dtype:
     """What the weights have in training: what config.json says, else what the files do; on a CPU no fp16."""
-    wanted = DTYPES[run.dtype] if run.dtype else seen.config.dtype
+    wanted = DTYPES[run.dtype] if run.dtype else config_dtype(seen.config)
     if wanted is None:
         infos = Checkpoint.open(root).values() if _has_weights(root) else ()
         kind = next((info.dtype for info in infos if info.dtype in FLOAT_DTYPES), "F32")
@@ -322,7 +338,7 @@ def predict(subject: Subject, run: Run, *, fit_bytes: int | None = None) -> Pred
 def _predict(subject: Subject, run: Run) -> Prediction:
     step = Step(run.batch, run.sequence, run.target, run.padded, subject.autocast, run.checkpointing, run.device)
     saved = saved_by_all(subject.dry, step)
-    parts = _state(subject.tensors, SHARDINGS[run.sharding], run.devices)
+    parts = _state(subject.tensors, SHARDINGS[run.sharding], run.devices, cpu_offload=run.cpu_offload)
     parts["temporary"] = temporary(subject.dry, step)
     return Prediction(
         subject.architecture, subject.method, subject.trained_values, subject.dtype, subject.autocast, run,
@@ -330,7 +346,7 @@ def _predict(subject: Subject, run: Run) -> Prediction:
     )  # fmt: skip
 
 
-def _state(tensors: Sequence[Tensor], sharding: Sharding, devices: int) -> dict[str, int]:
+def _state(tensors: Sequence[Tensor], sharding: Sharding, devices: int, *, cpu_offload: bool = False) -> dict[str, int]:
     """What lives on a device between two steps, and the gradients."""
 
     def count(chosen: Iterable[Tensor], *, is_divided: bool, itemsize: int = 0) -> int:
@@ -351,7 +367,7 @@ def _state(tensors: Sequence[Tensor], sharding: Sharding, devices: int) -> dict[
         parts["gradient buckets"] = gradients
     if sharding.gathers:
         parts["gathered weights"] = _gathered(tensors)
-    return parts
+    return parts | (dict.fromkeys(sharding.offloaded, 0) if cpu_offload else {})
 
 
 def _gathered(tensors: Sequence[Tensor]) -> int:
@@ -413,10 +429,14 @@ def _notes(subject: Subject, run: Run) -> tuple[str, ...]:
         found.append("CUDA: what autocast leaves in fp32 is taken from the CPU's list, which is shorter for norms")
     if run.padded:
         found.append("rows are padded: attention holds a mask")
+    if run.padded and run.attention == FLASH:
+        found.append(f"{FLASH} takes the padding out, and keeps less than is said here")
     if subject.method == FULL and subject.dtype != "fp32":
         found.append(f"weights of {subject.dtype} train in it, and AdamW's moments have it too")
     if run.sharding not in ("none", "ddp"):
         found.append(f"{run.sharding} by arithmetic: rows are divided, all activations stay on their device")
+    if run.cpu_offload:
+        found.append(f"not on the device but in the CPU's memory: {', '.join(SHARDINGS[run.sharding].offloaded)}")
     return (*found, NOT_COUNTED)
 
 

@@ -165,7 +165,7 @@ def _paca_linear(
     operator has run, and a compiler that knew would copy the weight.
     """
     layer = _numbered[int(number)]
-    layer.refresh_if_stale()
+    layer.freshen()
     with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         return layer.frozen_forward(x)
 
@@ -280,10 +280,7 @@ class PacaLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return self._compiled_forward(x)
-        if self.paca_is_gathered:
-            self.refresh()
-        elif not self.paca_is_sharded:
-            self.refresh_if_stale()
+        self.freshen()
         if not (torch.is_grad_enabled() and self.paca_delta.requires_grad):
             return self.frozen_forward(x)
         kept = self.paca_gather(x, self.paca_columns)
@@ -313,6 +310,13 @@ class PacaLayer(nn.Module):
         version = delta._version  # noqa: SLF001  one sign among several: some writers do not bump it
         return (_optimizer_steps, version, delta.data_ptr(), weight.data_ptr())
 
+    def freshen(self) -> None:
+        """Before a forward: let the weight hold the trained columns, if nothing else has seen to it."""
+        if self.paca_is_gathered:
+            self.refresh()
+        elif not self.paca_is_sharded:
+            self.refresh_if_stale()
+
     def refresh_if_stale(self) -> None:
         """Rewrite the columns in the weight if the master copy may have changed."""
         if self.paca_pending or self.paca_seen != self._signs():
@@ -325,12 +329,6 @@ class PacaLayer(nn.Module):
         values = combine(original, delta, self.paca_scale).to(self.paca_storage).to(weight.dtype)
         write_columns(weight.data, self.paca_columns.to(weight.device), values, self.input_axis)
         self.paca_pending, self.paca_seen = False, self._signs()
-
-    @torch.no_grad()
-    def trained_columns(self) -> Tensor:
-        """The columns as training has them: (o, r) in the master copy's dtype; of a sharded layer, this rank's rows."""
-        _, original, delta = self.rows()
-        return combine(original, delta, self.paca_scale)
 
     @torch.no_grad()
     def start_from(self, values: Tensor) -> None:

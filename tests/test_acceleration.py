@@ -199,7 +199,7 @@ def test_auto_takes_flash_where_everything_allows_it(tiny_model: TinyModel, monk
     """Package, model and 16 bits; compiled it keeps sdpa; in fp32 a request for it is refused."""
     monkeypatch.setattr(acceleration, "missing_flash", lambda _device: "")
     switched: list[str] = []
-    monkeypatch.setattr(acceleration, "_switch_attention", lambda _model, wanted: switched.append(wanted))
+    monkeypatch.setattr(acceleration, "switch_attention", lambda _model, wanted: switched.append(wanted))
     monkeypatch.setattr(nn.Module, "compile", lambda _self: None)
     for settings in ({}, {"compile": True}, {"precision": "fp32"}):
         attention_of(tiny_model("llama"), **settings)

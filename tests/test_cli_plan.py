@@ -143,6 +143,39 @@ def test_recipe(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert answer(recipe, "--padded")["run"]["padded"] is True
 
 
+def test_how_a_recipe_trains(tiny_model: TinyModel) -> None:
+    """Its strategy is the sharding, its offloading empties the device, its attention is run; the rest is said."""
+    folder = Path(__file__).resolve().parent.parent / "recipes" / "distributed"
+    ours = (f"model={tiny_model('llama')}", "paca.rank=4", "data.max_length=64", "--device", "cuda")
+    for name in ("fsdp2", "zero3"):
+        found = answer(folder / f"{name}.yaml", *ours, "--devices", "4")
+        assert found["run"]["sharding"] == name
+        with pytest.raises(RequestError, match=f"--sharding: {name} with 1 device, .* Say with --devices"):
+            answer(folder / f"{name}.yaml", *ours)
+        assert (
+            answer(folder / f"{name}.yaml", *ours, "cpu_offload=false", "--sharding", "none")["run"]["sharding"]
+            == "none"
+        )
+    kept = {name: answer(*ours[1:], tiny_model("llama"), f"train.attention={name}") for name in ("auto", "eager")}
+    assert kept["eager"]["activations"]["attention"] > kept["auto"]["activations"]["attention"]
+    assert kept["eager"]["activations"]["MLP"] == kept["auto"]["activations"]["MLP"]
+    asked = ("train.compile=true", "liger=true", "attention=flash_attention_2", "--padded")
+    notes = "; ".join(answer(*ours[1:], tiny_model("llama"), *asked)["notes"])
+    for said in ("train.compile is not predicted", "train.liger is not", "flash_attention_2 takes the padding out"):
+        assert said in notes
+
+
+@pytest.mark.parametrize("strategy", ("fsdp2", "zero2", "zero3"))
+def test_what_is_offloaded_is_not_on_the_device(strategy: str, bare: Path) -> None:
+    """ZeRO-2 keeps the weights there, the others only what they gather; the rest is as it was."""
+    line = (bare, "--device", "cuda", "--devices", "2", f"train.strategy={strategy}")
+    there, away = answer(*line), answer(*line, "train.cpu_offload=true")
+    gone = {"gradients", "optimizer"} | ({"weights", "columns"} if strategy != "zero2" else set())
+    assert {name for name, size in away["parts"].items() if size != there["parts"][name]} == gone
+    assert all(away["parts"][name] == 0 for name in gone)
+    assert away["activations"] == there["activations"]
+
+
 def test_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
     """An adapter's own plan, also where its base has gone; what its plan has decided cannot be asked again."""
     base = shutil.copytree(tiny_model("llama"), tmp_path / "model")
@@ -178,6 +211,8 @@ def test_apply_shows_it_too(tiny_model: TinyModel, tmp_path: Path) -> None:
         (("--method", "loar"), RequestError, "--method: unknown name 'loar'.*closest is 'lora'"),
         (("--devices", "2", "--sharding", "zero4"), RequestError, "--sharding: unknown name 'zero4'.*closest is 'zero"),
         (("--device", "hpu"), UnsupportedError, "--device hpu: no prediction"),
+        (("attention=flash_attention_2", "--device", "cpu"), UnsupportedError, "train.attention: .* the device is cpu"),
+        (("cpu_offload=true", "--device", "cuda"), RequestError, "train.cpu_offload: true with sharding none on cuda"),
         (("--device", "tpu"), RequestError, "--device: unknown name 'tpu', expected one of cpu, cuda"),
         (("--task", "causal"), RequestError, "--task: unknown task 'causal'"),
         (("paca.ranks=3",), RecipeError, "unknown key 'paca.ranks'.*closest is 'rank'"),

@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from surgery import ReadSpec, paca_layers
+from surgery.compat import TRANSFORMERS_5, set_checkpointing
 from surgery.methods.paca import PacaSpec
 from surgery.operate import attach
 from tests.conftest import TinyModel
@@ -238,12 +239,10 @@ def test_autocast_computes_as_in_eager_mode(family: str, tiny_model: TinyModel) 
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Non-reentrant, under the name that this version of transformers has for it."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    """Non-reentrant, with inputs that stay frozen."""
+    set_checkpointing(model, on=True)
+    if TRANSFORMERS_5:
         model.disable_input_require_grads()  # as a run does: see KeepFrozenInputs
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))

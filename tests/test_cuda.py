@@ -28,7 +28,7 @@ from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.examples import CASES
 from tests.test_compile import agree, enable_checkpointing, same_gradients
-from tests.test_paca import built, loss_of, trainable
+from tests.test_paca import built, loss_of, trainable, trained_columns
 from tests.tiny import sample_inputs
 
 # Drivers and compilers warn of their versions, which differ from machine to machine: no error there.
@@ -201,7 +201,7 @@ def test_right_after_a_fused_step_columns_are_in_the_weight(
     model(**inputs)
     for name, layer in paca_layers.layers(model).items():
         held = paca_layers.read_columns(layer.weight, layer.paca_columns, layer.input_axis)
-        assert torch.equal(held, layer.trained_columns().to(dtype))
+        assert torch.equal(held, trained_columns(layer).to(dtype))
         moved = (layer.weight != before[name]).any(1 - layer.input_axis).nonzero().flatten()
         assert len(moved)
         assert set(moved.tolist()) <= set(layer.paca_columns.tolist())

@@ -17,7 +17,7 @@ import torch
 
 from surgery.acceleration import choose_tf32
 from surgery.backends import Backend
-from surgery.compat import accepts
+from surgery.compat import checkpointing_name
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
 from surgery.ranks import ERRORS, RankError, environment, first_error
 from surgery.recipe import TrainSection
@@ -57,9 +57,8 @@ def training_arguments(
     eval_steps = section.eval_steps or (save_steps if stops_early else steps)
     zero = zero_settings(section.strategy, cpu_offload=section.cpu_offload, autocast=autocast)
     autocast = "fp32" if zero else autocast  # DeepSpeed's own configuration says it
-    checkpointing = {f"{_checkpointing_key(TrainingArguments)}": section.gradient_checkpointing}
-    if section.gradient_checkpointing:
-        checkpointing[f"{_checkpointing_key(TrainingArguments)}_kwargs"] = {"use_reentrant": False}  # type: ignore[assignment]
+    name, is_on = checkpointing_name(TrainingArguments), section.gradient_checkpointing
+    checkpointing = {name: is_on, f"{name}_kwargs": {"use_reentrant": False} if is_on else None}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=section.batch_size,
@@ -105,10 +104,6 @@ def training_arguments(
         push_to_hub=False,
         **checkpointing,
     )
-
-
-def _checkpointing_key(arguments: Any) -> str:
-    return "activation_checkpointing" if accepts(arguments, "activation_checkpointing") else "gradient_checkpointing"
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -105,13 +105,13 @@ def test_a_task_that_is_chosen_on_the_gaudi_is_planned_as_elsewhere(tiny_model: 
     data = write_rows(tmp_path / "labelled.jsonl", LABELLED)
     plans = []
     for device in ("cpu", "hpu"):
-        folder = adapter(tiny_model("qwen2"), tmp_path / device)
+        folder = adapter(tiny_model("llama"), tmp_path / device)
         options = ("--data", data, "--task", "sequence-classification", "--device", device)
         done = surgery("train", folder, *options, "max_length=16", "max_steps=1", "batch_size=6", "precision=fp32")
         assert done.returncode == 0, done.stderr
         document = json.loads((folder / "surgery.json").read_text())
         assert "Gaudi" not in json.dumps(document["plan"])
-        assert document["plan"]["config"]["architectures"] == ["Qwen2ForSequenceClassification"]
+        assert document["plan"]["config"]["architectures"] == ["LlamaForSequenceClassification"]
         plans.append(document["plan"])
     assert plans[0] == plans[1]
 

@@ -15,7 +15,7 @@ GAUDI_READY := $(GAUDI_VENV)/.complete
 help:
 	@echo "make demo       set up .venv and run the main job on the model that the repository ships"
 	@echo "make test       set up .venv, lint, type-check and run every test but the long ones"
-	@echo "make test-long  the tests that take minutes: learning on real data, ONNX graphs of all families"
+	@echo "make test-long  the tests that take minutes: learning on real data, ONNX graphs of all families, compiled models"
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
 	@echo "make test-gaudi contract tests of the Gaudi backend in .venv-gaudi, without a Gaudi"
 	@echo "make test-deepspeed  the tests of DeepSpeed's ZeRO on the CPU (installs it into build/deepspeed)"

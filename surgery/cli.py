@@ -102,9 +102,9 @@ def enter_environment(section: Any) -> None:
 
     section: the train section of a recipe. Raises: UnsupportedError.
     """
-    from surgery.lookup import BACKENDS, load
+    from surgery.lookup import backend_of
 
-    missing = load(BACKENDS, "gaudi" if section.device == "hpu" else "local", "--device").environment(section)
+    missing = backend_of(section.device).environment(section)
     if missing:
         os.environ.update(missing)
         sys.stdout.flush()

@@ -51,3 +51,8 @@ def load(table: Mapping[str, str], name: str, kind: str) -> Any:
     if record.name != name:
         raise RuntimeError(f"{table[name]} calls itself {record.name!r}, the table {name!r}")
     return record
+
+
+def backend_of(device: str) -> Any:
+    """The backend that trains on a device, by a recipe's word for it: the vendor's is not imported for any other."""
+    return load(BACKENDS, "gaudi" if device == "hpu" else "local", "--device")

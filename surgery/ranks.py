@@ -21,7 +21,7 @@ from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedE
 
 ERRORS = "SURGERY_RANK_ERRORS"  # the folder in which `surgery train --nproc` waits for its processes' errors
 NO_RESULT = "SURGERY_NO_RESULT"  # set where another process says what came of the run
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "hccl"}
+COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "hccl"}
 TIMEOUT = timedelta(minutes=30)  # rank 0 may be reading or writing while the others wait
 OF_ACCELERATE = {"ACCELERATE_USE_FSDP": "fsdp2", "ACCELERATE_USE_DEEPSPEED": "zero3"}
 LOST = ("by peer", "NCCL")  # in the errors of gloo and NCCL when a process that they talk to is gone
@@ -131,7 +131,7 @@ def joined(device: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     owns = not torch.distributed.is_initialized()
     if owns:
-        torch.distributed.init_process_group(BACKENDS[device], timeout=TIMEOUT)
+        torch.distributed.init_process_group(COLLECTIVES[device], timeout=TIMEOUT)
     try:
         yield
     except RuntimeError as error:

@@ -40,7 +40,7 @@ from surgery.errors import (
     shorten,
 )
 from surgery.features import ROW, FeatureCache, numbered, open_cache
-from surgery.lookup import BACKENDS, METHODS, resolve
+from surgery.lookup import METHODS, backend_of, resolve
 from surgery.lookup import load as lookup
 from surgery.metrics import metric_names, metrics_for, preprocess_for
 from surgery.operate import attach_plan, collect, load_base_model
@@ -150,7 +150,7 @@ def train(
     adopt_slurm(os.environ)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
+    backend = backend_of(settings.device)
     device = backend.choose_device(settings.device)
     _require_used(settings, device)
     acceleration.require(settings, device)
@@ -192,7 +192,7 @@ def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
     What follows `--` in the arguments is its launcher's. Returns the exit code; the processes' error has been said.
     Raises: RequestError, UnsupportedError.
     """
-    backend = lookup(BACKENDS, "gaudi" if settings.device == "hpu" else "local", "--device")
+    backend = backend_of(settings.device)
     device = backend.choose_device(settings.device)
     require_places(device, nproc)
     require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=True)

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+from surgery import acceleration
 from surgery.adapter import open_adapter
 from surgery.cli import main as command_line
 from surgery.train import train
@@ -37,7 +39,8 @@ FAILURE = "the disk is on fire"
 class Job:
     """One command, in `nproc` processes (0: without a launcher).
 
-    at: {rank: [step, signal or FAILURE]}; has_standin: the CPU stands in for the devices that DeepSpeed needs.
+    at: {rank: [step, signal or FAILURE]}; has_standin: the CPU stands in for the devices that DeepSpeed needs;
+    compiles_quickly: torch.compile runs its graphs' operators one by one, and a break in a graph is an error.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Job:
     arguments: list[str]
     at: dict[str, list[Any]] = field(default_factory=dict)
     has_standin: bool = False
+    compiles_quickly: bool = False
     limit_seconds: float = 60.0
 
 
@@ -92,6 +96,13 @@ def stand_in() -> None:
     importlib.import_module("surgery.train").require_strategy = lambda *_args, **_kwargs: None
 
 
+def compile_quickly() -> None:
+    """Compile models as one graph, and without a C++ compiler."""
+    real = torch.nn.Module.compile
+    torch.nn.Module.compile = partialmethod(real, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
+    acceleration.compile_failure = lambda _device: ""
+
+
 def run_rank(job: Job, rank: int, port: int, stem: Path) -> None:
     """In a forked process: be this rank, and end."""
     for number, kind in ((1, "out"), (2, "err")):
@@ -104,6 +115,8 @@ def run_rank(job: Job, rank: int, port: int, stem: Path) -> None:
         happen_at(*job.at[str(rank)])
     if job.has_standin:
         stand_in()
+    if job.compiles_quickly:
+        compile_quickly()
     code = 0
     try:
         command_line(job.arguments)

@@ -30,6 +30,7 @@ from tests.examples import CASES
 from tests.test_paca import built
 
 CASE = next(case for case in CASES if (case.family, case.task) == ("llama", "causal-lm"))
+BF16_CHECKPOINTING: dict[str, Any] = {"precision": "bf16", "gradient_checkpointing": True}
 
 
 def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, bf16: bool = True, capability: tuple[int, int] = (9, 0)) -> None:
@@ -120,10 +121,39 @@ def test_a_compiler_that_works_is_asked_on_the_device(monkeypatch: pytest.Monkey
     assert acceleration.compile_failure("hpu") == "the device is hpu"
 
 
-def test_compiling_and_cached_features_exclude_each_other() -> None:
-    """The cache runs parts of the model alone."""
-    with pytest.raises(RecipeError, match=r"train\.compile: given with --cache-features"):
-        require(TrainSection(compile=True, cache_features="states"), "cpu")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        (
+            {"cache_features": "states"},
+            "given with --cache-features, which runs parts of the model alone, expected one",
+        ),
+        ({"strategy": "fsdp2"}, "given with strategy fsdp2, expected strategy ddp"),
+        ({"strategy": "zero2"}, "given with strategy zero2, expected strategy ddp"),
+        ({"strategy": "zero3"}, "given with strategy zero3, expected strategy ddp"),
+    ),
+    ids=str,
+)
+def test_what_does_not_go_with_compiling_is_refused(settings: dict[str, Any], message: str) -> None:
+    """Before anything is compiled: parts of a model that run alone, and parameters that are put together by hooks."""
+    with pytest.raises(RecipeError, match=rf"train\.compile: {message}"):
+        require(TrainSection(compile=True, **settings), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        ({"compile": True}, r"train\.compile: true on hpu, expected false\. Take train\.hpu_mode=compile\."),
+        ({"tf32": "on"}, r"train\.tf32: on, and the device is hpu"),
+        ({"liger": True}, r"train\.liger: the device is hpu"),
+        ({"attention": "flash_attention_2"}, r"train\.attention: flash_attention_2, and the device is hpu"),
+    ),
+    ids=str,
+)
+def test_a_gaudi_has_ways_of_its_own(settings: dict[str, Any], message: str) -> None:
+    """What is CUDA's is refused there, and compiling is named as its backend has it."""
+    with pytest.raises(UnsupportedError, match=message):
+        require(TrainSection(**settings), "hpu")
 
 
 @pytest.mark.parametrize(("text", "value"), (("tf32=on", "on"), ("tf32=off", "off"), ("tf32=auto", "auto")))
@@ -273,11 +303,10 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 @pytest.mark.parametrize(
     ("spec", "settings"),
     (
-        (PacaSpec(rank=4), {}),
-        (PacaSpec(rank=4), {"precision": "bf16", "gradient_checkpointing": True}),
-        (ReadSpec(hidden=8), {"precision": "bf16", "gradient_checkpointing": True}),
+        pytest.param(PacaSpec(rank=4), {}, marks=pytest.mark.long, id="paca-fp32"),
+        pytest.param(PacaSpec(rank=4), BF16_CHECKPOINTING, id="paca-bf16"),
+        pytest.param(ReadSpec(hidden=8), BF16_CHECKPOINTING, marks=pytest.mark.long, id="read-bf16"),
     ),
-    ids=("paca-fp32", "paca-bf16", "read-bf16"),
 )
 def test_a_compiled_run_trains_as_an_eager_one(
     spec: Any, settings: dict[str, Any], tiny_model: TinyModel, tmp_path: Path, quick_compiler: Callable[[], int]

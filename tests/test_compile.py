@@ -7,8 +7,9 @@ activations) in other parts than eager mode does, so that results agree up to ro
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -30,11 +31,20 @@ from tests.tiny import build_model, sample_inputs
 RANK_4 = PacaSpec(rank=4)
 # One for each way in which a parameter is written: by torch's kernels, through `.data`, by no torch.optim.Optimizer.
 WRITERS = ("AdamW", "AdamW fused", "SGD foreach", "writes .data", "swaps .data", "no Optimizer")
+FAST_WRITERS = (("AdamW fused", False), ("swaps .data", True), ("no Optimizer", False))
 # What torch warns of while it traces its own autograd functions and tensors that are no leaves.
 TRACING = (
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 )
+
+
+def mostly_long(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """Cases of which all but these take part in `make test-long` only: each compiles for some seconds."""
+    marked = [
+        (case if isinstance(case, tuple) else (case,), () if case in fast else pytest.mark.long) for case in cases
+    ]
+    return [pytest.param(*values, marks=marks) for values, marks in marked]
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +88,10 @@ def no_more_compiling() -> Any:
     return torch._dynamo.config.patch(error_on_recompile=True)
 
 
-@pytest.mark.parametrize("alpha", (None, 6.0))
-@pytest.mark.parametrize("family", ("llama", "gpt2", "bert", "t5"))
+@pytest.mark.parametrize(
+    ("family", "alpha"),
+    mostly_long(itertools.product(("llama", "gpt2", "bert", "t5"), (None, 6.0)), ("gpt2", None), ("t5", 6.0)),
+)
 def test_one_graph_trains_as_the_eager_model_does(family: str, alpha: float | None, tiny_model: TinyModel) -> None:
     """Losses and gradients of three steps; the second step and the third compile nothing."""
     models = pair(family, tiny_model(family), PacaSpec(rank=4, alpha=alpha))
@@ -103,8 +115,7 @@ def test_one_graph_trains_as_the_eager_model_does(family: str, alpha: float | No
         step()
 
 
-@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(("name", "train"), mostly_long(itertools.product(WRITERS, (True, False)), *FAST_WRITERS))
 def test_after_a_step_the_compiled_model_has_the_new_columns(name: str, train: bool, tiny_model: TinyModel) -> None:
     """Whoever made the step: logits are those of a plain copy with the trained columns, and have moved."""
     ours, _ = pair("llama", tiny_model("llama"))
@@ -207,7 +218,7 @@ def compiled_bytes(hidden: int, rank: int | None) -> int:
     return sum(size for address, size in storages.items() if address not in own)
 
 
-@pytest.mark.parametrize("rank", (1, 16))
+@pytest.mark.parametrize("rank", mostly_long((1, 16), 16))
 def test_a_graph_keeps_r_channels_of_each_input(rank: int) -> None:
     """At most r * tokens * 4 bytes for each distinct input above a frozen model, whatever the width.
 
@@ -221,7 +232,7 @@ def test_a_graph_keeps_r_channels_of_each_input(rank: int) -> None:
 # --- in company
 
 
-@pytest.mark.parametrize("family", ("llama", "gpt2"))
+@pytest.mark.parametrize("family", mostly_long(("llama", "gpt2"), "llama"))
 def test_autocast_computes_as_in_eager_mode(family: str, tiny_model: TinyModel) -> None:
     """Under bf16 autocast logits and gradients are eager's; gradients are fp32."""
     models = pair(family, tiny_model(family), dtype=torch.float32)
@@ -245,7 +256,7 @@ def enable_checkpointing(model: Any) -> None:
         model.disable_input_require_grads()  # as a run does: see KeepFrozenInputs
 
 
-@pytest.mark.parametrize("family", ("llama", "gpt2"))
+@pytest.mark.parametrize("family", mostly_long(("llama", "gpt2"), "llama"))
 def test_gradient_checkpointing_compiles(family: str, tiny_model: TinyModel) -> None:
     """With the layers recomputed in backward the graph is one, gradients are the same, and the next step shows."""
     models = pair(family, tiny_model(family))
@@ -295,7 +306,7 @@ def test_a_copy_of_a_compiled_model_lives_on_its_own(tiny_model: TinyModel) -> N
     assert torch.equal(logits_of(ours, inputs), before)
 
 
-@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode), ids=("no_grad", "inference_mode"))
+@pytest.mark.parametrize("mode", mostly_long((torch.no_grad, torch.inference_mode), torch.inference_mode))
 def test_inference_sees_a_step(mode: Any, tiny_model: TinyModel) -> None:
     """A compiled model that generates between steps has the columns of the last one."""
     ours, theirs = pair("llama", tiny_model("llama"))
@@ -310,7 +321,9 @@ def test_inference_sees_a_step(mode: Any, tiny_model: TinyModel) -> None:
 
 
 @TRACING[0]
-@pytest.mark.parametrize(("family", "cell"), (("llama", "gru"), ("bert", "lstm"), ("t5", "rnn")))
+@pytest.mark.parametrize(
+    ("family", "cell"), mostly_long((("llama", "gru"), ("bert", "lstm"), ("t5", "rnn")), ("llama", "gru"))
+)
 def test_read_compiles_as_one_graph(family: str, cell: str, tiny_model: TinyModel) -> None:
     """A backbone with a side network: the hooks break no graph, and three steps compile once."""
     models = [built(tiny_model(family), family) for _ in range(2)]
@@ -335,7 +348,7 @@ def test_read_compiles_as_one_graph(family: str, cell: str, tiny_model: TinyMode
         step()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's, of torch's own functions
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: no g++ on the path")
 @pytest.mark.parametrize("family", ("llama", "gpt2"))

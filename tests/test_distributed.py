@@ -188,6 +188,7 @@ def bench(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Be
         made.add(variant, f"{variant.name}-one", 0)
         for strategy in variant.strategies:
             made.add(variant, f"{variant.name}-{strategy}", 2, settings={"strategy": strategy})
+    made.add(VARIANTS[0], "compiled-ddp", 2, settings={"compile": True}, compiles_quickly=True)
     add_interrupted(made)
     made.run()
     return made
@@ -224,6 +225,13 @@ def test_two_processes_train_the_adapter_that_one_trains(variant: Variant, strat
     one, two = bench.folder(f"{variant.name}-one"), bench.folder(f"{variant.name}-{strategy}")
     assert largest_difference(one, two) <= TOLERANCE
     assert largest_difference(bench.folder(f"fresh-{variant.name}"), two) > 1e-3
+
+
+def test_compiled_models_train_as_others_do(bench: Bench) -> None:
+    """DDP around a compiled model: one graph, and the adapter of one process that compiles nothing."""
+    assert bench.codes("compiled-ddp") == [0, 0], bench.outcomes["compiled-ddp"].errors
+    assert open_adapter(bench.folder("compiled-ddp")).record.manifest.training["kernels"]["compile"] is True
+    assert largest_difference(bench.folder("plain-one"), bench.folder("compiled-ddp")) <= TOLERANCE
 
 
 def test_a_bf16_base_with_fp32_columns_trains_the_same_sharded_and_not(bench: Bench) -> None:

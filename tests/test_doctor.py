@@ -139,6 +139,7 @@ def test_the_ranges_are_those_of_the_package() -> None:
             assert declared[name] == SpecifierSet(">=4.55,<6")
         else:
             assert [SpecifierSet(text) for text in admitted] == [declared[name]]
+    assert {*EXTRAS, "dev"} == set(project["optional-dependencies"])
     for extra, packages in EXTRAS.items():
         listed = {r.name: r.specifier for r in map(Requirement, project["optional-dependencies"][extra])}
         assert {name: SpecifierSet(text) for name, text in packages.items()}.items() <= listed.items()

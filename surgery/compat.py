@@ -224,6 +224,20 @@ def current_class(model_class: Any) -> Any:
     return getattr(module, model_class.__name__) if module.__name__.startswith("transformers.") else model_class
 
 
+def forget_replaced_classes() -> None:
+    """Let transformers' own modules name the classes that stand there now.
+
+    They keep each class that was asked for; a model built through them would be half of one kind, half of the other.
+    """
+    for module_name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
+        kept = vars(sys.modules[module_name])
+        for name, value in list(kept.items()):
+            if isinstance(value, type) and value.__module__ != module_name and name == value.__name__:
+                owner = sys.modules.get(value.__module__)
+                if value.__module__.startswith("transformers.models.") and name in vars(owner):
+                    kept[name] = vars(owner)[name]
+
+
 def upstream_architecture(name: str) -> str:
     """The architecture's own name, without the prefix optimum-habana gives its subclasses."""
     return re.sub(r"^Gaudi(?=[A-Z])", "", name)

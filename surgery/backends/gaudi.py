@@ -150,7 +150,10 @@ def prepare() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         from optimum.habana.transformers.modeling_utils import adapt_transformers_to_gaudi
 
+        from surgery.compat import forget_replaced_classes
+
         adapt_transformers_to_gaudi()
+    forget_replaced_classes()
 
 
 def environment(section: TrainSection) -> dict[str, str]:

@@ -140,35 +140,33 @@ def measure_export(arguments: argparse.Namespace) -> None:
 
 
 def measure_load(arguments: argparse.Namespace) -> None:
-    """A graph on the safetensors file, one on a copy, and both with products that take weights as they lie."""
+    """A graph on the safetensors file, one on a copy, and both with products of transposed weights instead."""
     base = build(arguments.folder / "large-bf16", LARGE, torch.bfloat16)
     for name, data in (("zero-copy", "safetensors"), ("copied", "copy")):
         out = arguments.folder / name
         surgery.export_checkpoint(base, out, check=False, onnx_data=data, overwrite=True)
-        fuse(out / "model.onnx", out / "fused.onnx")
-    for way in ("imports", "zero-copy/model.onnx", "copied/model.onnx", "zero-copy/fused.onnx", "copied/fused.onnx"):
+        unfuse(out / "model.onnx", out / "unfused.onnx")
+    ways = ("imports", *(f"{data}/{way}.onnx" for data in ("zero-copy", "copied") for way in ("model", "unfused")))
+    for way in ways:
         runs = [in_process("load", way, arguments) for _ in range(1 if way == "imports" else arguments.rounds)]
         seconds = [run["seconds"] for run in runs]
         print(f"{way:22} peak {statistics.median(run['peak'] for run in runs) / 1e6:.0f} MB, "
               f"{statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")  # fmt: skip
 
 
-def fuse(path: Path, out: Path) -> None:
-    """Replace MatMul(x, Transpose(w)) of weights by onnxruntime's FusedMatMul(x, w, transB)."""
+def unfuse(path: Path, out: Path) -> None:
+    """Replace the export's FusedMatMul(x, w, transB) by MatMul(x, Transpose(w)), as exporters write it."""
     model = onnx.load(path, load_external_data=False)
-    transposes = {node.output[0]: node for node in model.graph.node if node.op_type == "Transpose"}
-    weights = {value.name for value in model.graph.initializer}
-    weights |= {n.output[0] for n in model.graph.node if n.op_type == "Cast" and n.input[0] in weights}
+    nodes: dict[str, onnx.NodeProto] = {}
     for node in model.graph.node:
-        source = transposes.get(node.input[1]) if node.op_type == "MatMul" else None
-        if source is not None and source.input[0] in weights:
-            node.op_type, node.domain, node.input[1] = "FusedMatMul", "com.microsoft", source.input[0]
-            node.attribute.append(onnx.helper.make_attribute("transB", 1))
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [node for node in model.graph.node if node.op_type != "Transpose" or node.output[0] in used]
+        if node.op_type != "FusedMatMul":
+            nodes[node.output[0]] = node
+            continue
+        turned = f"{node.input[1]}.transposed"
+        nodes.setdefault(turned, onnx.helper.make_node("Transpose", [node.input[1]], [turned], perm=[1, 0]))
+        nodes[node.output[0]] = onnx.helper.make_node("MatMul", [node.input[0], turned], list(node.output))
     del model.graph.node[:]
-    model.graph.node.extend(kept)
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    model.graph.node.extend(nodes.values())
     out.write_bytes(model.SerializeToString())
 
 

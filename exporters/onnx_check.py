@@ -207,7 +207,7 @@ def _pair(encoder: _Session, decoder: _Session, model: Any) -> _Cases:
         fixed = _as_past(encoded)
         fixed |= {f"encoder_{name}": tensor for name, tensor in encoded.items() if name == "side_states"}
         cache, begin = decoder.empty_cache(batch, ".decoder."), 0
-        for end in range(2, 3 + STEPS):
+        for end in range(1, 3 + STEPS):
             out = decoder(input_ids=written[:, begin:end], encoder_attention_mask=mask, **fixed, **cache)
             yield f"{_say(batch, count, padding)}, {end} written", (out["logits"], whole[:, begin:end])
             cache = _as_past(out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,20 +21,20 @@ from exporters.onnx_graph import MAX_OPSET, MIN_OPSET, build_model, describe, tr
 from exporters.onnx_side import for_graph
 from exporters.onnx_weights import DATA_FILE, attach, find_sources, write_data
 from surgery.adapter import Adapter
-from surgery.checkpoint import GENAI_FILE, RECORD_FILE, Checkpoint, read_json
+from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.delta import SideDelta, require_side
-from surgery.errors import CheckError, RequestError, shorten
+from surgery.errors import CheckError, RequestError, counted, shorten
 from surgery.manifest import ONNX, Check, Record, parse_record, read_document
 from surgery.operate import attach_plan, load_base_model
 from surgery.plan import SurgeryPlan
 from surgery.survey import own_task, read_config
-from surgery.tensorfile import TensorInfo, file_sha256, read_header, torch_dtype
+from surgery.tensorfile import TensorInfo, file_sha256, header_sha256, read_header, torch_dtype
 from surgery.verify import bits_of, load_merged
 from surgery.writing import replace_file, write_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DATA = ("auto", "safetensors", "copy")
-SIDE_FILE = "read.safetensors"
+GENAI_FILE, SIDE_FILE = "genai_config.json", "read.safetensors"
 STAND_IN = "fp32_"  # before the names of graphs that are checked in place of bf16 ones
 CHECK_BYTES_FACTOR = 3  # torch's model, onnxruntime's, and what loading needs: times the weights as computed in
 
@@ -96,7 +95,9 @@ def add_graphs(folder: Path, options: OnnxOptions, delta: Any, *, is_checked: bo
     described = {
         "opset": options.opset, "dtype": _name(dtype), "asked_dtype": options.dtype, "data": graphs.data,
         "differences": differences,
-        "graphs": {name: file_sha256(folder / name) for name in graphs.files}, "headers": header_digests(folder),
+        "graphs": {name: file_sha256(folder / name) for name in graphs.files},
+        "copies": {DATA_FILE: file_sha256(folder / DATA_FILE)} if graphs.data == "copy" else {},
+        "headers": header_digests(folder),
     }  # fmt: skip
     exported = {**record.manifest.export, "format": ONNX, ONNX: described}
     exported["notes"] = (*record.manifest.export.get("notes", ()), *graphs.notes)
@@ -216,7 +217,7 @@ def _reference(folder: Path, record: Record, dtype: torch.dtype) -> Any:
 
 def header_digests(folder: Path) -> dict[str, str]:
     """sha256 of each safetensors file's header: where a graph's weights lie is true while they hold."""
-    return {p.name: hashlib.sha256(read_header(p).raw).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
+    return {path.name: header_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def side_tensors(plan: SurgeryPlan, delta: SideDelta) -> dict[str, Tensor]:
@@ -245,26 +246,27 @@ def verify_graphs(
     Of a side network also whether it is the adapter's, where that is at hand. Raises: CheckError.
     """
     described = record.manifest.export[ONNX]
-    for name, digest in described["graphs"].items():
+    for name, digest in {**described["graphs"], **described["copies"]}.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != digest:
             raise CheckError(
                 str(folder / name),
                 "it is absent or has changed",
-                expected="the graph that was exported",
+                expected="the file that was exported",
                 fix="Export again",
             )
     found = header_digests(folder)
     changed = sorted(name for name, digest in described["headers"].items() if found.get(name) != digest)
     if changed:
         raise CheckError(
-            str(folder / changed[0]), "its header has changed, so the graph reads its weights from wrong places",
+            str(folder / changed[0]), "its header has changed, and with it where weights lie",
             expected="the file that was exported", fix="Export again",
         )  # fmt: skip
     checks = [
         Check(
             "graphs",
             "passed",
-            f"{len(described['graphs'])} as exported, {len(found)} files where they look for weights",
+            f"{counted(len(described['graphs']), 'graph')} as exported; {counted(len(found), 'file')} of weights with "
+            "the header it had",
         )
     ]
     if record.plan.stacks:

@@ -20,7 +20,6 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 RECORD_FILE = "surgery.json"
 MODEL_FILE, ENCODER_FILE, DECODER_FILE = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"  # an ONNX folder's
-GENAI_FILE = "genai_config.json"  # beside a decoder's graph
 _PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _SMALL_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 _SMALL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -38,6 +37,8 @@ def require_model(model: str | Path) -> None:
     """A folder, or what may be a hub id: anything else has the form of a path. Raises: NotAModelError."""
     text = str(model)
     looks_like_path = text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") != 1
+    if Path(text).is_file():
+        require_folder(Path(text))
     if looks_like_path and not Path(text).is_dir():
         raise NotAModelError(text, "no such folder", expected="a model folder or a hub id such as org/name")
 
@@ -198,7 +199,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def _small_files(root: Path) -> Iterator[str]:
-    ours = {INDEX_FILE, RECORD_FILE, GENAI_FILE, "adapter_config.json"}
+    ours = {INDEX_FILE, RECORD_FILE, "adapter_config.json"}
     for path in root.iterdir():
         if path.is_dir() and not path.name.startswith(".") and not path.is_symlink():
             inner = [entry for entry in path.iterdir() if entry.is_file()]

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 @click.option(
     "--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens of this probability together."
 )
-@click.option("--seed", default=0, show_default=True, help="With the prompt it decides what is drawn.")
+@click.option(
+    "--seed", default=0, show_default=True, help="With the prompt it decides what is drawn, by each runtime for itself."
+)
 @click.option("--chat", is_flag=True, help="The prompt is a user's message: write it as the chat template says.")
 @click.option("--base", help="The base's folder or hub id, where it is not where it was.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")

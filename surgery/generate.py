@@ -53,7 +53,8 @@ class GenerateSpec:
     """How text is made.
 
     temperature 0: the likeliest token each time. Above it tokens are drawn, out of the `top_k` likeliest (0: all) and
-    of those, the likeliest that make up `top_p` of the probability; what is drawn is a function of (seed, prompt).
+    of those, the likeliest that make up `top_p` of the probability; what is drawn is, in each runtime, a function of
+    (seed, prompt).
     chat: the prompt is one message of a user, written as the tokenizer's chat template says.
     """
 

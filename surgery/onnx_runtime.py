@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint import DECODER_FILE, ENCODER_FILE, MODEL_FILE, path_inside
+from surgery.checkpoint import DECODER_FILE, ENCODER_FILE, MODEL_FILE, RECORD_FILE, path_inside
 from surgery.columns import generator_seed
 from surgery.errors import DamagedError, NotAModelError, SurgeryError, UnsupportedError, shorten
 from surgery.generate import (
@@ -42,6 +42,7 @@ from surgery.generate import (
     scores_of,
     softmax,
 )
+from surgery.tensorfile import header_sha256
 
 PAST, PRESENT = "past_key_values.", "present."
 CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -390,6 +391,7 @@ def open_folder(folder: Path) -> OnnxModel:
     Raises: UnsupportedError: onnxruntime is missing, or the graph neither writes text nor classifies it;
     NotAModelError, DamagedError.
     """
+    _require_headers(folder)
     config, (rules, notes) = read_config_json(folder), read_rules(folder, ONNX_UNAPPLIED)
     is_single = (folder / MODEL_FILE).is_file()
     names = (MODEL_FILE,) if is_single else (ENCODER_FILE, DECODER_FILE)
@@ -397,6 +399,16 @@ def open_folder(folder: Path) -> OnnxModel:
     kind = _kind(sessions[MODEL_FILE], folder / MODEL_FILE) if is_single else "encoder-decoder"
     text = Text(folder)
     return OnnxModel(folder, kind, sessions, text, config, rules, () if kind == "classifier" else tuple(notes))
+
+
+def _require_headers(folder: Path) -> None:
+    """The files in which our graphs look for weights have them where they were. Raises: DamagedError."""
+    described = optional_json(folder, RECORD_FILE).get("manifest", {}).get("export", {}).get("onnx", {})
+    for name, digest in described.get("headers", {}).items() if described.get("data") == "safetensors" else ():
+        path = path_inside(folder, name)
+        if not path.is_file() or header_sha256(path) != digest:
+            found = "it is absent, or its header has changed, and with it where weights lie"
+            raise DamagedError(str(path), found, expected="the file that was exported", fix="Export again")
 
 
 def _kind(session: Any, path: Path) -> str:

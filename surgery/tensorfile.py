@@ -243,6 +243,11 @@ def read_range(path: Path, begin: int, end: int, chunk_bytes: int = CHUNK_BYTES)
             begin += len(view)
 
 
+def header_sha256(path: Path) -> str:
+    """The digest of a safetensors file's header: what stands where in the file. Raises: DamagedError."""
+    return hashlib.sha256(read_header(path).raw).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """The digest of a whole file."""
     digest = hashlib.sha256()

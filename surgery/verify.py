@@ -24,7 +24,15 @@ from surgery.adapter import Adapter, find_base, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import TRANSFORMERS_5, quiet_loading
 from surgery.delta import ADAPTER_FILE, backbone_sha256, bits, require_backbone, require_columns, require_side
-from surgery.errors import BaseMismatchError, CheckError, DamagedError, RequestError, SurgeryError, counted
+from surgery.errors import (
+    BaseMismatchError,
+    CheckError,
+    DamagedError,
+    NotAModelError,
+    RequestError,
+    SurgeryError,
+    counted,
+)
 from surgery.lookup import ONNX_VERIFY, resolve
 from surgery.manifest import MERGED, ONNX, REMOTE_CODE, UNDO_FILE, Check, Record, read_record
 from surgery.methods.read import MODELING_FILE, modeling_config, modeling_source
@@ -222,15 +230,17 @@ def _check_untouched(sides: _Sides) -> Check:
 def _check_carried(folder: Path, record: Record, base: str | Path | None) -> list[Check]:
     """The tensors beside graphs are the base's, byte for byte: by the base, or by the digest that a plan has of it."""
     checkpoint, plan = Checkpoint.open(folder), record.plan
-    try:
-        root = find_base(record, folder, base)
-    except BaseMismatchError as error:
-        if not plan.backbone_sha256:
-            return [Check("untouched tensors", "not run", error.found)]
+    if base is None and plan.backbone_sha256:
         if backbone_sha256(checkpoint) != plan.backbone_sha256:
             found = "its tensors are not those of the base that the adapter was made for"
-            raise CheckError(str(folder), found, expected="the recorded digest", fix="Export again") from None
-        return [Check("untouched tensors", "passed", "they have the recorded digest")]
+            raise CheckError(str(folder), found, expected="the recorded digest", fix="Export again")
+        return [Check("untouched tensors", "passed", "they have the digest of the base that the adapter was made for")]
+    try:
+        root = find_base(record, folder, base)
+    except (BaseMismatchError, NotAModelError) as error:
+        if base is not None:
+            raise
+        return [Check("untouched tensors", "not run", f"{error.where}: {error.found}")]
     bare = replace(record, plan=SurgeryPlan(NO_METHOD, {}, plan.architecture, plan.task))
     origin = Checkpoint.open(root)
     require_backbone(origin, plan)

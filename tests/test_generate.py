@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 from hypothesis import given, settings
@@ -36,6 +37,7 @@ from surgery.generate import Answer, GenerateSpec, Rules, TextStream
 from surgery.methods.paca import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.survey import TaskSpec
+from surgery.tensorfile import header_sha256
 from surgery.workflow import export
 from tests.conftest import PROJECT, TinyModel
 from tests.reading import build_classifier
@@ -877,6 +879,24 @@ def test_a_graph_that_the_cpu_has_no_kernels_for_is_said(tiny_model: TinyModel, 
     assert (code, out, error.count("\n")) == (5, "", 1), error
     assert "onnxruntime's CPU cannot run it (" in error
     assert error.endswith("expected a graph in fp32 or fp16. Export it again with --dtype fp32.\n")
+
+
+def test_a_graph_is_not_run_on_weights_that_moved(llama_onnx: Path, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Our record says what the files' headers were: exit code 4, where it would write nonsense."""
+    folder = copied(llama_onnx, tmp_path / "onnx")
+    shutil.copy(tiny_model("llama") / "model.safetensors", folder)
+    described: dict[str, Any] = {"data": "safetensors"}
+    described["headers"] = {"model.safetensors": header_sha256(folder / "model.safetensors")}
+    (folder / "surgery.json").write_text(json.dumps({"manifest": {"export": {"onnx": described}}}))
+    assert answer(folder, "a", GenerateSpec(2)).tokens
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"touched": "yes"})
+    with pytest.raises(DamagedError, match="its header has changed, and with it where weights lie") as caught:
+        answer(folder, "a", GenerateSpec(2))
+    assert caught.value.exit_code == 4
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DamagedError, match="it is absent"):
+        answer(folder, "a", GenerateSpec(2))
 
 
 def make_bad_folder(name: str, root: Path, tiny_model: TinyModel, llama_onnx: Path) -> None:

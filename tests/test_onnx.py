@@ -31,9 +31,8 @@ import safetensors.torch
 import surgery
 from exporters import dense, onnx_folder, onnx_graph
 from exporters.onnx_check import unpassed_window
-from surgery.checkpoint import Checkpoint
 from surgery.cli import main
-from surgery.errors import CheckError, RequestError, ResourceError, SurgeryError
+from surgery.errors import CheckError, NotAModelError, RequestError, ResourceError, SurgeryError, UnsupportedError
 from surgery.recipe import DataSection, Recipe
 from surgery.workflow import export_checkpoint, run, undo
 from tests import graphs
@@ -50,9 +49,9 @@ ONE_LAYER: Mapping[str, object] = {"num_hidden_layers": 1}
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def by_family(names: Any) -> list[Any]:
-    """Parameters, of which those that take long are left out of `make test-fast`."""
-    return [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in names]
+def by_family(names: Any, *, fast: tuple[str, ...] = FAST) -> list[Any]:
+    """Parameters, of which those that take long are among the long tests."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.long) for name in names]
 
 
 @dataclass(frozen=True)
@@ -477,8 +476,6 @@ def test_a_merged_folder_can_be_given_graphs_later(merged: Merged, tmp_path: Pat
             assert (out / name).read_bytes() == (merged.folder / name).read_bytes(), name
     found = [(check.name, check.result) for check in surgery.verify(tmp_path / "again-0").checks]
     assert found == [(name, "passed") for name in ("names", "untouched tensors", "graphs", "onnx")]
-    carried = Checkpoint.open(merged.folder).small_files()
-    assert "genai_config.json" not in carried, "it describes a graph that is not carried along"
 
 
 def test_a_merge_with_graphs_can_be_undone(merged: Merged, tmp_path: Path) -> None:
@@ -553,22 +550,34 @@ def test_no_local_path_is_in_a_graph(family: str, made: Made) -> None:
 
 # --- what it computes in
 
-INTEGERS = {"input_ids", "attention_mask", "position_ids"}
+INTEGERS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "encoder_attention_mask"}
 
 
-@pytest.mark.parametrize("family", ("vit", pytest.param("llama", marks=pytest.mark.long)))
+# Rounding may choose other experts, and BART's layers ask in fp16 for the values that they have.
+NOT_IN_FP16 = ("mixtral", "qwen3_moe", "bart")
+
+
+@pytest.mark.parametrize("family", by_family([n for n in FAMILIES if n not in NOT_IN_FP16], fast=("vit",)))
 def test_a_graph_can_compute_in_fp16(family: str, made: Made) -> None:
     """Pixels, cache and logits are fp16; the weights stay fp32 in the file and are cast."""
-    export = made(family, overrides=ONE_LAYER, options={"dtype": "fp16"})
-    kinds = graphs.dtypes_of(export.folder / "model.onnx")
-    assert {kinds.pop(name) for name in INTEGERS & set(kinds)} <= {onnx.TensorProto.INT64}
-    assert set(kinds.values()) == {onnx.TensorProto.FLOAT16}
+    export = made(family, options={"dtype": "fp16"})
+    for path in graphs.graph_files(export.folder):
+        kinds = graphs.dtypes_of(path)
+        assert {kinds.pop(name) for name in INTEGERS & set(kinds)} <= {onnx.TensorProto.INT64}
+        assert set(kinds.values()) == {onnx.TensorProto.FLOAT16}
     used = assert_weights_lie_there(export)
     assert {stored.dtype for stored in used.values()} == {onnx.TensorProto.FLOAT}
     found = graphs.differences(export.folder, graphs.reference(export.base, graphs.class_of(family)))
-    assert too_large(found, 1e-2) == {}
+    assert too_large(found, 2e-2) == {}  # to fp32; the export's own check is to torch in fp16
     assert max(found.values()) > 1e-5, "it computed in fp32"
     assert (export.folder / "model.safetensors").read_bytes() == (export.base / "model.safetensors").read_bytes()
+
+
+def test_a_graph_that_would_depend_on_values_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """BART looks in fp16 whether its states are finite: exit code 5, and nothing is written."""
+    with pytest.raises(UnsupportedError, match=r"could not be exported .*data-dependent"):
+        export_checkpoint(tiny_model("bart"), tmp_path / "out", dtype="fp16")
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("family", ("vit", pytest.param("llama", marks=pytest.mark.long)))
@@ -688,9 +697,7 @@ def test_values_that_a_graph_does_not_have_are_noticed(made: Made, tmp_path: Pat
         shutil.copytree(made("bert", overrides=ONE_LAYER, options={"onnx_data": "copy"}).folder, tmp_path / "out")
     )
     surgery.verify(folder)
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    stored = graphs.tensors_on_disk(folder)["bert.encoder.layer.0.output.dense.weight"]
-    data[stored.begin : stored.begin + stored.size] = data[stored.begin : stored.begin + stored.size][::-1]
+    data = (folder / "model.safetensors").read_bytes()
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["bert.encoder.layer.0.output.dense.weight"].neg_()
     header = bytes(data[: 8 + int.from_bytes(data[:8], "little")])
@@ -699,6 +706,37 @@ def test_values_that_a_graph_does_not_have_are_noticed(made: Made, tmp_path: Pat
     with pytest.raises(CheckError, match="onnxruntime differs from torch by") as caught:
         surgery.verify(folder)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("change", ("absent", "cut short", "the lowest bit"))
+@pytest.mark.parametrize("family", by_family(("bert", "mixtral")))
+def test_a_changed_copy_of_the_weights_is_noticed(family: str, change: str, made: Made, tmp_path: Path) -> None:
+    """Without running anything: it is what the graph reads. Exit code 3."""
+    options = {"onnx_data": "copy"} if family == "bert" else {}
+    overrides = {"overrides": ONE_LAYER} if family == "bert" else {}
+    folder = Path(shutil.copytree(made(family, options=options, **overrides).folder, tmp_path / "out"))
+    surgery.verify(folder, numeric=False)
+    path = folder / "model.onnx_data"
+    data = path.read_bytes()
+    path.unlink()
+    if change != "absent":
+        path.write_bytes(data[:-4] if change == "cut short" else data[:64] + bytes([data[64] ^ 1]) + data[65:])
+    with pytest.raises(CheckError, match=r"model.onnx_data: it is absent or has changed") as caught:
+        surgery.verify(folder, numeric=False)
+    assert caught.value.exit_code == 3
+
+
+def test_a_base_that_the_hub_does_not_give_is_not_compared_with(made: Made, tmp_path: Path) -> None:
+    """The folder is checked by itself, and says what was not; a base that was named must be there."""
+    folder = Path(shutil.copytree(made("bert").folder, tmp_path / "out"))
+    document = json.loads((folder / "surgery.json").read_text())
+    document["manifest"]["base"] = {"path": "", "hub_id": "nobody/nothing", "revision": "0" * 40}
+    (folder / "surgery.json").write_text(json.dumps(document))
+    checks = surgery.verify(folder, numeric=False).checks
+    assert (checks[0].name, checks[0].result) == ("untouched tensors", "not run")
+    assert checks[0].detail.startswith("nobody/nothing: no such folder, and the hub did not give it")
+    with pytest.raises(NotAModelError):
+        surgery.verify(folder, base=tmp_path / "none", numeric=False)
 
 
 def test_a_recorded_fault_is_written_nowhere(made: Made, tmp_path: Path) -> None:
@@ -866,6 +904,11 @@ def inputs(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 REFUSED = (
     ("side", 5, "side: a model with a side network, which would be lost"),
+    (
+        "model/model.safetensors",
+        2,
+        "model.safetensors: a file, expected a model, adapter or merged folder. Name its fol",
+    ),
     ("remote", 2, "remote: a folder of kind 'remote-code', expected an adapter folder"),
     ("model --opset 12", 2, "--opset: 12, expected 20 to 23"),
     ("model --opset 99", 2, "--opset: 99, expected 20 to 23"),

@@ -702,6 +702,16 @@ def test_another_base_is_refused(llama: Adapter, tiny_model: TinyModel, plain_fi
     assert patch(plain_file, tmp_path / "adapter", tmp_path / "right", base=tiny_model("llama")).blocks
 
 
+def test_what_describes_the_graph_comes_along(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Of a folder that we exported: its graph is as it was, and so is what onnxruntime-genai reads of it."""
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    folder = workflow.export_checkpoint(tiny_model("llama"), tmp_path / "onnx", check=False).out
+    out = patch(folder / "model.onnx", adapter.folder, tmp_path / "patched").out
+    assert {path.name for path in out.iterdir()} == {path.name for path in folder.iterdir()}
+    for name in ("genai_config.json", "model.onnx"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
 def test_a_folder_is_no_file(llama: Adapter, plain_file: Path, tmp_path: Path) -> None:
     """What stands in it is named."""
     file = str(plain_file)
@@ -787,7 +797,7 @@ def test_what_is_no_onnx_file_is_refused(llama: Adapter, tmp_path: Path) -> None
     (folder / "noise.onnx").write_bytes(b"\xff" * 100)
     (folder / "empty.onnx").write_bytes(b"")
     refuse(NotAModelError, 2, "no such file", folder / "absent.onnx", tmp_path / "adapter")
-    refuse(NotAModelError, 2, "no such file", folder / ".", tmp_path / "adapter")
+    refuse(NotAModelError, 2, "a folder, expected an .onnx file", folder / ".", tmp_path / "adapter")
     refuse(DamagedError, 4, "does not parse", folder / "noise.onnx", tmp_path / "adapter")
     refuse(DamagedError, 4, "without nodes", folder / "empty.onnx", tmp_path / "adapter")
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from surgery.compat import TRANSFORMERS_5
+from surgery.compat import keep_inputs_frozen
 from surgery.errors import RecipeError, UnsupportedError, shorten
 from surgery.paca_layers import PacaLayer
 from surgery.recipe import TrainSection
@@ -260,11 +260,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 class KeepFrozenInputs(TrainerCallback):  # type: ignore[misc]
-    """With gradient checkpointing transformers 5 makes the embeddings' output ask for a gradient.
-
-    The reentrant kind needs that; ours does not, and would compute a gradient that nobody uses, and break a graph.
-    """
+    """With gradient checkpointing: what asks for no gradient stays so once the trainer has switched it on."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if TRANSFORMERS_5:
-            kwargs["model"].disable_input_require_grads()
+        keep_inputs_frozen(kwargs["model"])

@@ -151,6 +151,15 @@ def set_checkpointing(model: Any, *, on: bool) -> None:
         getattr(model, f"{name}_disable")()
 
 
+def keep_inputs_frozen(model: Any) -> None:
+    """Take off what transformers 5 puts on with checkpointing: that the embeddings' output asks for a gradient.
+
+    The reentrant kind needs that; ours does not, and would compute a gradient that nobody uses, and break a graph.
+    """
+    if TRANSFORMERS_5:
+        model.disable_input_require_grads()
+
+
 def download_config(hub_id: str) -> Path:
     """The folder of a hub id's config.json, fetched alone where it is not in the cache. Raises: OSError."""
     from huggingface_hub import hf_hub_download

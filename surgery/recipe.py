@@ -196,9 +196,6 @@ class Recipe(_Section):
         return TaskSpec(self.task, tuple(self.labels))
 
 
-SECTIONS = ("paca", "read", "data", "train", "export")
-
-
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from YAML, with `key=value` overrides. Raises: RecipeError."""
     try:

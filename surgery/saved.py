@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from surgery.compat import is_conv1d, quiet_loading, reading_values, set_checkpointing
+from surgery.compat import is_conv1d, keep_inputs_frozen, quiet_loading, reading_values, set_checkpointing
 from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import UnsupportedError, shorten
 from surgery.paca_layers import PacaLayer
@@ -227,6 +227,8 @@ def _running(dry: DryModel, step: Step, watch: _Watch | None = None) -> Iterator
     model = dry.model
     model.train()
     _set_checkpointing(model, on=step.checkpointing)
+    if dry.is_side or any(isinstance(module, PacaLayer) for module in model.modules()):
+        keep_inputs_frozen(model)  # as our runs do, others not
     dtype = DTYPES[step.autocast]
     with ExitStack() as stack:
         stack.enter_context(quiet_loading())

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from surgery import ReadSpec, paca_layers
-from surgery.compat import TRANSFORMERS_5, set_checkpointing
+from surgery.compat import keep_inputs_frozen, set_checkpointing
 from surgery.methods.paca import PacaSpec
 from surgery.operate import attach
 from tests.conftest import TinyModel
@@ -252,8 +252,7 @@ def test_autocast_computes_as_in_eager_mode(family: str, tiny_model: TinyModel) 
 def enable_checkpointing(model: Any) -> None:
     """Non-reentrant, with inputs that stay frozen."""
     set_checkpointing(model, on=True)
-    if TRANSFORMERS_5:
-        model.disable_input_require_grads()  # as a run does: see KeepFrozenInputs
+    keep_inputs_frozen(model)
 
 
 @pytest.mark.parametrize("family", mostly_long(("llama", "gpt2"), "llama"))

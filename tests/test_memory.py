@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from surgery.adapter import open_adapter
 from surgery.checkpoint import CONFIG_FILE
-from surgery.compat import set_checkpointing
+from surgery.compat import keep_inputs_frozen, set_checkpointing
 from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import RequestError, UnsupportedError
 from surgery.memory import SHARDINGS, Run, Subject, Tensor, _gathered, _state, open_planned, open_subject, predict
@@ -169,6 +169,8 @@ def test_peak(family: str, method: str, checkpointing: bool, tiny_model: TinyMod
         attach(real, SPECS["paca"])
     if checkpointing:
         set_checkpointing(real, on=True)
+    if method == "paca":
+        keep_inputs_frozen(real)
     inputs = sample_inputs(family, batch=3, tokens=40)
     live = LiveBytes(real)
     with live.watching():

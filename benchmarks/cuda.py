@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.step import SHAPES, as_floor, as_full, as_paca, enable_checkpointing, optimizer_of, ratio, wait
+from benchmarks.step import SHAPES, as_floor, as_full, as_paca, optimizer_of, ratio, wait
+from surgery.compat import keep_inputs_frozen, set_checkpointing
 
 TURNS, ALONE = ("floor", "paca", "lora", "lora-fp32"), ("full",)
 T = TypeVar("T")
@@ -98,14 +99,8 @@ class Setup:
     def checkpoint(self, *, enable: bool) -> None:
         """Gradient checkpointing on or off, without a gradient of the embeddings that only the reentrant kind needs."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        if enable:
-            enable_checkpointing(model)
-            if hasattr(model, "_require_grads_hook"):
-                model.disable_input_require_grads()
-        elif hasattr(model, "activation_checkpointing_disable"):
-            model.activation_checkpointing_disable()
-        else:
-            model.gradient_checkpointing_disable()
+        set_checkpointing(model, on=enable)
+        keep_inputs_frozen(model)
 
 
 def build(arguments: argparse.Namespace, method: str) -> Setup:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import DTYPES, SHAPES, as_full, as_lora, as_paca, enable_checkpointing, saved_bytes
+from step import DTYPES, SHAPES, as_full, as_lora, as_paca, saved_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.compat import keep_inputs_frozen, set_checkpointing
 from surgery.memory import Run, open_subject, predict
 from surgery.methods.read import ReadSpec
 from surgery.saved import LiveBytes
@@ -56,7 +57,9 @@ def measure(arguments: argparse.Namespace, method: str) -> tuple[int, int]:
     config = config_of(arguments)
     model = VARIANTS[method](LlamaForCausalLM(config).to(DTYPES[arguments.dtype]), arguments.rank).train()
     if arguments.checkpointing:
-        enable_checkpointing(model)
+        set_checkpointing(model, on=True)
+        if method in ("paca", "read"):
+            keep_inputs_frozen(model)  # as in our runs
     ids = torch.randint(0, config.vocab_size, (arguments.batch, arguments.tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     saved = saved_bytes(model, batch)

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.compat import set_checkpointing
 
 SHAPES = {
     "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12,
@@ -119,14 +120,6 @@ def saved_bytes(model: Any, batch: Mapping[str, Tensor]) -> int:
     return total
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Non-reentrant, under the name that this version of transformers has for it."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def measure(arguments: argparse.Namespace, *, checkpointing: bool) -> dict[str, Any]:
     """Seconds a step by variant, taking turns."""
     device, dtype = arguments.device, DTYPES[arguments.dtype]
@@ -138,7 +131,7 @@ def measure(arguments: argparse.Namespace, *, checkpointing: bool) -> dict[str, 
     result: dict[str, Any] = {"saved_bytes": {name: saved_bytes(model, batch) for name, model in models.items()}}
     for model in models.values():
         if checkpointing:
-            enable_checkpointing(model)
+            set_checkpointing(model, on=True)
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     order = random.Random(0)

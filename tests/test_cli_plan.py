@@ -156,11 +156,11 @@ def test_how_a_recipe_trains(tiny_model: TinyModel) -> None:
             answer(folder / f"{name}.yaml", *ours, "cpu_offload=false", "--sharding", "none")["run"]["sharding"]
             == "none"
         )
-    kept = {name: answer(*ours[1:], tiny_model("llama"), f"train.attention={name}") for name in ("auto", "eager")}
+    kept = {name: answer(tiny_model("llama"), *ours[1:], f"train.attention={name}") for name in ("auto", "eager")}
     assert kept["eager"]["activations"]["attention"] > kept["auto"]["activations"]["attention"]
     assert kept["eager"]["activations"]["MLP"] == kept["auto"]["activations"]["MLP"]
     asked = ("train.compile=true", "liger=true", "attention=flash_attention_2", "--padded")
-    notes = "; ".join(answer(*ours[1:], tiny_model("llama"), *asked)["notes"])
+    notes = "; ".join(answer(tiny_model("llama"), *ours[1:], *asked)["notes"])
     for said in ("train.compile is not predicted", "train.liger is not", "flash_attention_2 takes the padding out"):
         assert said in notes
 

@@ -21,8 +21,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from exporters.dense import export
 from surgery.adapter import Adapter, open_adapter, update_adapter
-from surgery.backends.local import _checkpointing_key, training_arguments
+from surgery.backends.local import training_arguments
 from surgery.checkpoint import Checkpoint
+from surgery.compat import checkpointing_name
 from surgery.delta import ADAPTER_FILE, adapter_names
 from surgery.errors import (
     BaseMismatchError,
@@ -878,7 +879,7 @@ def test_every_setting_reaches_the_trainer(tmp_path: Path) -> None:
     made = training_arguments(section, folder=tmp_path, device="cpu", autocast="fp32", steps=7, has_eval=True)
     assert {key: getattr(made, renamed.get(key, key)) for key in given} == given
     assert (made.max_steps, made.data_seed) == (7, 5)
-    assert getattr(made, _checkpointing_key(type(made))) is True
+    assert getattr(made, checkpointing_name(type(made))) is True
 
 
 def test_signals_are_given_back(plain: Setting, tmp_path: Path) -> None:

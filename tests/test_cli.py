@@ -455,6 +455,14 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"task": TaskSpec("seq2seq", ("x",)), "data": DataSection(train=["a"]), "settings": TrainSection(max_steps=9)},
     ),
     (
+        "train model-paca -c recipe.yaml --resume auto --data b --data c --nproc 2 max_steps=7 -- --nnodes 2",
+        {
+            "arguments": ["model-paca", "--data=b", "--data=c", "--resume=auto", "--config=recipe.yaml", "max_steps=7",
+                          "--", "--nnodes", "2"],
+            "settings": TrainSection(max_steps=7), "nproc": 2,
+        },
+    ),
+    (
         ("export model-paca --merge -o out --dtype bf16 --max-shard-size 1MB --no-verify --prompt p --base b "
          "--overwrite"),
         {
@@ -478,8 +486,8 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("undo model-paca -o again", {"out": Path("again")}),
     (
-        "run recipe.yaml max_steps=7 --overwrite",
-        {"recipe": Recipe.model_validate({**RECIPE, "train": {"max_steps": 7}}), "overwrite": True},
+        "run recipe.yaml max_steps=7 --overwrite --nproc 2",
+        {"recipe": Recipe.model_validate({**RECIPE, "train": {"max_steps": 7}}), "overwrite": True, "nproc": 2},
     ),
 )  # fmt: skip
 
@@ -490,8 +498,9 @@ def test_every_option_reaches_the_library(
 ) -> None:
     """What is given on the command line is what the function is called with."""
     (work / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    name, *_ = line.split()
-    module = importlib.import_module(LIBRARY.get(name, "surgery.workflow"))
+    command, *given = line.split()
+    module = importlib.import_module(LIBRARY.get(command, "surgery.workflow"))
+    name = "launch" if command == "train" and "--nproc" in given else command
     signature, seen = inspect.signature(getattr(module, name)), {}
 
     def call(*given: Any, **options: Any) -> None:

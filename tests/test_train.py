@@ -410,8 +410,8 @@ def described(folder: Path) -> str:
         ({"learning_rate": 0.5}, "settings.learning_rate"),
         ({"max_steps": 12, "seed": 3}, "settings.max_steps, settings.seed"),
         ({"lr_scheduler": "cosine"}, "settings.lr_scheduler"),
-        ({"batch_size": 2}, "settings.batch_size"),
-        ({"gradient_accumulation": 2}, "settings.gradient_accumulation"),
+        ({"batch_size": 2}, "settings.examples_per_step"),
+        ({"gradient_accumulation": 2}, "settings.examples_per_step"),
         ({"weight_decay": 0.5}, "settings.weight_decay"),
     ),
 )

@@ -428,7 +428,7 @@ def test_without_its_adapter_the_byte_checks_remain(copied: Exported) -> None:
 def test_another_adapter_is_not_this_one(copied: Exported) -> None:
     """One that was named must be the one that was exported."""
     other = make_read_adapter(copied.base, copied.folder.parent / "other", SPEC, seed=1)
-    with pytest.raises(CheckError, match="not the adapter that was merged"):
+    with pytest.raises(CheckError, match="not the adapter that was exported"):
         surgery.verify(copied.folder, adapter=other.folder)
 
 

@@ -361,7 +361,7 @@ def test_an_adapter_that_was_trained_on_since_is_not_compared(merged: Path, tiny
     make_adapter(tiny_model("llama"), adapter, TARGETS, seed=1)
     result = verify(merged)
     assert {c.name: c.detail for c in result.checks}["logits"] == "its adapter has changed since"
-    with pytest.raises(CheckError, match="not the adapter that was merged"):
+    with pytest.raises(CheckError, match="not the adapter that was exported"):
         verify(merged, adapter=adapter)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
@@ -114,3 +115,11 @@ CASES = (
     Case("t5", "seq2seq", "pairs.jsonl", _SEQ2SEQ, settings={"learning_rate": 5e-2}),
     Case("bart", "seq2seq", "prompts.tsv", _QA),
 )
+
+
+def mostly_long(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """Cases for `parametrize`, of which all but the named ones take part in `make test-long` only."""
+    listed = list(cases)
+    assert set(fast) <= set(listed)
+    marked = [(c if isinstance(c, tuple) else (c,), () if c in fast else pytest.mark.long) for c in listed]
+    return [pytest.param(*values, marks=marks) for values, marks in marked]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from surgery.compat import keep_inputs_frozen, set_checkpointing
 from surgery.methods.paca import PacaSpec
 from surgery.operate import attach
 from tests.conftest import TinyModel
+from tests.examples import mostly_long
 from tests.reading import move
 from tests.test_paca import OPTIMIZERS, built, logits_of, loss_of, trainable
 from tests.tiny import build_model, sample_inputs
@@ -37,14 +38,6 @@ TRACING = (
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 )
-
-
-def mostly_long(cases: Iterable[Any], *fast: Any) -> list[Any]:
-    """Cases of which all but these take part in `make test-long` only: each compiles for some seconds."""
-    marked = [
-        (case if isinstance(case, tuple) else (case,), () if case in fast else pytest.mark.long) for case in cases
-    ]
-    return [pytest.param(*values, marks=marks) for values, marks in marked]
 
 
 @pytest.fixture(autouse=True)

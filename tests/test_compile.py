@@ -32,7 +32,7 @@ from tests.tiny import build_model, sample_inputs
 RANK_4 = PacaSpec(rank=4)
 # One for each way in which a parameter is written: by torch's kernels, through `.data`, by no torch.optim.Optimizer.
 WRITERS = ("AdamW", "AdamW fused", "SGD foreach", "writes .data", "swaps .data", "no Optimizer")
-FAST_WRITERS = (("AdamW fused", False), ("swaps .data", True), ("no Optimizer", False))
+FAST_WRITERS = (("AdamW fused", False), ("no Optimizer", True))
 # What torch warns of while it traces its own autograd functions and tensors that are no leaves.
 TRACING = (
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -83,7 +83,7 @@ def no_more_compiling() -> Any:
 
 @pytest.mark.parametrize(
     ("family", "alpha"),
-    mostly_long(itertools.product(("llama", "gpt2", "bert", "t5"), (None, 6.0)), ("gpt2", None), ("t5", 6.0)),
+    mostly_long(itertools.product(("llama", "gpt2", "bert", "t5"), (None, 6.0)), ("gpt2", None), ("llama", 6.0)),
 )
 def test_one_graph_trains_as_the_eager_model_does(family: str, alpha: float | None, tiny_model: TinyModel) -> None:
     """Losses and gradients of three steps; the second step and the third compile nothing."""
@@ -211,15 +211,14 @@ def compiled_bytes(hidden: int, rank: int | None) -> int:
     return sum(size for address, size in storages.items() if address not in own)
 
 
-@pytest.mark.parametrize("rank", mostly_long((1, 16), 16))
-def test_a_graph_keeps_r_channels_of_each_input(rank: int) -> None:
+@pytest.mark.parametrize(("rank", "hidden"), mostly_long(itertools.product((1, 16), (32, 64)), (16, 64)))
+def test_a_graph_keeps_r_channels_of_each_input(rank: int, hidden: int) -> None:
     """At most r * tokens * 4 bytes for each distinct input above a frozen model, whatever the width.
 
     And a layer's number: 8 bytes.
     """
     expected = 2 * 4 * rank * (2 * 9) * 4 + 14 * 8
-    for hidden in (32, 64):
-        assert compiled_bytes(hidden, rank) - compiled_bytes(hidden, None) <= expected
+    assert compiled_bytes(hidden, rank) - compiled_bytes(hidden, None) <= expected
 
 
 # --- in company
@@ -286,6 +285,7 @@ def test_layers_compiled_one_by_one_share_a_graph(tiny_model: TinyModel) -> None
     assert counter.frame_count == 2
 
 
+@pytest.mark.long
 def test_a_copy_of_a_compiled_model_lives_on_its_own(tiny_model: TinyModel) -> None:
     """Training the copy leaves the first model alone, in its graph too."""
     ours, _ = pair("llama", tiny_model("llama"))

@@ -58,7 +58,7 @@ test: lint
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(TESTS)
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(TESTS)
 
 test-gaudi: $(GAUDI_READY)
 	$(ONE_THREAD) $(GAUDI_VENV)/bin/python -m pytest -n 2 --dist loadfile -c tests/gaudi/pytest.ini tests/gaudi

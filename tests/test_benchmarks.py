@@ -1,4 +1,4 @@
-"""The script that measures on CUDA: its search, its report, and that it runs."""
+"""The scripts that measure: that they start; and of that on CUDA its search, its report, and that it runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,19 @@ from tests.conftest import PROJECT
 
 
 @pytest.fixture
-def cuda() -> Any:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script as a module."""
-    return importlib.import_module("benchmarks.cuda")
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    return importlib.import_module("on_cuda")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(path.name for path in (PROJECT / "benchmarks").glob("*.py")))
+def test_every_script_starts(name: str) -> None:
+    """What stands beside a script is found before any installed package of that name, by torch too."""
+    command = [sys.executable, f"benchmarks/{name}", "--help"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout[:6]) == (0, "usage:"), done.stderr
 
 
 @pytest.mark.parametrize("limit", (0, 511, 512, 5000, 9_900, 10_400, 12_000, 1_000_000))
@@ -55,7 +65,7 @@ def test_memory_that_does_not_suffice_is_a_row_that_says_so(cuda: Any, monkeypat
 @pytest.mark.slow
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     """`--small` prints a row for each method, with and without checkpointing, and writes the raw figures."""
-    command = [sys.executable, "benchmarks/cuda.py", "--small", "--json", str(tmp_path / "cuda.json")]
+    command = [sys.executable, "benchmarks/on_cuda.py", "--small", "--json", str(tmp_path / "cuda.json")]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "cuda.json").read_text())["rows"]
@@ -70,7 +80,7 @@ def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
 def test_without_a_device_it_says_so() -> None:
     """And what to do."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/cuda.py"], cwd=PROJECT, capture_output=True, text=True, check=False
+        [sys.executable, "benchmarks/on_cuda.py"], cwd=PROJECT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
     assert "torch sees no CUDA device, expected one. --small tries the script" in done.stderr

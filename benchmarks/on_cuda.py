@@ -1,13 +1,15 @@
 """A training step of each method on a Llama of 8 billion values on CUDA: time, peak memory, longest sequence in 80 GB.
 
-    python benchmarks/cuda.py --json cuda.json          under nine minutes on an H200; prints a Markdown table
-    python benchmarks/cuda.py --small                   the script itself, on a CPU: a tiny model, no memory figures
+    python benchmarks/on_cuda.py --json cuda.json          under nine minutes on an H200; prints a Markdown table
+    python benchmarks/on_cuda.py --small                   the script itself, on a CPU: a tiny model, no memory figures
 
 Weights are random and drawn on the device; all computes in bf16 under autocast, as the trainer does, attention sdpa,
 AdamW fused. The methods hold equal weights and take turns step by step, but for full tuning, which has the device for
 itself. Memory is measured with one method on the device. `lora` has its adapters in bf16, the leanest; `lora-fp32` is
 what PEFT gives without being asked; `full` has weights, gradients and moments in bf16. The floor is a frozen forward
 with input gradients, and has no optimizer.
+
+It is not called cuda.py: NVIDIA has a package of that name, which torch imports where it finds it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import json
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -28,15 +29,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-HERE = Path(__file__).resolve().parent
-if sys.path[0] == str(HERE):  # else this file would stand for the package `cuda`, which NVIDIA has and torch may import
-    sys.path[0] = str(HERE.parent)
-
 import torch
+from step import SHAPES, as_floor, as_full, as_paca, optimizer_of, ratio, wait
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.step import SHAPES, as_floor, as_full, as_paca, optimizer_of, ratio, wait
 from surgery.compat import keep_inputs_frozen, set_checkpointing
 
 TURNS, ALONE = ("floor", "paca", "lora", "lora-fp32"), ("full",)

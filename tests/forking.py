@@ -33,6 +33,7 @@ assert open_adapter, train  # imported for the forked processes, which use them 
 
 
 FAILURE = "the disk is on fire"
+NOTHING_COMPILED = 99  # an exit code
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def run_rank(job: Job, rank: int, port: int, stem: Path) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     finally:
+        if job.compiles_quickly and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+            code = NOTHING_COMPILED
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

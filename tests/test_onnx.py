@@ -693,9 +693,8 @@ def test_a_changed_weight_of_an_untouched_model_is_noticed(made: Made, tmp_path:
 
 def test_values_that_a_graph_does_not_have_are_noticed(made: Made, tmp_path: Path) -> None:
     """A graph with data of its own beside other weights: the numbers differ, exit code 3."""
-    folder = Path(
-        shutil.copytree(made("bert", overrides=ONE_LAYER, options={"onnx_data": "copy"}).folder, tmp_path / "out")
-    )
+    made_before = made("bert", overrides=ONE_LAYER, options={"onnx_data": "copy"}).folder
+    folder = Path(shutil.copytree(made_before, tmp_path / "away" / "from" / "its" / "base"))
     surgery.verify(folder)
     data = (folder / "model.safetensors").read_bytes()
     tensors = safetensors.torch.load_file(folder / "model.safetensors")

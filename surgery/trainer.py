@@ -84,8 +84,7 @@ class SurgeryCheckpoints:
             shutil.rmtree(staging, ignore_errors=True)
         wait()
         self.surgery_place_best()
-        if is_main():
-            self._drop_old(folder)
+        self.surgery_drop_old()
 
     def _publish(self, staged: Path, folder: Path) -> None:
         self.state.save_to_json(str(staged / TRAINER_FILE))
@@ -134,7 +133,11 @@ class SurgeryCheckpoints:
         with self.surgery_features.batch(self.model, rows.tolist(), inputs.get("attention_mask")):
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def _drop_old(self, folder: Path) -> None:
+    def surgery_drop_old(self) -> None:
+        """Keep the newest checkpoints, and the best one; also what a run that was killed had no time to remove."""
+        if not is_main():
+            return
+        folder = Path(self.args.output_dir)
         kept = sorted(folder.glob("checkpoint-*"), key=step_of)[-self.surgery_keep :]
         for path in folder.glob("checkpoint-*"):
             if path not in kept and str(path) != self.state.best_model_checkpoint:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from surgery.backends import Backend
+from surgery.backends import Backend, shared_arguments
 from surgery.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -296,11 +296,7 @@ def training_arguments(
     require_mode(section.hpu_mode)
     from optimum.habana import GaudiTrainingArguments
 
-    stops_early = section.early_stopping_patience is not None
-    save_steps = section.save_steps or max(1, steps // 10)
-    eval_steps = section.eval_steps or (save_steps if stops_early else steps)
     arguments = GaudiTrainingArguments(
-        output_dir=str(folder),
         use_habana=True,
         use_cpu=False,
         gaudi_config_name=None,
@@ -315,49 +311,18 @@ def training_arguments(
         adjust_throughput=False,
         non_blocking_data_copy=False,
         distribution_strategy="ddp",
-        ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # the column indices are equal on every rank, and constant
         ddp_bucket_cap_mb=230,
-        average_tokens_across_devices=True,
         attn_implementation="eager",
-        per_device_train_batch_size=section.batch_size,
-        per_device_eval_batch_size=section.eval_batch_size or section.batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation,
-        max_steps=steps,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type=section.lr_scheduler,
-        warmup_steps=section.warmup_steps,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        adam_beta1=section.adam_beta1,
-        adam_beta2=section.adam_beta2,
-        adam_epsilon=section.adam_epsilon,
         optim="adamw_torch",
-        seed=section.seed,
-        data_seed=section.seed,
         bf16=autocast == "bf16",
         half_precision_backend="hpu_amp",
-        logging_strategy="steps",
-        logging_steps=min(section.logging_steps, steps),
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if has_eval else "no",
-        eval_steps=eval_steps if has_eval else None,
-        eval_on_start=False,
-        save_strategy="steps",
-        save_steps=eval_steps if stops_early else save_steps,
-        save_total_limit=None,
         save_safetensors=True,
-        load_best_model_at_end=stops_early,
-        metric_for_best_model=f"eval_{section.metric_for_best}" if stops_early else None,
-        greater_is_better=section.metric_for_best != "loss" if stops_early else None,
         gradient_checkpointing=section.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if section.gradient_checkpointing else None,
         dataloader_pin_memory=False,
         dataloader_drop_last=True,
-        remove_unused_columns=True,
-        disable_tqdm=True,
-        report_to=[],
-        push_to_hub=False,
+        **shared_arguments(section, folder=folder, steps=steps, has_eval=has_eval),
     )
     if arguments.device.type != device:  # optimum-habana itself trains wherever accelerate finds a device
         raise _error(f"training would run on {arguments.device}", "a Gaudi", "See `surgery doctor`")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from surgery.acceleration import choose_tf32
-from surgery.backends import Backend
+from surgery.backends import Backend, shared_arguments
 from surgery.compat import checkpointing_name
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
 from surgery.ranks import ERRORS, RankError, environment, first_error
@@ -52,56 +52,21 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
-    stops_early = section.early_stopping_patience is not None
-    save_steps = section.save_steps or max(1, steps // 10)
-    eval_steps = section.eval_steps or (save_steps if stops_early else steps)
     zero = zero_settings(section.strategy, cpu_offload=section.cpu_offload, autocast=autocast)
     autocast = "fp32" if zero else autocast  # DeepSpeed's own configuration says it
     name, is_on = checkpointing_name(TrainingArguments), section.gradient_checkpointing
     checkpointing = {name: is_on, f"{name}_kwargs": {"use_reentrant": False} if is_on else None}
     return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=section.batch_size,
-        per_device_eval_batch_size=section.eval_batch_size or section.batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation,
-        max_steps=steps,
-        learning_rate=section.learning_rate,
-        lr_scheduler_type=section.lr_scheduler,
-        warmup_steps=section.warmup_steps,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        adam_beta1=section.adam_beta1,
-        adam_beta2=section.adam_beta2,
-        adam_epsilon=section.adam_epsilon,
         optim="adamw_torch_fused",
-        seed=section.seed,
-        data_seed=section.seed,
         use_cpu=device == "cpu",
         bf16=autocast == "bf16",
         fp16=autocast == "fp16",
         tf32=choose_tf32(section.tf32, device, autocast),
-        logging_strategy="steps",
-        logging_steps=min(section.logging_steps, steps),  # at least one line in the log
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if has_eval else "no",
-        eval_steps=eval_steps if has_eval else None,
-        eval_on_start=False,
-        save_strategy="steps",
-        save_steps=eval_steps if stops_early else save_steps,
-        save_total_limit=None,
-        load_best_model_at_end=stops_early,
-        metric_for_best_model=f"eval_{section.metric_for_best}" if stops_early else None,
-        greater_is_better=section.metric_for_best != "loss" if stops_early else None,
         dataloader_pin_memory=device == "cuda",
         dataloader_drop_last=False,
-        remove_unused_columns=True,
-        disable_tqdm=True,
         log_level_replica="error",
         deepspeed=zero,
-        ddp_find_unused_parameters=False,
-        average_tokens_across_devices=True,
-        report_to=[],
-        push_to_hub=False,
+        **shared_arguments(section, folder=folder, steps=steps, has_eval=has_eval),
         **checkpointing,
     )
 

@@ -100,6 +100,15 @@ def closest(name: str, choices: Iterable[str]) -> str:
     return f"The closest is {near[0]!r}" if near else ""
 
 
+def require_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raises: RequestError, with the nearest name, where it is none of those known. kind: what it names."""
+    names = list(known)
+    if name not in names:
+        raise RequestError(
+            kind, f"unknown name {name!r}", expected=f"one of {', '.join(names)}", fix=closest(name, names)
+        )
+
+
 def counted(number: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

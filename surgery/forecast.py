@@ -13,7 +13,7 @@ from surgery.backends.local import choose_device
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, require_model
 from surgery.compat import download_config
 from surgery.data import is_packed
-from surgery.errors import BaseMismatchError, NotAModelError, RequestError, UnsupportedError, closest, shorten
+from surgery.errors import BaseMismatchError, NotAModelError, RequestError, UnsupportedError, require_known, shorten
 from surgery.manifest import ADAPTER, parse_record, read_document
 from surgery.memory import FULL, LORA, METHODS, Prediction, Run, Subject, open_planned, open_subject, predict
 from surgery.plan import SurgeryPlan
@@ -44,9 +44,8 @@ def forecast(path: str, question: Question, settings: Sequence[str] = ()) -> Pre
     Raises: RequestError, RecipeError, NotAModelError, SelectorError, UnsupportedError.
     """
     method = question.method
-    if method and method not in METHODS:
-        fix = closest(method, METHODS)
-        raise RequestError("--method", f"unknown name {method!r}", expected=f"one of {', '.join(METHODS)}", fix=fix)
+    if method:
+        require_known("--method", method, METHODS)
     is_recipe = path.endswith(RECIPES)
     recipe = read_recipe(Path(path), settings) if is_recipe else _recipe(path, settings)
     run = _run(recipe, question)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.errors import RequestError, UnsupportedError, closest
+from surgery.errors import UnsupportedError, require_known
 
 METHODS = {"paca": "surgery.methods.paca:METHOD", "read": "surgery.methods.read:METHOD"}
 BACKENDS = {"local": "surgery.backends.local:BACKEND", "gaudi": "surgery.backends.gaudi:BACKEND"}
@@ -43,10 +43,7 @@ def resolve(reference: str) -> Any:
 
 def load(table: Mapping[str, str], name: str, kind: str) -> Any:
     """The record called `name`. Raises RequestError, with the nearest name, where the table has none."""
-    if name not in table:
-        raise RequestError(
-            kind, f"unknown name {name!r}", expected=f"one of {', '.join(table)}", fix=closest(name, table)
-        )
+    require_known(kind, name, table)
     record = resolve(table[name])
     if record.name != name:
         raise RuntimeError(f"{table[name]} calls itself {record.name!r}, the table {name!r}")

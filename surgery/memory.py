@@ -18,7 +18,7 @@ import torch
 from surgery.acceleration import FLASH, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, memory_names
-from surgery.errors import RequestError, UnsupportedError, closest
+from surgery.errors import RequestError, UnsupportedError, require_known
 from surgery.generate import max_positions
 from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
@@ -119,10 +119,8 @@ class Run:
             ("--device", self.device, ("cpu", "cuda")),
             ("--sharding", self.sharding, ("", *SHARDINGS)),
         ):
-            if found not in known:
-                names = [name for name in known if name]
-                fix = closest(found, names)
-                raise RequestError(option, f"unknown name {found!r}", expected=f"one of {', '.join(names)}", fix=fix)
+            if found or "" not in known:
+                require_known(option, found, [name for name in known if name])
         if not self.sharding:
             object.__setattr__(self, "sharding", "none" if self.devices == 1 else "ddp")
         if (self.sharding == "none") != (self.devices == 1):
@@ -210,9 +208,7 @@ def open_subject(root: Path, method: str, spec: Any, task: TaskSpec, run: Run) -
 
     Raises: NotAModelError, SelectorError, UnsupportedError, DamagedError.
     """
-    if method not in METHODS:
-        fix = closest(method, METHODS)
-        raise RequestError("--method", f"unknown name {method!r}", expected=f"one of {', '.join(METHODS)}", fix=fix)
+    require_known("--method", method, METHODS)
     seen = survey(root, task)
     dtype = _weight_dtype(root, seen, run)
     plan = None if method == FULL else _plan(root, seen, spec, task, dtype, method=method)

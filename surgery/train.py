@@ -322,8 +322,7 @@ def _go(trainer: Any, job: _Job, steps: int, interruption: Interruption) -> floa
     """Train to the end, and return the mean loss of the steps done now (of those logged, where none was left)."""
     if job.checkpoint and _is_complete(Path(job.checkpoint), steps, job.settings.early_stopping_patience):
         trainer.state = TrainerState.load_from_json(str(Path(job.checkpoint) / TRAINER_FILE))
-        trainer.surgery_place_best()
-        trainer.surgery_drop_old()
+        trainer.surgery_keep_checkpoints()
         read_state(trainer.model, job.adapter.plan, Path(trainer.state.best_model_checkpoint or job.checkpoint))
         losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         return sum(losses) / len(losses)

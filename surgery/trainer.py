@@ -83,8 +83,7 @@ class SurgeryCheckpoints:
             self.surgery_staging = None
             shutil.rmtree(staging, ignore_errors=True)
         wait()
-        self.surgery_place_best()
-        self.surgery_drop_old()
+        self.surgery_keep_checkpoints()
 
     def _publish(self, staged: Path, folder: Path) -> None:
         self.state.save_to_json(str(staged / TRAINER_FILE))
@@ -101,11 +100,16 @@ class SurgeryCheckpoints:
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.accelerator.prepare_model = lambda model, **_: model
 
-    def surgery_place_best(self) -> None:
-        """Tell the trainer's state where its best checkpoint lies now."""
+    def surgery_keep_checkpoints(self) -> None:
+        """Tell the trainer's state where its best checkpoint lies now, and keep that and the newest.
+
+        Also of what a run that was killed had no time to remove.
+        """
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         keeps = self.args.load_best_model_at_end and self.state.best_global_step and best.is_dir()
         self.state.best_model_checkpoint = str(best) if keeps else None
+        if is_main():
+            self._drop_old(best.parent)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """As the trainer's, but how often one evaluates does not change what dropout draws.
@@ -133,11 +137,7 @@ class SurgeryCheckpoints:
         with self.surgery_features.batch(self.model, rows.tolist(), inputs.get("attention_mask")):
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def surgery_drop_old(self) -> None:
-        """Keep the newest checkpoints, and the best one; also what a run that was killed had no time to remove."""
-        if not is_main():
-            return
-        folder = Path(self.args.output_dir)
+    def _drop_old(self, folder: Path) -> None:
         kept = sorted(folder.glob("checkpoint-*"), key=step_of)[-self.surgery_keep :]
         for path in folder.glob("checkpoint-*"):
             if path not in kept and str(path) != self.state.best_model_checkpoint:

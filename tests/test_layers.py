@@ -71,6 +71,8 @@ RANKS = {
     "surgery.saved": 5,
     "surgery.memory": 10,
     "surgery.forecast": 11,
+    "surgery.bench": 0,  # a docstring, as exporters
+    "surgery.bench.results": 4,
     "surgery.cli_generate": 12,
     "surgery.cli_plan": 12,
     "exporters.dense": 9,

@@ -1,0 +1,1 @@
+"""What methods cost and gain, side by side: measured in turns, in one process."""

@@ -24,6 +24,7 @@ from surgery import ranks
 from surgery.checkpoint import require_folder, require_model, require_record
 from surgery.cli_generate import generate_command
 from surgery.cli_plan import plan_command
+from surgery.cli_recipes import recipes_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -327,7 +328,8 @@ def train(
 
     document: dict[str, Any] = {"model": str(adapter)}
     if config:
-        loaded = recipes.read_recipe(config)
+        switches, settings = recipes.split_switches(settings)
+        loaded = recipes.read_recipe(config, [f"{key}={value}" for key, value in switches.items()])
         document |= {"data": loaded.data.model_dump(), "train": loaded.train.model_dump()}
         task, labels = task or loaded.task, labels or ",".join(loaded.labels)
     flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
@@ -529,24 +531,28 @@ def diff(a: Path, b: Path, *, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=FOLDER)
+@click.argument("recipe")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nproc", type=int, help="Train in so many processes on this machine, a device each.")
 @OVERWRITE
 @JSON
-def run(recipe: Path, settings: tuple[str, ...], *, nproc: int | None, overwrite: bool, as_json: bool) -> None:
+def run(recipe: str, settings: tuple[str, ...], *, nproc: int | None, overwrite: bool, as_json: bool) -> None:
     """Carry out RECIPE, a YAML file: apply, train, export, verify. A finished step is not repeated.
+
+    RECIPE may be the name of one that `surgery recipes list` shows; its outputs then lie below this folder.
 
     \b
     surgery run recipe.yaml
     surgery run recipe.yaml train.max_steps=50 paca.rank=8
     surgery run recipe.yaml --nproc 8 train.strategy=fsdp2
+    surgery run papers/paca-mmlu variant=llama3-8b smoke=true
     """
+    from surgery import library, workflow
     from surgery import recipe as recipes
     from surgery import show as showing
-    from surgery import workflow
 
-    wanted = recipes.read_recipe(recipe, settings)
+    path, outputs = library.locate(recipe)
+    wanted = recipes.read_recipe(path, settings, outputs=outputs)
     enter_environment(wanted.train)
     result = workflow.run(wanted, overwrite=overwrite, nproc=nproc, say=say)
     show(showing.run_lines(result), result, as_json=as_json)
@@ -585,6 +591,7 @@ def settings(*, as_json: bool) -> None:
 
 cli.add_command(generate_command)
 cli.add_command(plan_command)
+cli.add_command(recipes_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

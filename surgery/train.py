@@ -178,7 +178,9 @@ def train(
 
 
 def _require_used(settings: TrainSection, device: str) -> None:
-    """No setting that only a Gaudi has is given for another device. Raises: RecipeError."""
+    """No setting that only a Gaudi has is given for another device, nor two that say one thing. Raises: RecipeError."""
+    if settings.warmup_steps and settings.warmup_ratio:
+        raise RecipeError("train.warmup_ratio", "warmup_steps as well", expected="one of the two")
     fields_of = type(settings).model_fields
     changed = [n for n in fields_of if n.startswith("hpu_") and getattr(settings, n) != fields_of[n].default]
     if changed and device != "hpu":

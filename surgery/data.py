@@ -18,21 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from surgery import arrow
 from surgery.errors import DataError, closest, counted, shorten
-from surgery.formats import (
-    FORMATS,
-    TASKS,
-    Document,
-    Example,
-    Format,
-    Labelled,
-    PromptCompletion,
-    Shape,
-    Tagged,
-    check_task,
-    class_name,
-    class_order,
-    recognise,
-)
+from surgery.examples import Document, Example, Labelled, PromptCompletion, Tagged, class_name, class_order
+from surgery.formats import TASKS, TEXT, Format, Shape, check_task, recognise
 from surgery.rows import Row, is_stream, read_rows, read_stream
 from surgery.tokens import (
     IGNORED,
@@ -229,7 +216,7 @@ class _Source:
         streams = [reference for reference in (*spec.train, *spec.eval) if is_stream(reference)]
         if streams:
             _check_streams(streams[0], spec=spec, task=task)
-            return _Source(spec, task, FORMATS["text"])
+            return _Source(spec, task, TEXT)
         row = next(read_rows(spec.train[0], columns=spec.columns, default_split="train"))
         shape = recognise(row, task=task, format_name=spec.format, columns=spec.columns)
         if spec.pack_examples and task != "causal-lm":
@@ -245,6 +232,8 @@ class _Source:
         return self._limited(self._examples(self.spec.eval, default_split=None))
 
     def class_names(self) -> tuple[str, ...]:
+        if self.format.classes:
+            return self.format.classes
         names: set[str] = set()
         for example in self._examples(self.spec.train, default_split="train"):
             names.update(_classes_of(example))
@@ -270,7 +259,7 @@ class _Source:
             rows = read_rows(reference, columns=self.spec.columns, default_split=default_split)
             first = next(rows)
             shape = self._shape(first)
-            yield from (shape.read(row) for row in chain([first], rows))
+            yield from shape.read(chain([first], rows))
 
     def _shape(self, first: Row) -> Shape:
         """Each file may name its columns differently, but all are of one format."""

@@ -328,7 +328,8 @@ def train(
 
     document: dict[str, Any] = {"model": str(adapter)}
     if config:
-        switches, settings = recipes.split_switches(settings)
+        switches, given = recipes.split_switches(settings)
+        settings = tuple(given)
         loaded = recipes.read_recipe(config, [f"{key}={value}" for key, value in switches.items()])
         document |= {"data": loaded.data.model_dump(), "train": loaded.train.model_dump()}
         task, labels = task or loaded.task, labels or ",".join(loaded.labels)

@@ -56,7 +56,16 @@ class Tagged:
     tags: tuple[str, ...]
 
 
-Example: TypeAlias = Document | PromptCompletion | Conversation | Labelled | Tagged
+@dataclass(frozen=True)
+class Pictured:
+    """An image and its class. `image`: its encoded bytes; none where `place` is the file that it lies in."""
+
+    place: str
+    image: bytes
+    label: object
+
+
+Example: TypeAlias = Document | PromptCompletion | Conversation | Labelled | Tagged | Pictured
 
 
 @dataclass(frozen=True)

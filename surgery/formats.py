@@ -11,6 +11,7 @@
 | classification | text (text, sentence), label | sequence-classification, regression |
 | pair | sentence1, sentence2, label | sequence-classification, regression |
 | tokens | tokens, tags (tags, ner_tags) | token-classification |
+| image | image (image, img), label (label, fine_label) | image-classification |
 | mmlu | question, choices, answer, subject (may be absent) | causal-lm, seq2seq |
 | gsm8k | question, answer | causal-lm, seq2seq |
 | oasst, oasst/all | tree (message_tree_id), and what oasst.py says | causal-lm |
@@ -33,11 +34,20 @@ from typing import Any
 from surgery.errors import DataError, RequestError, closest
 from surgery.examples import Cells, Conversation, Document, Example, Labelled, PromptCompletion, Tagged, class_name
 from surgery.glue import GLUE, SHAPES, GlueTask, read_as_it_stands, read_labelled, read_words
+from surgery.images import TASK as IMAGES
+from surgery.images import read_pictured
 from surgery.oasst import all_conversations, best_conversations
 from surgery.questions import read_gsm8k, read_mmlu
 from surgery.rows import Row
 
-TASKS = ("causal-lm", "sequence-classification", "regression", "token-classification", "seq2seq")
+TASKS = (
+    "causal-lm",
+    "sequence-classification",
+    "regression",
+    "token-classification",
+    "seq2seq",
+    "image-classification",
+)
 
 SHAREGPT_ROLES: Mapping[str, str] = {
     "system": "system",
@@ -184,6 +194,7 @@ _CAUSAL, _CLASSES = ("causal-lm",), ("sequence-classification", "regression")
 _BOTH_LM = ("causal-lm", "seq2seq")
 _TEXT_LABEL = {"text": ("text", "sentence"), "label": ("label",)}
 _TOKENS = {"tokens": ("tokens",), "tags": ("tags", "ner_tags")}
+_IMAGE = {"image": ("image", "img"), "label": ("label", "fine_label")}
 _TREE = {"tree": ("message_tree_id",)}
 
 TEXT = Format("text", _same("text"), _CAUSAL, _each(_text))
@@ -197,6 +208,7 @@ FORMATS: tuple[Format, ...] = (
     Format("classification", _TEXT_LABEL, _CLASSES, _each(_classification)),
     Format("pair", _same("sentence1", "sentence2", "label"), _CLASSES, _each(_pair)),
     Format("tokens", _TOKENS, ("token-classification",), _each(_tokens)),
+    Format("image", _IMAGE, (IMAGES,), _each(read_pictured)),
     Format("mmlu", _same("question", "choices", "answer", "subject"), _BOTH_LM, _each(read_mmlu), ("subject",)),
     Format("gsm8k", _same("question", "answer"), _BOTH_LM, _each(read_gsm8k), by_name=True),
     Format("oasst", _TREE, _CAUSAL, best_conversations),

@@ -1,4 +1,4 @@
-"""The recipes that are shipped: `recipes/` of the repository, which the package holds as `surgery/recipes`.
+"""The recipes that are shipped: those folders of the repository's `recipes/` that `surgery/recipes` has links to.
 
 A recipe's name is its path there without the suffix, such as `papers/paca-mmlu`.
 """

@@ -103,6 +103,7 @@ class DataSection(_Section):
     packing: bool = Field(default=True, description="join text and cut it to blocks of max_length")
     pack_examples: bool = Field(default=False, description="pack prompts with completions and conversations as well")
     max_rows: int | None = Field(None, ge=1, description="use only the first rows")
+    horizontal_flip: bool = Field(default=False, description="images: half of them, drawn anew, left for right")
     seed: int = Field(0, ge=0, description="decides which rows eval_fraction holds out")
 
     def spec(self) -> DataSpec:
@@ -302,8 +303,10 @@ def _overlay(document: Mapping[str, Any], changes: Mapping[str, Any], at: str = 
     result = dict(document)
     for key, value in changes.items():
         before, full = document.get(key), f"{at}{key}"
-        has_keys = isinstance(before, dict) and isinstance(value, dict) and full.removeprefix("smoke.") not in whole
-        result[key] = _overlay(before, value, f"{full}.") if has_keys else value
+        if isinstance(before, dict) and isinstance(value, dict) and full.removeprefix(f"{SMOKE}.") not in whole:
+            result[key] = _overlay(before, value, f"{full}.")
+        else:
+            result[key] = value
     return result
 
 

@@ -82,7 +82,7 @@ RANKS = {
     "surgery.cli_recipes": 12,
     "surgery.library": 8,
     "surgery.tiny": 4,
-    "surgery.images": 4,
+    "surgery.images": 3,
     "exporters.dense": 9,
     "exporters.undo": 10,
     "exporters.lora": 10,

@@ -327,9 +327,9 @@ def train(
     from surgery.train import train as run_training
 
     document: dict[str, Any] = {"model": str(adapter)}
+    own = list(settings)
     if config:
-        switches, given = recipes.split_switches(settings)
-        settings = tuple(given)
+        switches, own = recipes.split_switches(settings)
         loaded = recipes.read_recipe(config, [f"{key}={value}" for key, value in switches.items()])
         document |= {"data": loaded.data.model_dump(), "train": loaded.train.model_dump()}
         task, labels = task or loaded.task, labels or ",".join(loaded.labels)
@@ -339,7 +339,7 @@ def train(
         if value not in (None, []):
             section, name = key.split(".")
             document.setdefault(section, {})[name] = value
-    for text in settings:
+    for text in own:
         recipes.apply_override(document, text)
     recipe = recipes.check(recipes.Recipe, document, "settings")
     enter_environment(recipe.train)

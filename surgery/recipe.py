@@ -212,7 +212,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, outputs: Path | No
     """
     document = _read_document(path)
     switches, given = split_switches(overrides)
-    inner = next((text for text in given if text.startswith((f"{SMOKE}.", f"{VARIANTS}."))), None)
+    inner = next((text for text in given if text.startswith((f"{SMOKE}.", f"{VARIANTS}.", f"{VARIANTS}="))), None)
     if inner:
         raise RecipeError(
             "override", repr(inner), expected="the key that it changes", fix="Leave out what is before it"

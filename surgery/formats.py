@@ -231,9 +231,10 @@ class Shape:
 
         Raises: DataError: a column is missing or holds the wrong kind of value; `place` is in the message.
         """
-        return self.format.read(map(self._cells, rows))
+        return self.format.read(map(self.cells, rows))
 
-    def _cells(self, row: Row) -> Cells:
+    def cells(self, row: Row) -> Cells:
+        """A row seen through the roles. Raises: DataError: a column is missing."""
         for role, column in self.columns.items():
             if column not in row.values and role not in self.format.optional:
                 found = f"found a row without {column!r} ({_listed(row.values)})"

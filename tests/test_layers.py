@@ -77,6 +77,18 @@ RANKS = {
     "surgery.forecast": 11,
     "surgery.bench": 0,  # a docstring, as exporters
     "surgery.bench.results": 4,
+    "surgery.evals": 0,  # a docstring, as exporters
+    "surgery.evals.scorer": 2,
+    "surgery.evals.scores": 2,
+    "surgery.evals.task": 5,
+    "surgery.evals.mmlu": 6,
+    "surgery.evals.gsm8k": 6,
+    "surgery.evals.glue": 6,
+    "surgery.evals.torch_scorer": 11,
+    "surgery.evals.onnx_scorer": 11,
+    "surgery.evals.harness": 12,
+    "surgery.evals.run": 13,
+    "surgery.cli_eval": 14,
     "surgery.cli_generate": 12,
     "surgery.cli_plan": 12,
     "surgery.cli_recipes": 12,
@@ -98,7 +110,7 @@ RANKS = {
     "surgery.workflow": 12,
     "surgery.show": 13,
     "surgery": 13,  # the facade: it names what the modules below offer, and loads them on demand
-    "surgery.cli": 14,
+    "surgery.cli": 15,
 }
 
 # On the way of `surgery --help`, and of a path that is not there.
@@ -106,6 +118,7 @@ LAZY = (
     "surgery",
     "surgery.checkpoint",
     "surgery.cli",
+    "surgery.cli_eval",
     "surgery.cli_generate",
     "surgery.cli_plan",
     "surgery.cli_recipes",

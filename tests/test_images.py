@@ -23,7 +23,9 @@ from surgery.adapter import open_adapter
 from surgery.data import DataSpec, inspect_labels, prepare_images
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import DataError, RecipeError, RequestError, UnsupportedError
+from surgery.forecast import Question, forecast
 from surgery.images import PROCESSOR_FILE, TASK, mirrored, read_processor
+from surgery.memory import Run, open_subject, predict
 from surgery.methods.paca import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
@@ -31,6 +33,7 @@ from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
 from surgery.tiny import write_tiny
 from surgery.train import TrainResult, train
+from tests.measured import measure_ours
 
 COLOURS = {"red": (200, 20, 30), "green": (20, 180, 40), "blue": (30, 40, 190)}
 SIZE = 32
@@ -370,6 +373,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert max(calls) == 5
     assert fit("cut", resume="auto", **settings).steps == 8
     assert state(tmp_path / "cut") == state(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ("paca", "read"))
+def test_what_a_step_keeps_is_predicted(
+    method: str, vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`surgery plan` runs the step on pixels without values: within 1 % of what a real one keeps."""
+    task, spec = TaskSpec(TASK, tuple(sorted(COLOURS))), PacaSpec(rank=8) if method == "paca" else ReadSpec(hidden=16)
+    apply(vit, tmp_path / "adapter", spec, task=task)
+    settings = TrainSection(max_steps=1, batch_size=4, device="cpu")
+    found = measure_ours(monkeypatch, tmp_path / "adapter", DataSection(train=[str(photos)]), settings, task)
+    run = Run(batch=4, sequence=1)
+    predicted = predict(open_subject(vit, method, spec, task, run), run, fit_bytes=1_000_000_000)
+    assert abs(sum(predicted.activations.values()) / found.saved - 1) < 0.01
+    assert (predicted.fits, predicted.longest, predicted.is_of_images) == (True, None, True)
+    assert "4 images, weights fp32, cpu" in predicted.lines()
+    assert any(line.startswith("fits 1.00 GB") for line in predicted.lines())
+    with pytest.raises(RequestError, match="--sequence: given for images"):
+        forecast(str(vit), Question(), ["data.max_length=9"])
+    assert forecast(str(vit), Question(), ["batch_size=3"]).lines()[1].startswith("3 images")
 
 
 def test_a_folder_that_changed_is_other_data(fit: Fit, photos: Path, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ SAID = {
     },
     "data": {
         "train": ["x"], "eval": ["y"], "format": "text", "columns": {"text": "t"}, "max_length": 9, "packing": False,
-        "pack_examples": True, "max_rows": 5, "seed": 4,
+        "pack_examples": True, "max_rows": 5, "seed": 4, "horizontal_flip": True,
     },
 }  # fmt: skip
 

@@ -11,15 +11,14 @@ import io
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from surgery.compat import load_image_processor, quiet_loading
 from surgery.errors import DataError, RequestError, UnsupportedError, shorten
 from surgery.examples import Cells, Pictured
 from surgery.rows import image_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TASK = "image-classification"
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -37,6 +36,8 @@ def require_pillow() -> None:
 def read_processor(folder: Path) -> Any:
     """A model folder's image processor. Raises: RequestError, UnsupportedError."""
     require_pillow()
+    from surgery.compat import load_image_processor, quiet_loading
+
     if not (folder / PROCESSOR_FILE).is_file():
         raise RequestError(str(folder), f"no {PROCESSOR_FILE}", expected="the base's", fix="Fetch the base again")
     try:
@@ -89,6 +90,7 @@ def _decoded(data: bytes, place: str) -> Any:
 
 def image_collator(processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """Rows to a batch: pixel_values (batch, channels, height, width) and labels (batch,)."""
+    import torch
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = [_decoded(row["image"], row["place"]) for row in rows]
@@ -103,6 +105,8 @@ def mirrored(pixels: Tensor, rows: Sequence[int], *, seed: int, step: int) -> Te
 
     Shapes: pixels (batch, channels, height, width), returned alike.
     """
+    import torch
+
     drawn = [random.Random(f"{seed}/mirrored/{step}/{row}").random() < 0.5 for row in rows]
     chosen = torch.tensor(drawn, device=pixels.device)[:, None, None, None]
     return torch.where(chosen, pixels.flip(-1), pixels)

@@ -45,6 +45,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "bnb": {"bitsandbytes": ">=0.46,<1"},
     "deepspeed": {"deepspeed": ">=0.17,<1"},
     "gaudi": {"optimum-habana": "==1.21.2"},
+    "images": {"pillow": ">=10,<14"},
     "liger": {"liger-kernel": ">=0.8,<1"},
     "lora": {"peft": ">=0.17,<1"},
 }

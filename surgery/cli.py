@@ -92,8 +92,8 @@ TASK = options(
     click.option(
         "--task",
         default="",
-        help="causal-lm, seq2seq, sequence-classification, token-classification or "
-        "regression. Default: the checkpoint's own.",
+        help="causal-lm, seq2seq, sequence-classification, token-classification, "
+        "regression or image-classification. Default: the checkpoint's own.",
     ),
     click.option("--labels", default="", help="Class names, separated by commas. Default: those of the data."),
 )
@@ -271,7 +271,9 @@ def apply(
 @click.argument("adapter", type=FOLDER)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--data", multiple=True, help="Training data: JSONL, CSV, TSV, parquet, text or a dataset id; repeatable."
+    "--data",
+    multiple=True,
+    help="Training data: JSONL, CSV, TSV, parquet, text, a folder of images or a dataset id; repeatable.",
 )
 @click.option("--eval-data", multiple=True, help="Data to evaluate on, in the same way.")
 @TASK

@@ -376,7 +376,7 @@ def _longest(total: Callable[[int], int], run: Run, subject: Subject, fit_bytes:
     """The longest sequence that fits, 0 where a single token does not.
 
     The next to be tried is where a parabola through the last three says that the bytes are used up, as bytes are one of
-    the length but for kernels' alignment; else twice the length, and halves between one that fits and one that does not.
+    the length but for alignment; else twice the length, and halves between one that fits and one that does not.
     """
     end = subject.positions or FURTHEST
     low, high = 0, min(run.sequence, end)

@@ -24,7 +24,6 @@ from surgery.paca_layers import PacaLayer
 from surgery.ranks import (
     FOLLOWED,
     KILLED,
-    OF_ACCELERATE,
     PEER_ENDED,
     RankError,
     adopt_slurm,
@@ -135,7 +134,9 @@ def test_a_conv1d_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatc
         require_even("h.0.c_attn", layer)
 
 
-@pytest.mark.parametrize("name", OF_ACCELERATE)
+@pytest.mark.parametrize(
+    "name", [f"ACCELERATE_USE_{kind}" for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
+)
 def test_accelerates_own_strategies_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `accelerate launch --use_fsdp` sets would shard the model once more: a strategy is asked for instead."""
     monkeypatch.setenv(name, "true")

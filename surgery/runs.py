@@ -22,6 +22,18 @@ def open_run(adapter: Adapter) -> dict[str, Any]:
     return {} if is_done or run.get("finished") else run
 
 
+def notes_of(adapter: Adapter) -> tuple[str, ...]:
+    """What an export must say of an adapter: where nothing moved it is right, and hardly what was wanted."""
+    if adapter.delta.moved or adapter.delta.whole:
+        return ()
+    why = "it has not been trained"
+    if adapter.record.manifest.training:
+        why = "training did not move any, or rounding to the base's dtype undid it"
+    elif latest_checkpoint(adapter.folder / CHECKPOINTS):
+        why = "its run was interrupted; `surgery train --resume auto` ends it"
+    return (f"nothing that {adapter.folder} trains differs from the base: {why}",)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]

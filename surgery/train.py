@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerState
 from surgery import acceleration
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
-from surgery.compat import fall_silent, load_tokenizer, quiet_loading
+from surgery.compat import fall_silent, keep_no_cache, load_tokenizer, quiet_loading
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.delta import ADAPTER_FILE, Delta
 from surgery.errors import (
@@ -422,13 +422,10 @@ def _load_for_training(adapter: Adapter, root: Path, settings: TrainSection, dev
     dtype = torch.float32 if device == "cpu" and _is_half(adapter.plan, root) else None
     model = load_base_model(root, adapter.plan, dtype=dtype)
     attach_plan(model, adapter.plan, adapter.delta)
-    model.config.use_cache = False
+    keep_no_cache(model)
     autocast = acceleration.choose_autocast(settings.precision, device)
     if adapter.plan.whole and model.dtype != torch.float32:
-        for target in adapter.plan.whole:
-            module_name, _, name = target.parameter.rpartition(".")
-            parameter = model.get_submodule(module_name)._parameters[name]  # noqa: SLF001
-            parameter.data = adapter.delta.whole[target.parameter].values.to(torch.float32)
+        acceleration.set_heads(model, {name: patch.values.float() for name, patch in adapter.delta.whole.items()})
         has_bf16 = device != "cuda" or acceleration.has_bf16()
         autocast = "bf16" if model.dtype == torch.bfloat16 and has_bf16 else "fp16"
     return model, autocast

@@ -68,6 +68,7 @@ RANKS = {
     "surgery.generate": 9,
     "surgery.onnx_runtime": 10,
     "surgery.cuda_kernels": 1,
+    "surgery.repeated": 1,
     "surgery.saved": 5,
     "surgery.memory": 10,
     "surgery.forecast": 11,
@@ -212,6 +213,17 @@ def test_the_vendor_package_is_named_in_one_place(module: str) -> None:
     """Importing optimum-habana rebinds hundreds of attributes: one module may name it, in code or in text."""
     named = re.findall(r"\boptimum\b(?!-habana)|\bhabana_frameworks\b", FILES[module].read_text(encoding="utf-8"))
     assert module in VENDOR_NAMED_BY or named == []
+
+
+METHODS = ("surgery.methods", "surgery.paca_layers", "surgery.side")
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("surgery.backends")])
+def test_backends_know_nothing_about_methods(module: str) -> None:
+    """Nor about what methods put into a model; that methods know nothing about backends, the ranks say."""
+    assert [name for _, name in all_imports(module) if name.startswith(METHODS)] == []
+    methods = [name for name in FILES if name.startswith(METHODS)]
+    assert all(RANKS[name] < RANKS[f"surgery.backends.{kind}"] for name in methods for kind in ("local", "gaudi"))
 
 
 @pytest.mark.parametrize("module", LAZY)

@@ -45,7 +45,8 @@ def _type_of(value: object) -> Any:
 
     if isinstance(value, list):
         return pa.list_(pa.int32())
-    return pa.float64() if isinstance(value, float) else pa.int64()
+    kinds = {float: pa.float64(), bytes: pa.large_binary(), str: pa.string()}
+    return kinds.get(type(value), pa.int64())
 
 
 def split(file: Path, *, at: int) -> tuple[Dataset, Dataset]:

@@ -22,8 +22,10 @@ from click.core import ParameterSource
 
 from surgery import ranks
 from surgery.checkpoint import require_folder, require_model, require_record
+from surgery.cli_eval import eval_command
 from surgery.cli_generate import generate_command
 from surgery.cli_plan import plan_command
+from surgery.cli_recipes import recipes_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -326,8 +328,10 @@ def train(
     from surgery.train import train as run_training
 
     document: dict[str, Any] = {"model": str(adapter)}
+    own = list(settings)
     if config:
-        loaded = recipes.read_recipe(config)
+        switches, own = recipes.split_switches(settings)
+        loaded = recipes.read_recipe(config, [f"{key}={value}" for key, value in switches.items()])
         document |= {"data": loaded.data.model_dump(), "train": loaded.train.model_dump()}
         task, labels = task or loaded.task, labels or ",".join(loaded.labels)
     flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
@@ -336,7 +340,7 @@ def train(
         if value not in (None, []):
             section, name = key.split(".")
             document.setdefault(section, {})[name] = value
-    for text in settings:
+    for text in own:
         recipes.apply_override(document, text)
     recipe = recipes.check(recipes.Recipe, document, "settings")
     enter_environment(recipe.train)
@@ -529,24 +533,28 @@ def diff(a: Path, b: Path, *, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=FOLDER)
+@click.argument("recipe")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nproc", type=int, help="Train in so many processes on this machine, a device each.")
 @OVERWRITE
 @JSON
-def run(recipe: Path, settings: tuple[str, ...], *, nproc: int | None, overwrite: bool, as_json: bool) -> None:
+def run(recipe: str, settings: tuple[str, ...], *, nproc: int | None, overwrite: bool, as_json: bool) -> None:
     """Carry out RECIPE, a YAML file: apply, train, export, verify. A finished step is not repeated.
+
+    RECIPE may be the name of one that `surgery recipes list` shows; its outputs then lie below this folder.
 
     \b
     surgery run recipe.yaml
     surgery run recipe.yaml train.max_steps=50 paca.rank=8
     surgery run recipe.yaml --nproc 8 train.strategy=fsdp2
+    surgery run papers/paca-mmlu variant=llama3-8b smoke=true
     """
+    from surgery import library, workflow
     from surgery import recipe as recipes
     from surgery import show as showing
-    from surgery import workflow
 
-    wanted = recipes.read_recipe(recipe, settings)
+    path, outputs = library.locate(recipe)
+    wanted = recipes.read_recipe(path, settings, outputs=outputs)
     enter_environment(wanted.train)
     result = workflow.run(wanted, overwrite=overwrite, nproc=nproc, say=say)
     show(showing.run_lines(result), result, as_json=as_json)
@@ -583,8 +591,10 @@ def settings(*, as_json: bool) -> None:
     show(lines, [{"key": key, "default": default, "help": text} for key, default, text in rows], as_json=as_json)
 
 
+cli.add_command(eval_command)
 cli.add_command(generate_command)
 cli.add_command(plan_command)
+cli.add_command(recipes_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -231,6 +231,14 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
+def load_image_processor(folder: Path) -> Any:
+    """A folder's image processor, on Pillow: torchvision's gives other pixels. Raises: what transformers raises."""
+    from transformers import AutoImageProcessor
+
+    given: dict[str, Any] = {"backend": "pil"} if TRANSFORMERS_5 else {"use_fast": False}
+    return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **given)
+
+
 def current_class(model_class: Any) -> Any:
     """The class that stands under this class's name in transformers now.
 

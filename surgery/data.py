@@ -18,21 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from surgery import arrow
 from surgery.errors import DataError, closest, counted, shorten
-from surgery.formats import (
-    FORMATS,
-    TASKS,
-    Document,
-    Example,
-    Format,
-    Labelled,
-    PromptCompletion,
-    Shape,
-    Tagged,
-    check_task,
-    class_name,
-    class_order,
-    recognise,
-)
+from surgery.examples import Document, Example, Labelled, Pictured, PromptCompletion, Tagged, class_name, class_order
+from surgery.formats import TASKS, TEXT, Format, Shape, check_task, recognise
+from surgery.images import TASK as IMAGES
+from surgery.images import encode_pictured, image_collator
 from surgery.rows import Row, is_stream, read_rows, read_stream
 from surgery.tokens import (
     IGNORED,
@@ -40,6 +29,7 @@ from surgery.tokens import (
     CausalTokens,
     TokenRow,
     batches,
+    class_id,
     collator_of,
     encode_labelled,
     encode_tagged,
@@ -65,6 +55,7 @@ class DataSpec:
     `max_length`: tokens; a smaller limit of the tokenizer wins. `packing`: text is joined and cut to blocks of exactly
     `max_length`; `pack_examples` does the same to prompts with completions and conversations, which then share blocks
     and see each other. `max_rows`: only the first rows of the training and of the evaluation set.
+    `horizontal_flip`: who trains mirrors images of the training set at random.
     `static_shapes`: every batch is padded to `max_length` (Gaudi), otherwise to its longest row.
     Raises: DataError: a value out of range, or two that exclude each other.
     """
@@ -78,6 +69,7 @@ class DataSpec:
     packing: bool = True
     pack_examples: bool = False
     max_rows: int | None = None
+    horizontal_flip: bool = False
     seed: int = 0
     static_shapes: bool = False
     pad_to_multiple_of: int | None = None
@@ -113,7 +105,8 @@ class Counts:
 
 
 def _counted(counts: Counts) -> str:
-    parts = [counted(counts.rows, "row"), counted(counts.examples, "example"), counted(counts.tokens, "token")]
+    parts = [counted(counts.rows, "row"), counted(counts.examples, "example")]
+    parts += [counted(counts.tokens, "token")] if counts.tokens else []
     parts.append(f"{counts.loss_tokens} {'carries' if counts.loss_tokens == 1 else 'carry'} loss")
     special = {"cut": counts.truncated_rows, "dropped without loss": counts.dropped_rows}
     parts += [f"{number} {what}" for what, number in special.items() if number]
@@ -138,6 +131,7 @@ class Report:
 
     def lines(self) -> list[str]:
         how = f"packed to {self.max_length} tokens" if self.packed else f"up to {self.max_length} tokens"
+        how = how if self.max_length else "decoded batch by batch"
         sets = [("train", self.train)] + ([("eval", self.eval)] if self.eval else [])
         return [f"format {self.format}, {how}", *(f"{name}: {_counted(counts)}" for name, counts in sets)]
 
@@ -164,7 +158,7 @@ def inspect_labels(spec: DataSpec, task: str) -> tuple[str, ...]:
     Raises: DataError: see `prepare`; a single class.
     """
     source = _Source.of(spec, task)
-    return source.class_names() if task in ("sequence-classification", "token-classification") else ()
+    return source.class_names() if task in ("sequence-classification", "token-classification", IMAGES) else ()
 
 
 def is_packed(spec: DataSpec, task: str) -> bool:
@@ -208,6 +202,32 @@ def prepare(spec: DataSpec, *, task: str, tokenizer: PreTrainedTokenizerBase, la
     )
 
 
+def prepare_images(spec: DataSpec, *, processor: Any, labels: tuple[str, ...] = ()) -> Prepared:
+    """As `prepare`, for images: `processor` makes pixels of them batch by batch. Raises: DataError."""
+    _check_for_images(spec)
+    names = labels or inspect_labels(spec, IMAGES)
+    source = replace(_Source.of(spec, IMAGES), classes=names)
+    reading = _Tokenizing(IMAGES, None, {name: index for index, name in enumerate(names)}, max_length=0, packed=False)
+    train, held = _train_and_eval(source, reading)
+    report = Report(source.format.name, False, 0, train.counts, held.counts if held else None)  # noqa: FBT003
+    return Prepared(
+        train=train.rows,
+        eval=held.rows if held else None,
+        collator=image_collator(processor),
+        labels=names,
+        pad_token_id=0,
+        pads_left=False,
+        report=report,
+    )
+
+
+def _check_for_images(spec: DataSpec) -> None:
+    """No setting of texts is given. Raises: DataError."""
+    for name in ("max_length", "packing"):
+        if getattr(spec, name) != getattr(DataSpec, name):
+            raise DataError(f"data.{name}", f"found {getattr(spec, name)} for images", expected="texts with it")
+
+
 # --- which rows ----------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +249,9 @@ class _Source:
         streams = [reference for reference in (*spec.train, *spec.eval) if is_stream(reference)]
         if streams:
             _check_streams(streams[0], spec=spec, task=task)
-            return _Source(spec, task, FORMATS["text"])
+            return _Source(spec, task, TEXT)
+        if spec.horizontal_flip and task != IMAGES:
+            raise DataError("data.horizontal_flip", f"found it for {task}", expected=f"the task {IMAGES}")
         row = next(read_rows(spec.train[0], columns=spec.columns, default_split="train"))
         shape = recognise(row, task=task, format_name=spec.format, columns=spec.columns)
         if spec.pack_examples and task != "causal-lm":
@@ -245,6 +267,8 @@ class _Source:
         return self._limited(self._examples(self.spec.eval, default_split=None))
 
     def class_names(self) -> tuple[str, ...]:
+        if self.format.classes:
+            return self.format.classes
         names: set[str] = set()
         for example in self._examples(self.spec.train, default_split="train"):
             names.update(_classes_of(example))
@@ -270,7 +294,7 @@ class _Source:
             rows = read_rows(reference, columns=self.spec.columns, default_split=default_split)
             first = next(rows)
             shape = self._shape(first)
-            yield from (shape.read(row) for row in chain([first], rows))
+            yield from shape.read(chain([first], rows))
 
     def _shape(self, first: Row) -> Shape:
         """Each file may name its columns differently, but all are of one format."""
@@ -285,7 +309,7 @@ def _classes_of(example: Example) -> Sequence[str]:
     """The names of the classes that a row has. Raises DataError where its label names none."""
     if isinstance(example, Tagged):
         return example.tags
-    return (class_name(example.label, place=example.place),) if isinstance(example, Labelled) else ()
+    return (class_name(example.label, place=example.place),) if isinstance(example, Labelled | Pictured) else ()
 
 
 def _check_streams(reference: str, *, spec: DataSpec, task: str) -> None:
@@ -311,7 +335,7 @@ def _stream(reference: str) -> Iterator[Example]:
 
 @dataclass(frozen=True)
 class _Tokenizing:
-    """How the examples of one run become token rows."""
+    """How the examples of one run become token rows; those of images, which have no tokenizer, rows with bytes."""
 
     task: str
     tokenizer: PreTrainedTokenizerBase
@@ -332,14 +356,15 @@ class _Tokenizing:
         if self.task == "causal-lm":
             yield from self._causal(examples, counts)
             return
-        encode = {"token-classification": self._tagged, "seq2seq": self._targets}.get(self.task, self._labelled)
+        encoders = {"token-classification": self._tagged, "seq2seq": self._targets, IMAGES: self._pictured}
+        encode = encoders.get(self.task, self._labelled)
         for batch in batches(examples):
             for row, cut in encode(batch):
                 labels = row["labels"]
                 counts.rows += 1
                 counts.examples += 1
                 counts.truncated_rows += cut
-                counts.tokens += len(row["input_ids"])
+                counts.tokens += len(row.get("input_ids", ()))
                 counts.loss_tokens += sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
                 yield row
 
@@ -350,6 +375,11 @@ class _Tokenizing:
     def _tagged(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
         for example in cast("list[Tagged]", batch):
             yield encode_tagged(self.tokenizer, example, ids=self.class_ids, max_length=self.max_length)
+
+    def _pictured(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
+        for example in cast("list[Pictured]", batch):
+            label = class_id(example.label, ids=self.class_ids, place=example.place)
+            yield encode_pictured(example, label=label), False
 
     def _targets(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
         for example in cast("list[PromptCompletion]", batch):

@@ -14,6 +14,7 @@ from surgery.checkpoint import CONFIG_FILE, RECIPE_ENDINGS, RECORD_FILE, require
 from surgery.compat import download_config
 from surgery.data import is_packed
 from surgery.errors import BaseMismatchError, NotAModelError, RequestError, UnsupportedError, require_known, shorten
+from surgery.images import TASK as IMAGES
 from surgery.manifest import ADAPTER, parse_record, read_document
 from surgery.memory import FULL, LORA, METHODS, Prediction, Run, Subject, open_planned, open_subject, predict
 from surgery.plan import SurgeryPlan
@@ -160,6 +161,10 @@ def _open_adapter(folder: Path, recipe: Recipe, question: Question, run: Run) ->
 
 def _fitted(subject: Subject, recipe: Recipe, question: Question, run: Run) -> Run:
     """With what the model and the data decide: the default length, and whether rows differ in length."""
+    if subject.dry.task == IMAGES:
+        if "max_length" in recipe.data.model_fields_set:
+            raise RequestError("--sequence", "given for images", expected="texts with it", fix="Leave it out")
+        return replace(run, sequence=1)
     if "max_length" not in recipe.data.model_fields_set and subject.positions is not None:
         run = replace(run, sequence=min(run.sequence, subject.positions))
     padded, task = question.padded, subject.dry.task

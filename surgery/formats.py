@@ -11,22 +11,43 @@
 | classification | text (text, sentence), label | sequence-classification, regression |
 | pair | sentence1, sentence2, label | sequence-classification, regression |
 | tokens | tokens, tags (tags, ner_tags) | token-classification |
+| image | image (image, img), label (label, fine_label) | image-classification |
+| mmlu | question, choices, answer, subject (may be absent) | causal-lm, seq2seq |
+| gsm8k | question, answer | causal-lm, seq2seq |
+| oasst, oasst/all | tree (message_tree_id), and what oasst.py says | causal-lm |
+| glue | those of any of GLUE's tasks (glue.py), label | sequence-classification, regression |
+| glue/cola, glue/sst2, .. | those of the task, label | sequence-classification or regression, seq2seq |
 
-`auto` takes the one format of the task whose columns the first row has; none or several is an error. Columns of other
-names are given as role -> column, e.g. {"prompt": "question", "completion": "answer"}. Other columns are ignored.
+`auto` takes the one format of the task whose columns the first row has; none or several is an error, but a format whose
+columns are a part of another's gives way to it. gsm8k, oasst/all and glue are taken where they are named only. A name
+without its part behind the stroke (glue for seq2seq) means all that begin with it. Columns of other names are given as
+role -> column, e.g. {"prompt": "question", "completion": "answer"}. Other columns are ignored.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 from surgery.errors import DataError, RequestError, closest
+from surgery.examples import Cells, Conversation, Document, Example, Labelled, PromptCompletion, Tagged, class_name
+from surgery.glue import GLUE, SHAPES, GlueTask, read_as_it_stands, read_labelled, read_words
+from surgery.images import TASK as IMAGES
+from surgery.images import read_pictured
+from surgery.oasst import all_conversations, best_conversations
+from surgery.questions import read_gsm8k, read_mmlu
 from surgery.rows import Row
 
-TASKS = ("causal-lm", "sequence-classification", "regression", "token-classification", "seq2seq")
+TASKS = (
+    "causal-lm",
+    "sequence-classification",
+    "regression",
+    "token-classification",
+    "seq2seq",
+    "image-classification",
+)
 
 SHAREGPT_ROLES: Mapping[str, str] = {
     "system": "system",
@@ -42,85 +63,6 @@ ALPACA_PROMPT_WITH_INPUT = (
     "Below is a task and the material it is about. Write an answer that fulfils it.\n\n"
     "### Task:\n{instruction}\n\n### Material:\n{input}\n\n### Answer:\n"
 )
-
-
-@dataclass(frozen=True)
-class Document:
-    """Text that carries loss throughout. A file read in pieces begins and ends once."""
-
-    place: str
-    text: str
-    begins: bool = True
-    ends: bool = True
-
-
-@dataclass(frozen=True)
-class PromptCompletion:
-    place: str
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages as a chat template takes them: dicts of role, content and whatever else the template knows."""
-
-    place: str
-    messages: tuple[Mapping[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """One text or a pair of them, and the raw label: a class's name or a number, by task."""
-
-    place: str
-    text: str
-    pair: str | None
-    label: object
-
-
-@dataclass(frozen=True)
-class Tagged:
-    place: str
-    words: tuple[str, ...]
-    tags: tuple[str, ...]
-
-
-Example: TypeAlias = Document | PromptCompletion | Conversation | Labelled | Tagged
-
-
-@dataclass(frozen=True)
-class Cells:
-    """A row seen through roles."""
-
-    row: Row
-    columns: Mapping[str, str]
-
-    def value(self, role: str) -> Any:
-        """The role's value; None is an error, a role left out of `columns` (an optional one) is None."""
-        if role not in self.columns:
-            return None
-        value = self.row.values.get(self.columns[role])
-        if value is None:
-            raise self.wrong(role, "nothing", expected=f"a value for {role}")
-        return value
-
-    def text(self, role: str) -> str:
-        value = self.value(role)
-        if not isinstance(value, str):
-            raise self.wrong(role, f"{value!r:.60}", expected="text")
-        return value
-
-    def items(self, role: str) -> Sequence[Any]:
-        value = self.value(role)
-        if not isinstance(value, list):
-            raise self.wrong(
-                role, f"{value!r:.60}", expected="a list (CSV and TSV cannot hold one; use JSONL or parquet)"
-            )
-        return value
-
-    def wrong(self, role: str, found: str, *, expected: str) -> DataError:
-        return DataError(self.row.place, f"found {found} in the column {self.columns[role]!r}", expected=expected)
 
 
 def _messages(cells: Cells) -> Example:
@@ -203,39 +145,78 @@ def _tokens(cells: Cells) -> Example:
     return Tagged(cells.row.place, tuple(words), tuple(class_name(tag, place=cells.row.place) for tag in tags))
 
 
+Reader = Callable[[Iterable[Cells]], Iterator[Example]]
+
+
 @dataclass(frozen=True)
 class Format:
-    """One shape of a row: the columns recognised for each role, the tasks it serves, and how to read it."""
+    """One shape of rows: the columns recognised for each role, the tasks it serves, and how to read it.
+
+    `by_name`: taken only where it is asked for. `classes`: the names of its classes in id order, where it has its own.
+    """
 
     name: str
     roles: Mapping[str, tuple[str, ...]]
     tasks: tuple[str, ...]
-    read: Callable[[Cells], Example]
+    read: Reader
     optional: tuple[str, ...] = field(default=())
+    by_name: bool = False
+    classes: tuple[str, ...] = ()
+
+
+def _each(read: Callable[[Cells], Example]) -> Reader:
+    """A reader of formats in which every row is one example."""
+    return partial(map, read)
+
+
+def _same(*names: str) -> Mapping[str, tuple[str, ...]]:
+    """Roles that are called as their columns are."""
+    return {name: (name,) for name in names}
+
+
+def _glue_formats(task: GlueTask) -> tuple[Format, Format]:
+    """For a classifier (STS-B: a regression), and as T5 reads and writes it."""
+    roles, name = _same(*task.columns, "label"), f"glue/{task.name}"
+    head = ("sequence-classification",) if task.classes else ("regression",)
+    labelled, words = _each(partial(read_labelled, task=task)), _each(partial(read_words, task=task))
+    return (
+        Format(name, roles, head, labelled, by_name=True, classes=task.classes),
+        Format(name, roles, ("seq2seq",), words, by_name=True),
+    )
+
+
+def _any_glue(columns: tuple[str, ...]) -> Format:
+    read = _each(partial(read_as_it_stands, columns=columns))
+    return Format("glue", _same(*columns, "label"), _CLASSES, read, by_name=True)
 
 
 _CAUSAL, _CLASSES = ("causal-lm",), ("sequence-classification", "regression")
 _BOTH_LM = ("causal-lm", "seq2seq")
-_ALPACA_ROLES = {"instruction": ("instruction",), "input": ("input",), "output": ("output",)}
-_PAIR_ROLES = {"sentence1": ("sentence1",), "sentence2": ("sentence2",), "label": ("label",)}
+_TEXT_LABEL = {"text": ("text", "sentence"), "label": ("label",)}
+_TOKENS = {"tokens": ("tokens",), "tags": ("tags", "ner_tags")}
+_IMAGE = {"image": ("image", "img"), "label": ("label", "fine_label")}
+_TREE = {"tree": ("message_tree_id",)}
 
-FORMATS: Mapping[str, Format] = {
-    item.name: item
-    for item in (
-        Format("messages", {"messages": ("messages",)}, _CAUSAL, _messages),
-        Format("sharegpt", {"conversations": ("conversations",)}, _CAUSAL, _sharegpt),
-        Format("alpaca", _ALPACA_ROLES, _BOTH_LM, _alpaca, optional=("input",)),
-        Format(
-            "prompt-completion", {"prompt": ("prompt",), "completion": ("completion",)}, _BOTH_LM, _prompt_completion
-        ),
-        Format("text", {"text": ("text",)}, _CAUSAL, _text),
-        Format("seq2seq", {"source": ("source",), "target": ("target",)}, ("seq2seq",), _seq2seq),
-        Format("classification", {"text": ("text", "sentence"), "label": ("label",)}, _CLASSES, _classification),
-        Format("pair", _PAIR_ROLES, _CLASSES, _pair),
-        Format("tokens", {"tokens": ("tokens",), "tags": ("tags", "ner_tags")}, ("token-classification",), _tokens),
-    )
-}
-KNOWN_COLUMNS = frozenset(name for item in FORMATS.values() for names in item.roles.values() for name in names)
+TEXT = Format("text", _same("text"), _CAUSAL, _each(_text))
+FORMATS: tuple[Format, ...] = (
+    Format("messages", _same("messages"), _CAUSAL, _each(_messages)),
+    Format("sharegpt", _same("conversations"), _CAUSAL, _each(_sharegpt)),
+    Format("alpaca", _same("instruction", "input", "output"), _BOTH_LM, _each(_alpaca), optional=("input",)),
+    Format("prompt-completion", _same("prompt", "completion"), _BOTH_LM, _each(_prompt_completion)),
+    TEXT,
+    Format("seq2seq", _same("source", "target"), ("seq2seq",), _each(_seq2seq)),
+    Format("classification", _TEXT_LABEL, _CLASSES, _each(_classification)),
+    Format("pair", _same("sentence1", "sentence2", "label"), _CLASSES, _each(_pair)),
+    Format("tokens", _TOKENS, ("token-classification",), _each(_tokens)),
+    Format("image", _IMAGE, (IMAGES,), _each(read_pictured)),
+    Format("mmlu", _same("question", "choices", "answer", "subject"), _BOTH_LM, _each(read_mmlu), ("subject",)),
+    Format("gsm8k", _same("question", "answer"), _BOTH_LM, _each(read_gsm8k), by_name=True),
+    Format("oasst", _TREE, _CAUSAL, best_conversations),
+    Format("oasst/all", _TREE, _CAUSAL, all_conversations, by_name=True),
+    *map(_any_glue, SHAPES),
+    *(item for task in GLUE.values() for item in _glue_formats(task)),
+)
+KNOWN_COLUMNS = frozenset(name for item in FORMATS for names in item.roles.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -245,13 +226,20 @@ class Shape:
     format: Format
     columns: Mapping[str, str]
 
-    def read(self, row: Row) -> Example:
-        """Raises: DataError: a column is missing or holds the wrong kind of value; `place` is in the message."""
+    def read(self, rows: Iterable[Row]) -> Iterator[Example]:
+        """The rows' examples: one a row, or as the format has it.
+
+        Raises: DataError: a column is missing or holds the wrong kind of value; `place` is in the message.
+        """
+        return self.format.read(map(self.cells, rows))
+
+    def cells(self, row: Row) -> Cells:
+        """A row seen through the roles. Raises: DataError: a column is missing."""
         for role, column in self.columns.items():
             if column not in row.values and role not in self.format.optional:
                 found = f"found a row without {column!r} ({_listed(row.values)})"
                 raise DataError(row.place, found, expected=f"rows of one shape, {self.format.name}")
-        return self.format.read(Cells(row, self.columns))
+        return Cells(row, self.columns)
 
 
 def check_task(task: str) -> None:
@@ -270,7 +258,9 @@ def recognise(row: Row, *, task: str, format_name: str, columns: Mapping[str, st
     _check_columns(row, columns)
     if columns and all(column.isdecimal() for column in columns.values()):
         _check_no_header(row, columns)
-    shapes = [Shape(item, found) for item in formats if (found := _columns_of(item, row, columns)) is not None]
+    fitting = [Shape(item, found) for item in formats if (found := _columns_of(item, row, columns)) is not None]
+    used = [_used(shape, row) for shape in fitting]
+    shapes = [shape for shape in fitting if not any(_used(shape, row) < other for other in used)]
     if len(shapes) == 1:
         return shapes[0]
     if shapes:
@@ -280,13 +270,19 @@ def recognise(row: Row, *, task: str, format_name: str, columns: Mapping[str, st
     raise _unrecognised(row, task=task, formats=formats)
 
 
+def _used(shape: Shape, row: Row) -> frozenset[str]:
+    """The row's columns that a format takes."""
+    return frozenset(shape.columns.values()) & frozenset(row.values)
+
+
 def _formats_of(task: str, format_name: str) -> list[Format]:
-    fitting = [item for item in FORMATS.values() if task in item.tasks]
+    fitting = [item for item in FORMATS if task in item.tasks]
     if format_name == "auto":
-        return fitting
+        return [item for item in fitting if not item.by_name]
     chosen = [item for item in fitting if item.name == format_name]
+    chosen = chosen or [item for item in fitting if item.name.startswith(f"{format_name}/")]
     if not chosen:
-        names = [item.name for item in fitting]
+        names = list(dict.fromkeys(item.name for item in fitting))
         expected = f"auto or one of {', '.join(names)} for the task {task}"
         raise DataError("data.format", f"found {format_name!r}", expected=expected, fix=closest(format_name, names))
     return chosen
@@ -346,54 +342,3 @@ def _listed(columns: Iterable[str]) -> str:
     names = [f"{str(name)[:40]!r}" for name in columns]
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     return f"the columns {shown}" if names else "no columns"
-
-
-def class_name(label: object, *, place: str) -> str:
-    """A label as the name of its class: 1, 1.0 and "1" are one class, and so are True and "true".
-
-    Raises: DataError: nothing, NaN, or a number with decimals.
-    """
-    if isinstance(label, bool):
-        return str(label).lower()
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    if isinstance(label, int) or (isinstance(label, str) and label.strip()):
-        return str(label)
-    fix = "For numbers to predict use the task regression; rows without a label must go"
-    raise DataError(place, f"found the label {label!r:.60}", expected="a class, as a name or an integer", fix=fix)
-
-
-def target_number(label: object, *, place: str) -> float:
-    """A label as a finite number. Raises: DataError."""
-    try:
-        number = float(label) if isinstance(label, (str, int, float)) and not isinstance(label, bool) else math.nan
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(place, f"found the label {label!r:.60}", expected="a finite number for regression")
-    return number
-
-
-def class_order(names: Iterable[str], *, place: str) -> tuple[str, ...]:
-    """Distinct names in id order: by value when all are numbers, else by code point.
-
-    Raises: DataError: a single class, or numbers with decimals.
-    """
-    distinct = sorted(set(names))
-    numbers = {name: number for name in distinct if (number := _number(name)) is not None}
-    if len(numbers) == len(distinct):
-        if not all(number.is_integer() for number in numbers.values()):
-            fix = "Use the task regression for numbers"
-            raise DataError(place, "found labels with decimals", expected="classes", fix=fix)
-        distinct.sort(key=lambda name: (numbers[name], name))
-    if len(distinct) < 2:
-        raise DataError(place, f"found one class only ({', '.join(distinct)})", expected="two or more")
-    return tuple(distinct)
-
-
-def _number(name: str) -> float | None:
-    try:
-        number = float(name)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

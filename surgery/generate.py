@@ -325,7 +325,7 @@ class TorchModel:
         text = self._render(prompt) if chat else prompt
         batch = self.tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
         require_tokens(batch["input_ids"][0].tolist())
-        return batch
+        return batch.to(self.model.device)
 
     def _render(self, prompt: str) -> str:
         from jinja2 import TemplateError
@@ -376,7 +376,7 @@ class TorchModel:
         limits = [n for n in (max_positions(self.config), self.tokenizer.model_max_length) if n is not None]
         require_readable(batch["input_ids"].shape[1], min(limits))
         with torch.inference_mode():
-            logits_l = self.model(**batch).logits[0].float().numpy()
+            logits_l = self.model(**batch).logits[0].float().cpu().numpy()
         return Answer(prompt, seconds=time.monotonic() - started, scores=scores_of(self.config, logits_l))
 
 

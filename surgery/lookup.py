@@ -23,7 +23,13 @@ ONNX_PATCH = "exporters.onnx_patch:patch"
 ONNX_VERIFY = "exporters.onnx_folder:verify_graphs"
 
 
-EXTRAS = {"onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx"}  # by what is imported
+EXTRAS = {
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "lm_eval": "eval",
+}  # by what is imported
 
 
 def resolve(reference: str) -> Any:

@@ -18,8 +18,9 @@ import torch
 from surgery.acceleration import FLASH, set_heads, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, memory_names
-from surgery.errors import RequestError, UnsupportedError, require_known
+from surgery.errors import RequestError, UnsupportedError, counted, require_known
 from surgery.generate import max_positions
+from surgery.images import TASK as IMAGES
 from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
 from surgery.plan import Stored, SurgeryPlan
@@ -171,7 +172,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on each device. `longest`: the longest sequence that fits `fit_bytes`, 0 where none does."""
+    """Bytes on each device. `longest`: the longest sequence that fits `fit_bytes`, 0 where none does (images: None)."""
 
     architecture: str
     method: str
@@ -186,6 +187,7 @@ class Prediction:
     fits: bool | None = None
     longest: int | None = None
     positions: int | None = None
+    is_of_images: bool = False
 
     @property
     def total(self) -> int:
@@ -324,6 +326,8 @@ def predict(subject: Subject, run: Run, *, fit_bytes: int | None = None) -> Pred
     found = _predict(subject, run)
     if fit_bytes is None:
         return found
+    if found.is_of_images:
+        return replace(found, fit_bytes=fit_bytes, fits=found.total <= fit_bytes)
     longest = _longest(lambda tokens: _predict(subject, replace(run, sequence=tokens)).total, run, subject, fit_bytes)
     return replace(found, fit_bytes=fit_bytes, fits=found.total <= fit_bytes, longest=longest)
 
@@ -336,6 +340,7 @@ def _predict(subject: Subject, run: Run) -> Prediction:
     return Prediction(
         subject.architecture, subject.method, subject.trained_values, subject.dtype, subject.autocast, run,
         parts, saved.kinds, _notes(subject, run), positions=subject.positions,
+        is_of_images=subject.dry.task == IMAGES,
     )  # fmt: skip
 
 
@@ -441,7 +446,7 @@ def _lines(found: Prediction) -> list[str]:
     run = found.run
     many = f" on each of {run.devices} devices, {run.sharding}" if run.devices > 1 else ""
     compute = f", autocast {found.autocast}" if found.autocast != "fp32" else ""
-    shape = f"{run.batch} x {run.sequence} tokens, weights {found.dtype}{compute}, {run.device}{many}"
+    shape = f"{_batch(found)}, weights {found.dtype}{compute}, {run.device}{many}"
     names = {"columns": ADDED[found.method]}
     rows = [(names.get(name, name), size_text(size)) for name, size in found.parts.items() if size]
     kept = [(f"  {kind}", size_text(size)) for kind, size in found.activations.items() if size]
@@ -453,14 +458,21 @@ def _lines(found: Prediction) -> list[str]:
     return [head, f"{shape}{checkpointing}", "", *table, *_fit_lines(found), "", *notes]
 
 
+def _batch(found: Prediction) -> str:
+    run = found.run
+    return counted(run.batch, "image") if found.is_of_images else f"{run.batch} x {run.sequence} tokens"
+
+
 def _fit_lines(found: Prediction) -> list[str]:
-    if found.fit_bytes is None or found.longest is None:
+    if found.fit_bytes is None:
         return []
     left = found.fit_bytes - found.total
     limit = size_text(found.fit_bytes)
     verdict = (
         f"fits {limit}: {size_text(left)} are left" if found.fits else f"does not fit {limit}: {size_text(-left)} lack"
     )
+    if found.longest is None:
+        return ["", verdict]
     if not found.longest:
         return ["", verdict, "not even one token fits: shard, take a smaller batch or another method"]
     is_all = " (all the model's positions)" if found.longest == found.positions else ""
@@ -471,7 +483,7 @@ def brief_line(found: Prediction) -> str:
     """The short form, for `surgery apply --plan`."""
     run, state, kept = found.run, sum(found.parts.values()), sum(found.activations.values())
     return (
-        f"a step of {run.batch} x {run.sequence} tokens on {run.device} holds {size_text(found.total)}: "
+        f"a step of {_batch(found)} on {run.device} holds {size_text(found.total)}: "
         f"{size_text(state)} for weights, what trains, gradients and AdamW, {size_text(kept)} for the backward pass "
         "(`surgery plan` says more)"
     )

@@ -3,6 +3,7 @@
 | task | metrics |
 |---|---|
 | sequence-classification | accuracy, f1 (of class 1 when there are two classes, else macro), matthews_correlation |
+| image-classification | the same |
 | regression | spearman, pearson (0 where one side is constant: nothing can be said) |
 | token-classification | accuracy, f1 (macro), over labelled tokens, not over entities |
 | causal-lm, seq2seq | token_accuracy: the next token guessed right, among those that carry loss |
@@ -133,6 +134,7 @@ def _finite(values: Any) -> np.ndarray:
 _METRICS: Mapping[str, Callable[[EvalPrediction], Metrics]] = {
     "causal-lm": next_token_metrics,
     "sequence-classification": classification_metrics,
+    "image-classification": classification_metrics,
     "regression": regression_metrics,
     "token-classification": token_classification_metrics,
     "seq2seq": decoder_token_metrics,
@@ -140,6 +142,7 @@ _METRICS: Mapping[str, Callable[[EvalPrediction], Metrics]] = {
 _PREPROCESS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "causal-lm": best_token,
     "sequence-classification": keep_logits,
+    "image-classification": keep_logits,
     "regression": keep_logits,
     "token-classification": best_token,
     "seq2seq": best_token,
@@ -147,6 +150,7 @@ _PREPROCESS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "causal-lm": ("token_accuracy",),
     "sequence-classification": ("accuracy", "f1", "matthews_correlation"),
+    "image-classification": ("accuracy", "f1", "matthews_correlation"),
     "regression": ("spearman", "pearson"),
     "token-classification": ("accuracy", "f1"),
     "seq2seq": ("token_accuracy",),

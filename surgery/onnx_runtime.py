@@ -161,6 +161,19 @@ class Text:
         require_tokens(ids)
         return ids, list(encoding.type_ids)
 
+    def tokens(self, text: str, pair: str | None = None, *, special: bool = True) -> tuple[list[int], list[int]]:
+        """Ids and token types (t,) of a text or a pair, as it stands."""
+        encoding = self._tokenizer.encode(text, pair, add_special_tokens=special)
+        return list(encoding.ids), list(encoding.type_ids)
+
+    def cut(self, text: str, pair: str | None, length: int) -> tuple[list[int], list[int]]:
+        """The same with at most `length` tokens: the longer text loses its end first."""
+        self._tokenizer.enable_truncation(length, strategy="longest_first")
+        try:
+            return self.tokens(text, pair)
+        finally:
+            self._tokenizer.no_truncation()
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -264,7 +277,8 @@ def _open_session(folder: Path, name: str) -> Any:
         raise DamagedError(path, found, expected="a whole ONNX model", fix="Export it again") from error
 
 
-def _tensor(values: Array) -> Any:
+def as_value(values: Array) -> Any:
+    """An array as a graph takes it."""
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(values)
@@ -272,19 +286,19 @@ def _tensor(values: Array) -> Any:
 
 def _row(values: Sequence[int]) -> Any:
     """Shapes: (t,) -> (1, t) int64."""
-    return _tensor(np.asarray([list(values)], np.int64))
+    return as_value(np.asarray([list(values)], np.int64))
 
 
-def _empty_cache(entry: Any, where: str) -> Any:
-    """A past of no tokens, (1, heads, 0, head size), from a graph's description of its input."""
+def empty_cache(entry: Any, where: str, *, rows: int = 1) -> Any:
+    """A past of no tokens, (rows, heads, 0, head size), from a graph's description of its input."""
     shape, dtype = entry.shape, CACHE_DTYPES.get(entry.type)
     if len(shape) != 4 or dtype is None or not all(isinstance(shape[axis], int) for axis in (1, 3)):
         found = f"{entry.name} is {entry.type} {shape}"
         raise UnsupportedError(where, found, expected="(batch, heads, past, head size) in fp32 or fp16")
-    return _tensor(np.zeros((1, shape[1], 0, shape[3]), dtype))
+    return as_value(np.zeros((rows, shape[1], 0, shape[3]), dtype))
 
 
-def _run(session: Any, names: Sequence[str], feeds: Mapping[str, Any], where: str) -> list[Any]:
+def run_graph(session: Any, names: Sequence[str], feeds: Mapping[str, Any], where: str) -> list[Any]:
     """A graph's outputs. Raises: UnsupportedError: it wants what we do not know."""
     wanted = [entry.name for entry in session.get_inputs()]
     unknown = [name for name in wanted if name not in feeds]
@@ -300,7 +314,7 @@ class Decoder:
     def __init__(self, session: Any, fixed: Mapping[str, Any], where: str) -> None:
         self._session, self._fixed, self._where, self._length = session, fixed, where, 0
         own = [entry for entry in session.get_inputs() if entry.name.startswith(PAST) and entry.name not in fixed]
-        self._past = {entry.name: _empty_cache(entry, where) for entry in own}
+        self._past = {entry.name: empty_cache(entry, where) for entry in own}
 
     def next_logits(self, new: Sequence[int]) -> Array:
         """Logits (v,) float32 after `new` tokens (t,), which the cache then holds as well."""
@@ -311,7 +325,7 @@ class Decoder:
             "position_ids": _row(range(begin, self._length)),
         }
         names = ["logits", *(PRESENT + name.removeprefix(PAST) for name in self._past)]
-        logits, *presents = _run(self._session, names, {**feeds, **self._fixed, **self._past}, self._where)
+        logits, *presents = run_graph(self._session, names, {**feeds, **self._fixed, **self._past}, self._where)
         self._past = dict(zip(self._past, presents, strict=True))
         return np.array(logits.numpy()[0, -1], np.float32)
 
@@ -341,7 +355,8 @@ class OnnxModel:
         start = self.rules.decoder_start_token_id
         if start is None:
             raise DamagedError(str(self.folder), "no decoder_start_token_id", expected="one in generation_config.json")
-        fixed = self._encode(ids)
+        require_readable(len(ids), max_positions(self.config))
+        fixed = self.encode(np.asarray([ids], np.int64), np.ones((1, len(ids)), np.int64))
         decoder = Decoder(self.sessions[DECODER_FILE], fixed, str(self.folder / DECODER_FILE))
         return self._write_on(decoder, [start], prompt, spec, write)
 
@@ -360,13 +375,12 @@ class OnnxModel:
             stream.put(new[0])
         return stream.finish(prompt, spec, self.rules.eos_token_id)
 
-    def _encode(self, ids: Sequence[int]) -> dict[str, Any]:
-        """What the decoder's graph takes from the encoder's, under the decoder's names."""
-        require_readable(len(ids), max_positions(self.config))
-        session, mask = self.sessions[ENCODER_FILE], _row([1] * len(ids))
+    def encode(self, ids_bt: Array, mask_bt: Array) -> dict[str, Any]:
+        """What the decoder's graph takes from the encoder's, under the decoder's names, for rows of int64."""
+        session, mask = self.sessions[ENCODER_FILE], as_value(mask_bt)
         names = [entry.name for entry in session.get_outputs()]
-        feeds = {"input_ids": _row(ids), "attention_mask": mask}
-        values = _run(session, names, feeds, str(self.folder / ENCODER_FILE))
+        feeds = {"input_ids": as_value(ids_bt), "attention_mask": mask}
+        values = run_graph(session, names, feeds, str(self.folder / ENCODER_FILE))
         renamed = {"side_states": "encoder_side_states", "last_hidden_state": "encoder_hidden_states"}
         found = {
             renamed.get(name, name.replace(PRESENT, PAST, 1)): value for name, value in zip(names, values, strict=True)
@@ -380,7 +394,7 @@ class OnnxModel:
         limits = [n for n in (max_positions(self.config), self.text.max_tokens) if n is not None]
         require_readable(len(ids), min(limits, default=None))
         feeds = {"input_ids": _row(ids), "attention_mask": _row([1] * len(ids)), "token_type_ids": _row(types)}
-        (logits,) = _run(self.sessions[MODEL_FILE], ["logits"], feeds, str(self.folder / MODEL_FILE))
+        (logits,) = run_graph(self.sessions[MODEL_FILE], ["logits"], feeds, str(self.folder / MODEL_FILE))
         scores = scores_of(self.config, logits.numpy()[0])
         return Answer(prompt, seconds=time.monotonic() - started, scores=scores)
 

@@ -2,10 +2,14 @@
 
 Every key is known or an error that names the nearest one. Overrides (`train.max_steps=50`, or `max_steps=50` where only
 one section has such a key) go through the same checks.
+
+`variants` are named changes to the rest, one of which `variant=NAME` makes; `smoke` are those that `smoke=true` makes,
+on top. All are checked whenever the recipe is read, and what they write lies in folders of their own.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from surgery.data import DataSpec
-from surgery.errors import RecipeError, closest, shorten
+from surgery.errors import RecipeError, closest, require_known, shorten
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.planning import make_spec
@@ -99,6 +103,7 @@ class DataSection(_Section):
     packing: bool = Field(default=True, description="join text and cut it to blocks of max_length")
     pack_examples: bool = Field(default=False, description="pack prompts with completions and conversations as well")
     max_rows: int | None = Field(None, ge=1, description="use only the first rows")
+    horizontal_flip: bool = Field(default=False, description="images: half of them, drawn anew, left for right")
     seed: int = Field(0, ge=0, description="decides which rows eval_fraction holds out")
 
     def spec(self) -> DataSpec:
@@ -122,6 +127,7 @@ class TrainSection(_Section):
     eval_batch_size: int | None = Field(None, ge=1, description="batch_size where not given")
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="part of the steps, in place of warmup_steps")
     weight_decay: float = Field(0.0, ge=0, description="pulls the columns towards the pretrained ones")
     max_grad_norm: float = Field(1.0, gt=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -170,7 +176,7 @@ class ExportSection(_Section):
 class Recipe(_Section):
     """A whole run. Relative paths are relative to the recipe's folder."""
 
-    model: str = Field(description="folder or hub id")
+    model: str = Field(description="folder or hub id; tiny:llama, tiny:t5 or tiny:vit: a random one, made in code")
     adapter: str | None = Field(None, description="folder; the model's name with -paca if not given")
     method: str = "paca"
     task: str = Field("", description="what the checkpoint's own architecture does, if not given")
@@ -180,6 +186,8 @@ class Recipe(_Section):
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
+    variants: dict[str, dict[str, Any]] = Field({}, description="changes by name, of which variant=NAME makes one")
+    smoke: dict[str, Any] = Field({}, description="changes that smoke=true makes: a tiny model, a few rows")
 
     def spec(self) -> Any:
         """The method's own record. Raises: RequestError; RecipeError for settings of a method that is not chosen."""
@@ -196,8 +204,26 @@ class Recipe(_Section):
         return TaskSpec(self.task, tuple(self.labels))
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from YAML, with `key=value` overrides. Raises: RecipeError."""
+def read_recipe(path: Path, overrides: Sequence[str] = (), *, outputs: Path | None = None) -> Recipe:
+    """A recipe from YAML, with `key=value` overrides, `variant=NAME` and `smoke=true` among them.
+
+    outputs: the folder that outputs are relative to (`..` left out), where it is not the recipe's.
+    Raises: RecipeError, RequestError for an unknown variant.
+    """
+    document = _read_document(path)
+    switches, given = split_switches(overrides)
+    inner = next((text for text in given if text.startswith((f"{SMOKE}.", f"{VARIANTS}.", f"{VARIANTS}="))), None)
+    if inner:
+        raise RecipeError(
+            "override", repr(inner), expected="the key that it changes", fix="Leave out what is before it"
+        )
+    for layers in _combinations(document, str(path)):
+        _settled(document, layers, given, path)
+    recipe = _settled(document, _chosen(document, switches, str(path)), given, path)
+    return _rooted(recipe, path.parent, outputs)
+
+
+def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -206,10 +232,95 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
     if not isinstance(document, dict):
         raise RecipeError(str(path), "no mapping", expected="keys such as model, data and train")
+    return document
+
+
+# --- variants and smoke runs
+
+SMOKE, VARIANTS = "smoke", "variants"
+Layers = tuple[str, ...]  # what is laid over a recipe: a variant's name or none, and `smoke` or not
+
+
+def split_switches(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """`variant=NAME` and `smoke=true` by their names, and all other overrides."""
+    pairs = [(text, *text.partition("=")) for text in overrides]
+    switches = {key: value for _, key, equals, value in pairs if equals and key in ("variant", SMOKE)}
+    return switches, [text for text, key, _, _ in pairs if key not in switches]
+
+
+def _combinations(document: dict[str, Any], where: str) -> Iterator[Layers]:
+    """Every variant, with the smoke run and without. Raises: RecipeError for layers that are no mappings."""
+    named, smoke = document.get(VARIANTS, {}), document.get(SMOKE, {})
+    is_mapping = isinstance(named, dict) and all(isinstance(changes, dict) for changes in named.values())
+    if not is_mapping or not all(isinstance(name, str) and name != SMOKE for name in named):
+        raise RecipeError(where, f"{VARIANTS}: {named!r:.60}", expected="a mapping of names to changes")
+    if not isinstance(smoke, dict):
+        raise RecipeError(where, f"{SMOKE}: {smoke!r:.60}", expected="a mapping of changes")
+    for name in named:
+        yield (name,)
+        if smoke or SMOKE in named[name]:
+            yield (name, SMOKE)
+    if smoke and not named:
+        yield (SMOKE,)
+
+
+def _chosen(document: dict[str, Any], switches: Mapping[str, str], where: str) -> Layers:
+    """The layers that the switches ask for. Raises: RecipeError, RequestError."""
+    names, variant = list(document.get(VARIANTS, {})), switches.get("variant")
+    if variant is None and names:
+        raise RecipeError(where, "no variant chosen", expected=f"variant=NAME, one of {', '.join(names)}")
+    if variant is not None:
+        require_known("variant", variant, names)
+    asked = parse_yaml(switches.get(SMOKE, "false"))
+    if not isinstance(asked, bool):
+        raise RecipeError("override", f"{SMOKE}={switches[SMOKE]}", expected=f"{SMOKE}=true or {SMOKE}=false")
+    layers = (() if variant is None else (variant,)) + ((SMOKE,) if asked else ())
+    if asked and layers not in list(_combinations(document, where)):
+        raise RecipeError(where, f"{SMOKE}=true, and no section {SMOKE}", expected="one that says what it changes")
+    return layers
+
+
+def _settled(document: dict[str, Any], layers: Layers, overrides: Sequence[str], path: Path) -> Recipe:
+    """The recipe with its layers and then the overrides laid over it. Raises: RecipeError."""
+    where = ", ".join([str(path), *layers])
+    document = copy.deepcopy(document)
+    for name in layers:
+        changes = document.pop(SMOKE) if name == SMOKE else document[VARIANTS][name]
+        wrong = next((key for key in (VARIANTS, SMOKE) if key in changes and (name == SMOKE or key == VARIANTS)), None)
+        if wrong:
+            raise RecipeError(where, f"unknown key {wrong!r}", expected="keys that can be changed")
+        document = _overlay(document, changes)
+    _set_apart(document, layers, path.stem)
     for text in overrides:
         apply_override(document, text)
-    recipe = check(Recipe, document, str(path))
-    return _rooted(recipe, path.parent)
+    recipe: Recipe = check(Recipe, document, where)
+    return recipe
+
+
+def _overlay(document: Mapping[str, Any], changes: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Changes laid over a recipe: sections key by key, and each key's value as a whole."""
+    whole = set(known_keys(Recipe)) - {SMOKE}
+    result = dict(document)
+    for key, value in changes.items():
+        before, full = document.get(key), f"{at}{key}"
+        if isinstance(before, dict) and isinstance(value, dict) and full.removeprefix(f"{SMOKE}.") not in whole:
+            result[key] = _overlay(before, value, f"{full}.")
+        else:
+            result[key] = value
+    return result
+
+
+def _set_apart(document: dict[str, Any], layers: Layers, stem: str) -> None:
+    """What a variant or a smoke run writes lies in a folder of its own."""
+
+    def own(text: object) -> object:
+        return str(Path(text).parent.joinpath(*layers, Path(text).name)) if isinstance(text, str) else text
+
+    if layers:
+        document["adapter"] = own(document.get("adapter") or f"{stem}-{document.get('method', 'paca')}")
+    export = document.get("export")
+    if isinstance(export, dict) and "out" in export:
+        document["export"] = {**export, "out": own(export["out"])}
 
 
 def apply_override(document: dict[str, Any], text: str) -> None:
@@ -305,13 +416,15 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
     return list(model.model_fields)
 
 
-def _rooted(recipe: Recipe, folder: Path) -> Recipe:
-    """Relative paths that exist beside the recipe become paths to there; outputs always do."""
+def _rooted(recipe: Recipe, folder: Path, outputs: Path | None) -> Recipe:
+    """Relative paths that exist beside the recipe become paths to there; outputs always do, or to below `outputs`."""
 
     def source(text: str) -> str:
         return str(folder / text) if (folder / text).exists() else text
 
     def output(text: str | None) -> str | None:
+        if text and outputs is not None and not Path(text).is_absolute():
+            return str(outputs.joinpath(*(part for part in Path(text).parts if part != "..")))
         return str(folder / text) if text else None
 
     train, evals = [source(t) for t in recipe.data.train], [source(t) for t in recipe.data.eval]

@@ -10,6 +10,7 @@ knows what a row means (formats.py), and nothing touches the network when the re
 | .csv | commas, double quotes (RFC 4180) |
 | .tsv | tabs, no quoting: a quote is a character like any other |
 | .parquet | one row a record |
+| a folder | of folders of images: one row an image, its label the name of the folder that it is in |
 | .txt | one stream of text, cut at line ends into pieces of a few million characters |
 
 CSV and TSV: when every column of the request is a number, the file has no header and columns are counted from 0;
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 
 from surgery.errors import DataError, closest, counted
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 STREAM_PIECE_CHARACTERS = 4_000_000
 HUB_ID = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:+-]+))?")
 
@@ -88,8 +90,21 @@ def _open_rows(reference: str, *, columns: Mapping[str, str], default_split: str
     hub = HUB_ID.fullmatch(reference)
     if not Path(reference).exists() and hub and Path(reference).suffix.lower() not in READERS:
         return _hub_rows(reference, hub, default_split=default_split)
+    if image_files(Path(reference)):
+        return _image_rows(Path(reference))
     path = _checked_file(reference)
     return READERS[path.suffix.lower()](path, list(columns.values()))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder's folders, in order; none where it is no such folder."""
+    files = folder.glob("*/*") if folder.is_dir() else ()
+    return sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.parent.name[0] != ".")
+
+
+def _image_rows(folder: Path) -> Iterator[Row]:
+    for path in image_files(folder):
+        yield Row(str(path), {"image": str(path), "label": path.parent.name})
 
 
 def _checked_file(reference: str) -> Path:
@@ -97,7 +112,8 @@ def _checked_file(reference: str) -> Path:
     if not path.exists():
         raise _missing_file(path)
     if not path.is_file():
-        raise DataError(reference, "found a folder", expected="a file", fix="Name the files in it")
+        expected = "a file, or a folder with a folder of images for each class"
+        raise DataError(reference, "found a folder", expected=expected, fix="Name the files in it")
     if path.suffix.lower() not in READERS:
         known = ", ".join(sorted(READERS))
         raise DataError(reference, f"found the suffix {path.suffix!r}", expected=f"one of {known}")
@@ -255,10 +271,11 @@ def _parquet_rows(path: Path, _columns: Sequence[str]) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            names = _class_names(_hub_features(file.schema_arrow.metadata or {}))
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}, row {number}", record)
+                    yield Row(f"{path}, row {number}", _with_names(record, names))
     except (pa.ArrowException, OSError) as error:
         raise DataError(str(path), f"found a parquet file that cannot be read ({error})") from error
 
@@ -271,18 +288,37 @@ def _hub_rows(reference: str, hub: re.Match[str], *, default_split: str | None) 
     dataset = _load_hub(reference, hub["path"], config=hub["config"], split=split)
     names = _class_names(dataset.features.to_dict())
     for number, record in enumerate(dataset, start=1):
-        yield Row(f"{reference}, row {number}", {key: _named(value, names.get(key)) for key, value in record.items()})
+        yield Row(f"{reference}, row {number}", _with_names(record, names))
 
 
 def _load_hub(reference: str, path: str, *, config: str | None, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(path, config, split=split)
+        return _encoded(datasets.load_dataset(path, config, split=split))
     except Exception as error:
         found = f"found no file of that name, and the hub gave no such data set ({type(error).__name__}: {error})"
         fix = "Check the spelling and the network, or download the data and name its files"
         raise DataError(reference, found.rstrip("."), expected="a file or a data set", fix=fix) from error
+
+
+def _encoded(dataset: Any) -> Any:
+    """With its images as bytes: decoding them is for later, and needs Pillow."""
+    import datasets
+
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def _hub_features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
+    """What the hub's parquet files say of their columns."""
+    try:
+        features: Mapping[str, Any] = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return features
 
 
 def _class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
@@ -294,6 +330,10 @@ def _class_names(features: Mapping[str, Any]) -> dict[str, Sequence[str]]:
         if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
             found[column] = inner["names"]
     return found
+
+
+def _with_names(record: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return {key: _named(value, names.get(key)) for key, value in record.items()}
 
 
 def _named(value: Any, names: Sequence[str] | None) -> Any:

@@ -37,6 +37,7 @@ from surgery.compat import (
 )
 from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import UnsupportedError, shorten
+from surgery.images import TASK as IMAGES
 from surgery.paca_layers import PacaLayer
 from surgery.repeated import FEW, echoing, few_layers, is_alike, set_submodule
 
@@ -262,6 +263,11 @@ def _set_checkpointing(model: Any, *, on: bool) -> None:
 def _inputs(dry: DryModel, step: Step) -> dict[str, Tensor]:
     """A batch as the collator gives it."""
     config = dry.model.config
+    if dry.task == IMAGES:
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels = torch.zeros((step.batch, config.num_channels, height, width))
+        return {"pixel_values": pixels, "labels": torch.zeros(step.batch, dtype=torch.long)}
     ids = torch.zeros((step.batch, step.sequence), dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if config.to_dict().get("type_vocab_size", 0) > 1:

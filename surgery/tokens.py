@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from surgery.errors import DataError, closest
-from surgery.formats import (
+from surgery.examples import (
     Conversation,
     Document,
     Example,

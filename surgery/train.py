@@ -27,7 +27,7 @@ from surgery import acceleration
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.compat import fall_silent, keep_no_cache, load_tokenizer, quiet_loading
-from surgery.data import Prepared, inspect_labels, prepare
+from surgery.data import DataSpec, Prepared, inspect_labels, prepare, prepare_images
 from surgery.delta import ADAPTER_FILE, Delta
 from surgery.errors import (
     DataError,
@@ -40,6 +40,8 @@ from surgery.errors import (
     shorten,
 )
 from surgery.features import ROW, FeatureCache, numbered, open_cache
+from surgery.images import TASK as IMAGES
+from surgery.images import folder_digest, read_processor
 from surgery.lookup import METHODS, backend_of, resolve
 from surgery.lookup import load as lookup
 from surgery.metrics import metric_names, metrics_for, preprocess_for
@@ -167,18 +169,25 @@ def train(
             return result_of(adapter)
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)
-        tokenizer = read_tokenizer(adapter.folder)
-        spec = replace(data.spec(), static_shapes=backend.static_shapes)
-        prepared = prepare(spec, task=plan.task, tokenizer=tokenizer, labels=_labels(plan))
+        prepared = _prepare(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)
         _require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
         root = find_base(adapter.record, adapter.folder, base)
         if anew:
             adapter = _replan(adapter, anew)
-        return _run(_Job(adapter, root, prepared, settings, backend, device, checkpoint, run), interruption)
+        mirrors = data.horizontal_flip
+        return _run(_Job(adapter, root, prepared, settings, backend, device, checkpoint, run, mirrors), interruption)
+
+
+def _prepare(spec: DataSpec, adapter: Adapter, plan: SurgeryPlan) -> Prepared:
+    if plan.task == IMAGES:
+        return prepare_images(spec, processor=read_processor(adapter.folder), labels=_labels(plan))
+    return prepare(spec, task=plan.task, tokenizer=read_tokenizer(adapter.folder), labels=_labels(plan))
 
 
 def _require_used(settings: TrainSection, device: str) -> None:
-    """No setting that only a Gaudi has is given for another device. Raises: RecipeError."""
+    """No setting that only a Gaudi has is given for another device, nor two that say one thing. Raises: RecipeError."""
+    if settings.warmup_steps and settings.warmup_ratio:
+        raise RecipeError("train.warmup_ratio", "warmup_steps as well", expected="one of the two")
     fields_of = type(settings).model_fields
     changed = [n for n in fields_of if n.startswith("hpu_") and getattr(settings, n) != fields_of[n].default]
     if changed and device != "hpu":
@@ -240,7 +249,7 @@ def _require_evaluation(settings: TrainSection, task: str, *, has_eval: bool) ->
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything a run needs. `checkpoint`: the folder to go on from, or empty."""
+    """Everything a run needs. `checkpoint`: the folder to go on from, or empty; `mirrors`: images at random."""
 
     adapter: Adapter
     root: Path
@@ -250,6 +259,7 @@ class _Job:
     device: str
     checkpoint: str
     run: _Run
+    mirrors: bool = False
 
 
 def _run(job: _Job, interruption: Interruption) -> TrainResult:
@@ -384,15 +394,8 @@ def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | P
     plan = adapter.plan
     name = task.name or plan.task
     if name == "features":
-        known = ", ".join(known for known in TASKS if known not in ("features", "image-classification"))
+        known = ", ".join(known for known in TASKS if known != "features")
         raise RequestError("--task", f"a {plan.architecture} has no task of its own", expected=f"one of {known}")
-    if name == "image-classification":
-        raise RequestError(
-            "--task",
-            "images cannot be read yet",
-            expected="a task on text",
-            fix="Train in Python with surgery.attach and your own loop",
-        )
     labels = task.labels or (_labels(plan) if name == plan.task else ()) or inspect_labels(data.spec(), name)
     if name == plan.task and (not labels or labels == _labels(plan)):
         return None
@@ -459,7 +462,8 @@ class _Run:
     def describe(cls, adapter: Adapter, plan: SurgeryPlan, data: DataSection, settings: TrainSection) -> _Run:
         kept = {k: v for k, v in settings.model_dump().items() if k not in (*FREE_SETTINGS, *PER_STEP)}
         kept["examples_per_step"] = settings.batch_size * settings.gradient_accumulation * count()
-        files = {name: file_sha256(Path(name)) for name in (*data.train, *data.eval) if Path(name).is_file()}
+        names = [name for name in (*data.train, *data.eval) if Path(name).exists()]
+        files = {n: file_sha256(Path(n)) if Path(n).is_file() else folder_digest(Path(n)) for n in names}
         start = adapter.record.manifest.files[ADAPTER_FILE]
         return cls(plan.id, kept, {**data.model_dump(), "sha256": files}, start)
 
@@ -521,6 +525,8 @@ def _open_features(job: _Job, model: Any, autocast: str) -> FeatureCache | None:
         if section.cache_bytes is not None:
             raise RecipeError("--cache-bytes", "given without --cache-features", expected="both, or neither")
         return None
+    if job.adapter.plan.task == IMAGES:
+        raise UnsupportedError("--cache-features", "with images", expected="texts", fix="Leave it out")
     if count() > 1:
         found = f"with {count()} processes"
         raise UnsupportedError("--cache-features", found, expected="one process", fix="Leave it out")
@@ -538,9 +544,10 @@ def _open_features(job: _Job, model: Any, autocast: str) -> FeatureCache | None:
 def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, features: FeatureCache | None) -> Any:
     adapter, prepared, settings = job.adapter, job.prepared, job.settings
     rows = prepared.train
-    if features:
+    if features or job.mirrors:
         rows = rows.add_column(ROW, list(range(len(rows))))
-        arguments.remove_unused_columns = False  # the trainer would take the numbers away
+    if features or adapter.plan.task == IMAGES:
+        arguments.remove_unused_columns = False  # the trainer would take the numbers away, or the images
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
     callbacks: list[Any] = [Progress(), LogFile(adapter.folder / LOG_FILE)] if is_main() else []
     callbacks += [StopWhenDiverged(), StopWhenAsked(interruption)]
@@ -565,6 +572,7 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
     trainer.remove_callback(PrinterCallback)
     trainer.surgery_plan, trainer.surgery_keep = adapter.plan, settings.save_total_limit
     trainer.surgery_features = features
+    trainer.surgery_mirrors = settings.seed if job.mirrors else None
     if settings.strategy == "fsdp2":
         trainer.surgery_take_sharded()
     return trainer

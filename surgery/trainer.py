@@ -24,6 +24,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from surgery.errors import CheckError, DamagedError, InterruptedRunError, RequestError
 from surgery.features import ROW, FeatureCache
+from surgery.images import mirrored
 from surgery.plan import SurgeryPlan
 from surgery.planning import trainable_names
 from surgery.ranks import any_rank, count, is_main, to_main, wait
@@ -50,6 +51,7 @@ class SurgeryCheckpoints:
     surgery_keep: int
     surgery_staging: str | None = None
     surgery_features: FeatureCache | None = None
+    surgery_mirrors: int | None = None
     surgery_is_sharded: bool = False
     surgery_groups: Sequence[Mapping[str, Any]]
     surgery_parameters: Sequence[Any]
@@ -126,9 +128,13 @@ class SurgeryCheckpoints:
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; a training batch runs from the backbone's states where they are kept.
 
+        Images of a training batch are mirrored at random where `surgery_mirrors` gives a seed.
         A loss that is the mean of its batch is weighted by the batch's part of all ranks' labels.
         """
         rows = inputs.pop(ROW, None)
+        if self.surgery_mirrors is not None and rows is not None:
+            seed, step = self.surgery_mirrors, self.state.global_step
+            inputs["pixel_values"] = mirrored(inputs["pixel_values"], rows.tolist(), seed=seed, step=step)
         if self.surgery_features is None or rows is None:
             is_mean = count() > 1 and model.training and not self.model_accepts_loss_kwargs
             part = label_part(inputs["labels"]) if is_mean else None

@@ -24,6 +24,7 @@ from surgery.ranks import NO_RESULT, environment
 from surgery.recipe import Recipe
 from surgery.runs import notes_of
 from surgery.survey import TaskSpec
+from surgery.tiny import is_tiny, write_tiny
 from surgery.train import TrainResult, launch, result_of, train
 from surgery.verify import Verification, verify
 from surgery.writing import parse_size
@@ -273,6 +274,9 @@ def run(
     spec = recipe.spec()
     _require_export(recipe)
     folder = Path(recipe.adapter) if recipe.adapter else default_adapter_folder(recipe.model, recipe.method)
+    if is_tiny(recipe.model):
+        made = write_tiny(recipe.model, folder.with_name(recipe.model.replace(":", "-")))
+        recipe = recipe.model_copy(update={"model": str(made)})
     if overwrite or not folder.exists():
         say(f"apply: {recipe.model} -> {folder}")
         apply(recipe.model, folder, spec, task=recipe.task_spec(), overwrite=overwrite)

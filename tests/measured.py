@@ -46,10 +46,11 @@ class Measured:
             return tensor
 
         self.trainer = trainer
-        self.batch, self.sequence = inputs["input_ids"].shape
+        is_text = "input_ids" in inputs
+        self.batch, self.sequence = inputs["input_ids"].shape if is_text else (len(inputs["pixel_values"]), 1)
         labels = inputs["labels"]
         self.target = labels.shape[1] if labels.dim() > 1 else 0
-        self.padded = not bool(inputs["attention_mask"].all())
+        self.padded = is_text and not bool(inputs["attention_mask"].all())
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             result = compute_loss()
         self.saved = sum(kept.values())

@@ -146,6 +146,7 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) 
         "generate": ["generate", "model", "--prompt", "a"],
         "plan": ["plan", "model", "--batch", "2"],
         "patch": ["patch", "theirs/model.onnx", "model-paca", "-o", "patched"],
+        "recipes": ["recipes", "list"],
     }
     if name in ("verify", "undo"):
         assert run("export", "--merge").code == 0

@@ -9,21 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import DataError, RequestError
-from surgery.formats import (
-    FORMATS,
-    TASKS,
+from surgery.examples import (
     Conversation,
     Document,
     Example,
     Labelled,
     PromptCompletion,
     Tagged,
-    check_task,
     class_name,
     class_order,
-    recognise,
     target_number,
 )
+from surgery.formats import FORMATS, TASKS, check_task, recognise
 from surgery.rows import Row
 
 HERE = "a.jsonl, line 1"
@@ -33,7 +30,7 @@ LABELS = ("sequence-classification", "regression")
 def example_of(values: Mapping[str, Any], task: str, *, format_name: str = "auto", **columns: str) -> Example:
     """A row, recognised and read."""
     row = Row(HERE, values)
-    return recognise(row, task=task, format_name=format_name, columns=columns).read(row)
+    return next(recognise(row, task=task, format_name=format_name, columns=columns).read([row]))
 
 
 def message_of(values: Mapping[str, Any], task: str, *, format_name: str = "auto", **columns: str) -> str:
@@ -85,7 +82,7 @@ def test_alpaca_shows_the_material_only_where_there_is_some() -> None:
 def test_alpaca_reads_an_input_that_the_first_row_lacks() -> None:
     """The optional column may begin to appear below the first row."""
     shape = recognise(Row(HERE, {"instruction": "i", "output": "o"}), task="causal-lm", format_name="auto", columns={})
-    later = shape.read(Row("a.jsonl, line 2", {"instruction": "i", "input": "material", "output": "o"}))
+    later = next(shape.read([Row("a.jsonl, line 2", {"instruction": "i", "input": "material", "output": "o"})]))
     assert isinstance(later, PromptCompletion)
     assert "material" in later.prompt
 
@@ -153,12 +150,12 @@ def test_a_later_row_of_another_shape_is_named() -> None:
     """Mixed shapes are an error at the row that differs."""
     shape = recognise(Row(HERE, {"prompt": "p", "completion": "c"}), task="causal-lm", format_name="auto", columns={})
     with pytest.raises(DataError, match=r"line 9: found a row without 'prompt'.*one shape, prompt-completion"):
-        shape.read(Row("a.jsonl, line 9", {"messages": CHAT}))
+        next(shape.read([Row("a.jsonl, line 9", {"messages": CHAT})]))
 
 
 def test_every_task_has_a_format_and_every_format_a_known_task() -> None:
     """The table of formats covers the tasks, and an unknown task is a request error with the nearest one."""
-    assert {task for item in FORMATS.values() for task in item.tasks} == set(TASKS)
+    assert {task for item in FORMATS for task in item.tasks} == set(TASKS)
     with pytest.raises(RequestError, match="The closest is 'causal-lm'"):
         check_task("causal_lm")
 

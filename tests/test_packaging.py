@@ -27,13 +27,13 @@ else:
 PROJECT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
-EXTRAS = {"onnx", "bnb", "deepspeed", "gaudi", "liger", "lora", "dev"}
+EXTRAS = {"onnx", "bnb", "deepspeed", "gaudi", "images", "liger", "lora", "dev"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # Where the name one imports is not the name one installs.
 DISTRIBUTIONS = {
     "google": "protobuf", "sklearn": "scikit-learn", "yaml": "pyyaml", "optimum": "optimum-habana",
-    "onnx_ir": "onnx-ir",
+    "onnx_ir": "onnx-ir", "PIL": "pillow",
 }  # fmt: skip
 
 # Names of package hosts, and folders of one machine. In pieces, so that this file holds none of them.
@@ -100,8 +100,8 @@ def pinned(python: str) -> dict[str, Requirement]:
 
 
 def test_the_wheel_holds_the_two_packages_and_no_more(contents: dict[str, bytes]) -> None:
-    """Every source file of both packages and their py.typed marks are in the wheel; tests and recipes are not."""
-    shipped = {name for name in contents if ".dist-info/" not in name}
+    """Every source file of both packages and their py.typed marks are in the wheel; tests are not."""
+    shipped = {name for name in contents if ".dist-info/" not in name and not name.startswith("surgery/recipes/")}
     ours = {
         str(path.relative_to(PROJECT))
         for package in ("surgery", "exporters")
@@ -110,6 +110,14 @@ def test_the_wheel_holds_the_two_packages_and_no_more(contents: dict[str, bytes]
     }
     assert shipped == ours
     assert {"surgery/py.typed", "exporters/py.typed"} <= shipped
+
+
+def test_the_wheel_holds_the_recipes_with_what_their_smoke_runs_need(contents: dict[str, bytes]) -> None:
+    """Byte for byte, under the package, and none of the quickstart, which has a model of its own."""
+    shipped = {name.removeprefix("surgery/"): data for name, data in contents.items() if "/recipes/" in name}
+    papers = [path for path in (PROJECT / "recipes" / "papers").rglob("*") if path.is_file()]
+    others = [path for folder in ("distributed", "sentiment") for path in (PROJECT / "recipes" / folder).glob("*.yaml")]
+    assert shipped == {str(path.relative_to(PROJECT)): path.read_bytes() for path in (*papers, *others)}
 
 
 def test_the_wheel_s_metadata(contents: dict[str, bytes], metadata: email.message.Message, wheel: Path) -> None:

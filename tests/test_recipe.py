@@ -173,7 +173,7 @@ def test_every_key_is_described(read: Read) -> None:
     assert [key for key, _, _ in rows] == list(known_keys(Recipe))
     assert len({key for key, _, _ in rows}) == len(rows)
     assert [key for key, default, _ in rows if default == "required"] == ["model"]
-    given = [f"{key}={default}" for key, default, _ in rows if default != "required"]
+    given = [f"{key}={default}" for key, default, _ in rows if key not in ("model", "variants", "smoke")]
     assert read("model: m", *given) == read("model: m")
     lines = {key: text for key, _, text in rows}
     assert lines["data.max_length"] == "tokens"
@@ -200,7 +200,7 @@ SAID = {
     },
     "data": {
         "train": ["x"], "eval": ["y"], "format": "text", "columns": {"text": "t"}, "max_length": 9, "packing": False,
-        "pack_examples": True, "max_rows": 5, "seed": 4,
+        "pack_examples": True, "max_rows": 5, "seed": 4, "horizontal_flip": True,
     },
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from surgery.errors import DataError
-from surgery.formats import Conversation, Document, PromptCompletion, Tagged
+from surgery.examples import Conversation, Document, PromptCompletion, Tagged
 from surgery.tokens import (
     IGNORED,
     CausalEncoder,

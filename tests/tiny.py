@@ -9,44 +9,38 @@ parameter gets is a function of (seed, its name) only.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
 
-VOCABULARY = 128
-PAD, EOS, BOS, UNK, MASK = range(5)
-SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-SENTENCES = (
-    "the quick brown fox jumps over the lazy dog",
-    "a user asks a question and the assistant gives the answer",
-    "what is the sum of two and three? the answer is five",
-    "there was a little girl who wanted to play in the garden with the other children",
+from surgery import tiny
+from surgery.tiny import (
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL,
+    VOCABULARY,
+    Family,
+    build_tokenizer,
+    draw_parameters,
 )
 
-
-@dataclass(frozen=True)
-class Family:
-    """How one family is built: class names in transformers, the config's fields, what its tokenizer adds."""
-
-    config: str
-    model: str
-    fields: Mapping[str, object]
-    tokenizer: str = "decoder"
-    ids: Mapping[str, int] = field(
-        default_factory=lambda: {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
-    )
-
+__all__ = [
+    "BOS",
+    "EOS",
+    "FAMILIES",
+    "PAD",
+    "SPECIAL",
+    "VOCABULARY",
+    "Family",
+    "build_model",
+    "build_tiny",
+    "build_tokenizer",
+    "draw_parameters",
+    "sample_inputs",
+]
 
 # Widths differ from each other on purpose: a swapped pair of axes must not go unnoticed.
 SIZES: Mapping[str, object] = {
@@ -166,83 +160,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-TEMPLATES: Mapping[str, tuple[str, str]] = {
-    "decoder": ("<bos> $A", "<bos> $A $B"),
-    "pair": ("<bos> $A <eos>", "<bos> $A <eos> $B:1 <eos>:1"),
-    "encoder": ("<bos> $A <eos>", "<bos> $A <eos> <eos> $B <eos>"),
-    "seq2seq": ("$A <eos>", "$A <eos> $B <eos>"),
-}
-
-
-def build_tokenizer(kind: str = "decoder") -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of 128 tokens over printable ASCII: any such text survives encode and decode.
-
-    `kind` is a key of TEMPLATES and says which special tokens are added around a sequence.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    printable = [
-        pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(c))[0][0] for c in range(33, 127)
-    ]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=[*printable, "\u0120", "\u010a"],  # the byte-level forms of space and newline
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    single, pair = TEMPLATES[kind]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
-    )
-    inputs = ["input_ids", "attention_mask"]
-    result = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        cls_token="<bos>",
-        sep_token="<eos>",
-        model_max_length=128,
-        model_input_names=[*inputs, "token_type_ids"] if kind == "pair" else inputs,
-        clean_up_tokenization_spaces=False,
-    )
-    if kind == "decoder":
-        result.chat_template = CHAT_TEMPLATE
-    return result
-
 
 def build_model(
     family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, overrides: Mapping[str, object] | None = None
 ) -> transformers.PreTrainedModel:
     """A model in memory, in eval mode. `overrides` replaces fields of the config (`tie_word_embeddings`, sizes ..)."""
-    entry = FAMILIES[family]
-    config_class = getattr(transformers, entry.config)
-    model_class = getattr(transformers, entry.model)
-    config = config_class(**{**entry.fields, **entry.ids, **(overrides or {})})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # only buffers could depend on it: every parameter is drawn anew
-        model = model_class(config)
-    draw_parameters(model, seed=seed)
-    return model.to(dtype).eval()
-
-
-@torch.no_grad()
-def draw_parameters(model: nn.Module, *, seed: int) -> None:
-    """Draw every parameter from (seed, name). Matrices keep a signal's size; vectors move a little from where they are.
-
-    Tied parameters are one and are drawn once, under the first of their names.
-    """
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1:
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-        else:
-            parameter.add_(0.1 * noise)
+    return tiny.build_model(FAMILIES[family], dtype=dtype, seed=seed, overrides=overrides)
 
 
 def build_tiny(

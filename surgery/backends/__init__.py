@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def shared_arguments(section: Any, *, folder: Path, steps: int, has_eval: bool) 
         "max_steps": steps,
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": section.lr_scheduler,
-        "warmup_steps": section.warmup_steps,
+        "warmup_steps": section.warmup_steps or math.ceil(steps * section.warmup_ratio),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "adam_beta1": section.adam_beta1,

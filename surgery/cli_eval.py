@@ -1,0 +1,72 @@
+"""The command `surgery eval`, which `surgery.cli` registers: parse, score, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surgery.checkpoint import require_model
+from surgery.errors import RequestError
+
+
+def _columns(_context: click.Context, _option: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        role, equals, column = value.partition("=")
+        if not (role and equals and column):
+            raise RequestError("--column", repr(value), expected="ROLE=COLUMN, such as sentence=3")
+        pairs[role] = column
+    return pairs
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option(
+    "--task", required=True, help="mmlu, gsm8k, glue/NAME (cola, sst2, mrpc, ..), or lm-eval:NAME, by lm-eval."
+)
+@click.option("--data", multiple=True, help="The rows: JSONL, CSV, TSV, parquet or a dataset id; repeatable.")
+@click.option("--shots-data", multiple=True, help="mmlu, gsm8k: rows of which solved examples are taken.")
+@click.option("--shots", type=int, help="Solved examples before each question. Default: 5 with --shots-data, else 0.")
+@click.option("--limit", type=int, help="Only so many rows, the first.")
+@click.option("--column", "columns", multiple=True, metavar="ROLE=COLUMN", callback=_columns,
+              help="A column of another name, or by number from 0 in a file without a header; repeatable.")  # fmt: skip
+@click.option("--batch", type=int, help="Rows at once. Default: 8. The scores are the same for any.")
+@click.option("--max-new-tokens", type=int, help="gsm8k: how long an answer may be. Default: 256.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--base", help="The base's folder or hub id, where it is not where it was.")
+@click.option(
+    "--tasks-folder", type=click.Path(path_type=Path), help="lm-eval: a folder with YAML files of tasks of your own."
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the result into this file, as JSON.")
+@click.option("--overwrite", is_flag=True, help="Replace the file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+def eval_command(model: str, *, out: Path | None, overwrite: bool, as_json: bool, **settings: Any) -> None:
+    """Score MODEL on a benchmark: a checkpoint, an adapter, a merged folder, an ONNX folder or a hub id.
+
+    \b
+    surgery eval model/ --task mmlu --data val.jsonl --shots-data dev.jsonl
+    surgery eval model-paca/ --task gsm8k --data test.jsonl --limit 100 -o gsm8k.json
+    surgery eval classifier-onnx/ --task glue/sst2 --data nyu-mll/glue/sst2:validation
+    surgery eval model-paca/ --task lm-eval:arc_easy --shots 5
+    """  # noqa: D301  click reads \b as "keep these lines as they are"
+    require_model(model)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise RequestError("--out", str(out), expected="a file in a folder that is there")
+    if out is not None and out.exists() and not overwrite:
+        from surgery.errors import OutputExistsError
+
+        raise OutputExistsError(str(out), "it exists", expected="a new file", fix="--overwrite replaces it")
+    from surgery.evals.run import evaluate
+    from surgery.evals.task import EvalSpec
+
+    result = evaluate(model, EvalSpec(**settings))
+    document = json.dumps(result.to_dict(), indent=2)
+    if out is not None:
+        from surgery.writing import replace_file
+
+        replace_file(out, document + "\n")
+    click.echo(document if as_json else "\n".join([*result.lines(), *([f"Wrote {out}"] if out else [])]))

@@ -1,12 +1,8 @@
-"""`surgery eval`: scores that were worked out by hand, and one score whichever way a model is run."""
+"""Scores that were worked out by hand, of models whose numbers are known."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -14,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
-from surgery.errors import DataError, RequestError, SurgeryError, UnsupportedError
-from surgery.evals import gsm8k, mmlu
+from surgery.errors import SurgeryError, UnsupportedError
+from surgery.evals import glue, gsm8k
 from surgery.evals.glue import class_order
-from surgery.evals.run import TASKS, EvalResult, evaluate
+from surgery.evals.run import TASKS
 from surgery.evals.scorer import (
     Array,
     Scorer,
@@ -33,34 +27,10 @@ from surgery.evals.scorer import (
 from surgery.evals.scores import mean, mean_of_means, parts_by, resampled
 from surgery.evals.task import EvalSpec, read_items
 from surgery.glue import GLUE
-from surgery.methods.paca import PacaSpec
-from surgery.methods.read import ReadSpec
-from surgery.survey import TaskSpec
-from surgery.workflow import export, export_checkpoint
-from tests.conftest import TinyModel
-from tests.examples import mostly_long, write_rows
-from tests.tiny import build_model, build_tokenizer
-from tests.trained import make_adapter, make_read_adapter
+from tests.evaluated import SUMS
+from tests.examples import write_rows
 
 Row = Mapping[str, Any]
-
-ANIMALS = ("fox", "dog", "hen", "cow")
-QUESTIONS = tuple(
-    {
-        "question": f"Which is {'the' if n % 3 else 'a quick brown'} {ANIMALS[n % 4]}?",
-        "choices": list(ANIMALS),
-        "answer": n % 4,
-        "subject": ("anatomy", "virology", "astronomy")[n % 3],
-    }
-    for n in range(24)
-)
-SUMS = tuple({"question": f"{n} and 2?", "answer": f"It is {n} + 2.\n#### {n + 2}"} for n in range(6))
-SENTENCES = tuple(
-    {"sentence": f"{'a user' if n % 2 else 'the quick fox'} {'so ' * n}asks", "label": n % 2} for n in range(17)
-)
-PAIRS = tuple({"sentence1": "the fox " * (1 + n % 4), "sentence2": ANIMALS[n % 4], "label": n % 2} for n in range(17))
-SIMILAR = tuple({**row, "label": (n % 6) - 0.25 * (n % 6 == 5)} for n, row in enumerate(PAIRS))
-
 
 # --- numbers worked out by hand
 
@@ -105,6 +75,7 @@ def answering(letters: Mapping[str, str], read: list[str]) -> Scorer:
 
 
 def question(subject: str, word: str, answer: str, choices: Sequence[str] = ("w", "x", "y", "z")) -> Row:
+    """A row of MMLU."""
     return {"subject": subject, "question": word, "choices": list(choices), "answer": answer}
 
 
@@ -131,13 +102,13 @@ def test_mmlu_asks_as_the_paper_does(tmp_path: Path) -> None:
     ]
     rows = [question("moral_disputes", " who? ", "D", ("p", "q", "r", "s"))]
     scores_of(answering({"who": "D"}, read), tmp_path, "mmlu", rows, solved, shots=2)
-    assert read == [
+    wanted = (
         "The following are multiple choice questions (with answers) about moral disputes.\n\n"
         "one?\nA. w\nB. x\nC. y\nD. z\nAnswer: C\n\n"
         "two?\nA. w\nB. x\nC. y\nD. z\nAnswer: B\n\n"
         "who?\nA. p\nB. q\nC. r\nD. s\nAnswer:"
-        " "  # the fake tokenizer has no token for " A": what the letters have in common is read first
-    ]
+    )
+    assert read == [wanted + " "]  # a fake token each: what the letters have in common, a space, is read first
 
 
 def test_mmlu_counts_right_letters(tmp_path: Path) -> None:
@@ -253,6 +224,7 @@ def test_gsm8k_leaves_room_for_the_answer(tmp_path: Path) -> None:
 
 
 def logits_for(guesses: Sequence[int], classes: int) -> Array:
+    """Numbers of which those guessed are the largest."""
     return np.eye(classes)[list(guesses)]
 
 
@@ -266,6 +238,7 @@ def classifier(logits: Array, classes: Sequence[str]) -> Scorer:
 
 
 def glue_rows(task: str, labels: Sequence[float]) -> list[Row]:
+    """Rows of a task, each text with its row's number in front."""
     columns = GLUE[task].columns
     return [{**{column: f"{n} {column}" for column in columns}, "label": label} for n, label in enumerate(labels)]
 
@@ -342,10 +315,9 @@ def test_t5_answers_with_the_likeliest_word(tmp_path: Path) -> None:
     found = scores_of(scorer, tmp_path, "glue/mnli", glue_rows("mnli", [1, 0]))
     assert found.metrics["accuracy"].value == 0.5
     assert sorted(asked) == [f"mnli hypothesis: {n} hypothesis premise: {n} premise" for n in range(2)]
-    items = read_items(TASKS["glue/stsb"], (str(write_rows(tmp_path / "s.jsonl", glue_rows("stsb", [1, 2]))),), EvalSpec("glue/stsb"), limit=None)  # fmt: skip
-    from surgery.evals.glue import _guesses
-
-    guesses, _ = _guesses(scorer, items.items, 8, GLUE["stsb"])
+    data = write_rows(tmp_path / "stsb.jsonl", glue_rows("stsb", [1, 2]))
+    items = read_items(TASKS["glue/stsb"], (str(data),), EvalSpec("glue/stsb"), limit=None)
+    guesses, _ = glue._guesses(scorer, items.items, 8, GLUE["stsb"])
     assert guesses.tolist() == [3.4, 3.4]
 
 
@@ -440,191 +412,3 @@ def test_rows_come_back_in_their_order_and_numbers_are_finite() -> None:
     broken = fake_scorer("classifier", lambda rows, answers: np.asarray([[math.nan]] * len(rows)))
     with pytest.raises(SurgeryError, match="not finite"):
         score_rows(broken, rows, (), batch=8, where="x")
-
-
-# --- one score, whichever way a model is run
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rows as files."""
-    folder = tmp_path_factory.mktemp("data")
-    named = {"mmlu": QUESTIONS, "gsm8k": SUMS, "sst2": SENTENCES, "mrpc": PAIRS, "stsb": SIMILAR}
-    for name, rows in named.items():
-        write_rows(folder / f"{name}.jsonl", rows)
-    return folder
-
-
-def spec_of(task: str, data: Path, **changed: Any) -> EvalSpec:
-    shots = (str(data / "mmlu.jsonl"),) if task == "mmlu" else ()
-    known: dict[str, Any] = {"shots_data": shots, "shots": 1 if shots else None}
-    return EvalSpec(task, (str(data / f"{task.rpartition('/')[2]}.jsonl"),), **{**known, **changed})
-
-
-def comparable(result: EvalResult) -> dict[str, Any]:
-    """What must not depend on how the model is run."""
-    found = result.to_dict()
-    return {name: found[name] for name in ("task", "kind", "rows", "metrics", "parts", "notes", "data", "asked_sha256")}
-
-
-WAYS = (  # a family, the head that it is given, a task, how long an answer may be
-    ("llama", "", "mmlu", {}),
-    ("llama", "", "gsm8k", {"max_new_tokens": 8}),
-    ("gpt2", "", "mmlu", {}),
-    ("bert", "sequence-classification", "glue/sst2", {}),
-    ("bert", "sequence-classification", "glue/mrpc", {}),
-    ("bert", "regression", "glue/stsb", {}),
-    ("roberta", "sequence-classification", "glue/mrpc", {}),
-    ("llama", "sequence-classification", "glue/sst2", {}),
-    ("t5", "", "glue/sst2", {}),
-    ("t5", "", "glue/stsb", {}),
-    ("t5", "", "mmlu", {}),
-    ("bart", "", "glue/mrpc", {}),
-)
-FAST = (WAYS[0], WAYS[4], WAYS[8])
-BIG = {"llama": {"max_position_embeddings": 512}, "gpt2": {"n_positions": 512}}
-LABELS = {"sequence-classification": ("0", "1")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "head", "task", "changed"), mostly_long(WAYS, *FAST))
-def test_adapter_merge_and_graph_score_the_same(
-    family: str, head: str, task: str, changed: Mapping[str, Any], data: Path, tiny_model: TinyModel, tmp_path: Path
-) -> None:
-    """An adapter of columns, its merge in torch and in onnxruntime: every number, every part, every note."""
-    base = tiny_model(family, overrides=BIG.get(family))
-    make_adapter(base, tmp_path / "paca", PacaSpec(rank=4), task=TaskSpec(head, LABELS.get(head, ())))
-    export(tmp_path / "paca", tmp_path / "merged", check=False)
-    export(tmp_path / "paca", tmp_path / "graph", format="onnx")
-    spec = spec_of(task, data, **changed)
-    results = [evaluate(str(tmp_path / name), spec) for name in ("paca", "merged", "graph")]
-    assert [result.runtime for result in results] == ["torch", "torch", "onnxruntime"]
-    assert comparable(results[0]) == comparable(results[1])
-    ours, theirs = comparable(results[0]), comparable(results[2])
-    assert_close(ours, theirs)
-
-
-def assert_close(ours: Any, theirs: Any) -> None:
-    """The same document, its numbers within what two runtimes differ by."""
-    if isinstance(ours, float):
-        assert ours == pytest.approx(theirs, abs=1e-6)
-    elif isinstance(ours, dict):
-        assert list(ours) == list(theirs)
-        for name, value in ours.items():
-            assert_close(value, theirs[name])
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            assert_close(one, other)
-    else:
-        assert ours == theirs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "head", "task"),
-    (("llama", "", "mmlu"), ("bert", "sequence-classification", "glue/mrpc"), ("t5", "", "glue/sst2")),
-)
-def test_an_adapter_of_read_scores_as_its_graph(
-    family: str, head: str, task: str, data: Path, tiny_model: TinyModel, tmp_path: Path
-) -> None:
-    """A side network beside the backbone, padded rows among others; another score than the backbone's."""
-    base = tiny_model(family, overrides=BIG.get(family))
-    make_read_adapter(base, tmp_path / "read", ReadSpec(hidden=7), task=TaskSpec(head, LABELS.get(head, ())))
-    export(tmp_path / "read", tmp_path / "graph", format="onnx")
-    spec = spec_of(task, data)
-    ours, theirs = (evaluate(str(tmp_path / name), spec) for name in ("read", "graph"))
-    assert (ours.runtime, theirs.runtime) == ("torch", "onnxruntime")
-    assert_close(comparable(ours), comparable(theirs))
-
-
-def scores(folder: Path, task: str, data: Path, batch: int) -> Array:
-    """The numbers behind a score, row by row."""
-    from surgery.evals import onnx_scorer, torch_scorer
-    from surgery.onnx_runtime import is_onnx
-
-    spec = spec_of(task, data, batch=batch)
-    rows = read_items(TASKS[task], spec.data, spec, limit=None)
-    is_graph = is_onnx(folder)
-    opened = onnx_scorer.open_scorer(folder) if is_graph else torch_scorer.scorer_of(
-        torch_scorer.open_torch(folder, base=None, device="cpu")
-    )  # fmt: skip
-    texts = [item.lines() for item in rows.items] if task == "mmlu" else [item.text for item in rows.items]
-    tokens = [opened.encode(text, None) for text in texts]
-    assert len({len(row.ids) for row in tokens}) > 1
-    answers = [opened.answer(word) for word in (" A", " B", " fox")]
-    return score_rows(opened, tokens, answers, batch=batch, where="x")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "head", "task"),
-    (
-        ("llama", "", "mmlu"),
-        ("gpt2", "", "mmlu"),
-        ("opt", "", "mmlu"),
-        ("gemma3", "", "mmlu"),
-        ("bert", "sequence-classification", "glue/sst2"),
-        ("roberta", "sequence-classification", "glue/sst2"),
-        ("llama", "sequence-classification", "glue/sst2"),
-        ("t5", "", "glue/sst2"),
-        ("bart", "", "glue/sst2"),
-    ),
-)
-def test_padding_changes_nothing(
-    family: str, head: str, task: str, data: Path, tiny_model: TinyModel, tmp_path: Path
-) -> None:
-    """Rows of several lengths, one at a time and eight at a time, with and without a side network."""
-    base = tiny_model(family)
-    task_spec = TaskSpec(head, LABELS.get(head, ()))
-    make_adapter(base, tmp_path / "paca", PacaSpec(rank=4), task=task_spec)
-    make_read_adapter(base, tmp_path / "read", ReadSpec(hidden=7), task=task_spec)
-    for name in ("paca", "read"):
-        one, eight = (scores(tmp_path / name, task, data, batch) for batch in (1, 8))
-        assert np.abs(one).max() > 0.01
-        assert np.abs(one - eight).max() < 1e-5
-
-
-def test_a_decoder_s_next_token_is_transformers_own(tiny_model: TinyModel, data: Path) -> None:
-    """The log-softmax of the logits after the whole row, and of those after the answer's first token."""
-    folder = tiny_model("llama")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    found = scores(folder, "mmlu", data, 8)
-    for number, row in enumerate(QUESTIONS[:3]):
-        lettered = [f"{letter}. {choice}" for letter, choice in zip("ABCD", ANIMALS, strict=True)]
-        text = "\n".join([str(row["question"]), *lettered, "Answer:"])
-        ids = tokenizer(text)["input_ids"]
-        for column, word in enumerate((" A", " B", " fox")):
-            answer = tokenizer(word, add_special_tokens=False)["input_ids"]
-            with torch.no_grad():
-                logs = model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
-            wanted = sum(logs[len(ids) - 1 + t, token].item() for t, token in enumerate(answer))
-            assert found[number, column] == pytest.approx(wanted, abs=1e-4)
-
-
-def test_an_encoder_decoder_s_answers_are_transformers_own(tiny_model: TinyModel, data: Path) -> None:
-    """The loss of the answer as labels, times its tokens."""
-    folder = tiny_model("t5")
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    found = scores(folder, "glue/sst2", data, 8)
-    for number, row in enumerate(SENTENCES[:3]):
-        source = tokenizer(row["sentence"], return_tensors="pt")
-        for column, word in enumerate((" A", " B", " fox")):
-            labels = tokenizer(text_target=word, return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                loss = model(**source, labels=labels).loss.item()
-            assert found[number, column] == pytest.approx(-loss * labels.shape[1], abs=1e-4)
-
-
-def test_a_graph_is_scored_without_torch(tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
-    """Nor transformers: a server that runs ONNX folders has neither."""
-    export_checkpoint(str(tiny_model("llama", overrides=BIG["llama"])), tmp_path / "graph")
-    code = (
-        "import sys; from surgery.evals.run import evaluate; from surgery.evals.task import EvalSpec;"
-        f"evaluate({str(tmp_path / 'graph')!r}, EvalSpec('mmlu', ({str(data / 'mmlu.jsonl')!r},)));"
-        "sys.exit(', '.join({'torch', 'transformers'} & set(sys.modules)) or 0)"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")

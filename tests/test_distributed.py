@@ -528,8 +528,9 @@ def test_the_launcher_says_once_how_a_rank_ended(how: str, bench: Bench, tmp_pat
     done = launched(bench, f"by-{how[:7]}", "-m", "surgery.cli", "train", after=["--nproc=2"], **settings)
     code, line = ENDS[how]
     assert (done.code, done.output) == (code, "")
-    assert done.error.splitlines()[-1] == line
-    assert len(done.error.splitlines()) == 1 + (how == "SIGTERM")  # where a step was logged
+    *before, last = done.error.splitlines()
+    assert last == line
+    assert all(text.startswith("step 2/8") for text in before)  # rank 0's, which may be stopped before it says so
 
 
 @pytest.mark.long

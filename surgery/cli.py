@@ -24,6 +24,7 @@ from surgery import ranks
 from surgery.checkpoint import require_folder, require_model, require_record
 from surgery.cli_generate import generate_command
 from surgery.cli_plan import plan_command
+from surgery.cli_report import report_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -585,6 +586,7 @@ def settings(*, as_json: bool) -> None:
 
 cli.add_command(generate_command)
 cli.add_command(plan_command)
+cli.add_command(report_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

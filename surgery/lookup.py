@@ -23,7 +23,9 @@ ONNX_PATCH = "exporters.onnx_patch:patch"
 ONNX_VERIFY = "exporters.onnx_folder:verify_graphs"
 
 
-EXTRAS = {"onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx"}  # by what is imported
+EXTRAS = {  # by what is imported
+    "onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "vl_convert": "report",
+}  # fmt: skip
 
 
 def resolve(reference: str) -> Any:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,16 @@ from surgery.ranks import (
     require_strategy,
 )
 from surgery.recipe import DataSection, TrainSection
-from surgery.runs import CHECKPOINTS, RUN_FILE, latest_checkpoint, open_run, step_of
+from surgery.runs import (
+    BEFORE_FILE,
+    CHECKPOINTS,
+    LOG_FILE,
+    RUN_FILE,
+    latest_checkpoint,
+    open_run,
+    step_of,
+    this_process,
+)
 from surgery.sharding import shard
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import file_sha256
@@ -79,7 +89,6 @@ from surgery.writing import replace_file, require_disk
 from surgery.zero import STAGES, require_deepspeed
 from surgery.zero import prepare as cut
 
-LOG_FILE = "training_log.jsonl"
 # Settings that change neither the result (but for rounding) nor the schedule: a resumed run may have others.
 FREE_SETTINGS = (
     "logging_steps",
@@ -312,7 +321,9 @@ def _store(job: _Job, delta: Delta, result: TrainResult, kernels: acceleration.K
     adapter = job.adapter
     figures = {name: value for name, value in asdict(result).items() if name not in _OF_THE_CALL}
     settings = job.settings.model_dump()
-    training = {**figures, "settings": settings, "kernels": asdict(kernels), "run": job.run.digest}
+    ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    origin = {"inputs": job.run.data, "processes": count(), "ended": ended}
+    training = {**figures, "settings": settings, "kernels": asdict(kernels), "run": job.run.digest, **origin}
     needed = sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE))
     require_disk(adapter.folder, needed, fix="Free some space, and end the run with --resume auto")
     update_adapter(adapter, delta, replace(adapter.record.manifest, training=training))
@@ -473,7 +484,7 @@ class _Run:
 
     def write(self, folder: Path, *, finished: bool = False) -> None:
         folder.mkdir(exist_ok=True)
-        document = {"digest": self.digest, "finished": finished, **asdict(self)}
+        document = {"digest": self.digest, "finished": finished, "process": this_process(), **asdict(self)}
         replace_file(folder / RUN_FILE, json.dumps(document, indent=2) + "\n")
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
@@ -577,7 +588,7 @@ def _first_evaluation(
     trainer: Any, folder: Path, settings: TrainSection, prepared: Prepared, *, resumed: bool
 ) -> dict[str, float]:
     """The metrics before the first step, kept in a file so that a resumed run still knows them."""
-    path = folder / "before.json"
+    path = folder / BEFORE_FILE
     if resumed and path.is_file():
         return {name: float(value) for name, value in read_json(path).items()}
     if prepared.eval is None or not settings.eval_on_start or settings.strategy in STAGES:

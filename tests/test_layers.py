@@ -75,6 +75,19 @@ RANKS = {
     "surgery.bench.results": 4,
     "surgery.cli_generate": 12,
     "surgery.cli_plan": 12,
+    "surgery.report": 0,  # a docstring, as exporters
+    "surgery.report.curves": 1,
+    "surgery.report.parts": 4,
+    "surgery.report.movement": 4,
+    "surgery.report.charts": 5,
+    "surgery.report.drawing": 6,
+    "surgery.report.reading": 7,
+    "surgery.report.commands": 8,
+    "surgery.report.bench_sections": 6,
+    "surgery.report.run_sections": 9,
+    "surgery.report.predicted": 12,
+    "surgery.report.page": 13,
+    "surgery.cli_report": 14,
     "exporters.dense": 9,
     "exporters.undo": 10,
     "exporters.lora": 10,
@@ -90,7 +103,7 @@ RANKS = {
     "surgery.workflow": 12,
     "surgery.show": 13,
     "surgery": 13,  # the facade: it names what the modules below offer, and loads them on demand
-    "surgery.cli": 14,
+    "surgery.cli": 15,
 }
 
 # On the way of `surgery --help`, and of a path that is not there.
@@ -100,6 +113,7 @@ LAZY = (
     "surgery.cli",
     "surgery.cli_generate",
     "surgery.cli_plan",
+    "surgery.cli_report",
     "surgery.errors",
     "surgery.lookup",
     "surgery.ranks",

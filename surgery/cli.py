@@ -322,6 +322,7 @@ def train(
     from surgery import recipe as recipes
     from surgery import show as showing
     from surgery.adapter import open_adapter
+    from surgery.report.curve import draw_curve
     from surgery.survey import TaskSpec
     from surgery.train import launch
     from surgery.train import train as run_training
@@ -355,7 +356,12 @@ def train(
     if not ranks.is_main() or ranks.NO_RESULT in os.environ:
         return
     way = "--merge" if open_adapter(adapter).plan.targets else "--format remote-code"
-    lines = [*showing.result_lines(result), "", f"Next: surgery export {shlex.quote(str(adapter))} {way}"]
+    lines = [
+        *showing.result_lines(result),
+        draw_curve(adapter),
+        "",
+        f"Next: surgery export {shlex.quote(str(adapter))} {way}",
+    ]
     show(lines, result, as_json=as_json)
 
 
@@ -546,11 +552,12 @@ def run(recipe: Path, settings: tuple[str, ...], *, nproc: int | None, overwrite
     from surgery import recipe as recipes
     from surgery import show as showing
     from surgery import workflow
+    from surgery.report.curve import draw_curve
 
     wanted = recipes.read_recipe(recipe, settings)
     enter_environment(wanted.train)
     result = workflow.run(wanted, overwrite=overwrite, nproc=nproc, say=say)
-    show(showing.run_lines(result), result, as_json=as_json)
+    show([*showing.run_lines(result), draw_curve(result.adapter)], result, as_json=as_json)
 
 
 @cli.command()

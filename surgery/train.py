@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerState
 
-from surgery import acceleration
+from surgery import acceleration, trackers
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.compat import fall_silent, load_tokenizer, quiet_loading
@@ -106,6 +106,7 @@ FREE_SETTINGS = (
     "cache_bytes",
     "strategy",
     "cpu_offload",
+    "report_to",
 )
 GAUDI_TIMINGS = ("end_time", "graph_compliation_duration")  # spelt so
 PER_STEP = ("batch_size", "gradient_accumulation")  # these and the number of processes decide what a step sees
@@ -163,6 +164,7 @@ def train(
     device = backend.choose_device(settings.device)
     _require_used(settings, device)
     acceleration.require(settings, device)
+    trackers.require(settings.report_to)
     require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=is_launched())
     if not is_main():
         fall_silent()
@@ -174,6 +176,7 @@ def train(
         checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
             return result_of(adapter)
+        run = replace(run, started=_when_started(adapter, checkpoint))
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)
         tokenizer = read_tokenizer(adapter.folder)
@@ -321,8 +324,8 @@ def _store(job: _Job, delta: Delta, result: TrainResult, kernels: acceleration.K
     adapter = job.adapter
     figures = {name: value for name, value in asdict(result).items() if name not in _OF_THE_CALL}
     settings = job.settings.model_dump()
-    ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    origin = {"inputs": job.run.data, "processes": count(), "ended": ended}
+    ended = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    origin = {"inputs": job.run.data, "processes": count(), "started": job.run.started, "ended": ended}
     training = {**figures, "settings": settings, "kernels": asdict(kernels), "run": job.run.digest, **origin}
     needed = sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE))
     require_disk(adapter.folder, needed, fix="Free some space, and end the run with --resume auto")
@@ -460,14 +463,15 @@ FINISHED = "finished"
 class _Run:
     """What a run is: its plan, its settings, its data. Two runs with the same digest give the same result.
 
-    `start`, the digest of the adapter file it began with, is no part of what the run is: it tells a second run with the
-    same settings from the first.
+    `start`, the digest of the adapter file it began with, and `started`, when it did, are no part of what the run is:
+    they tell a second run with the same settings from the first.
     """
 
     plan: str
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
     start: str = ""
+    started: str = ""
 
     @classmethod
     def describe(cls, adapter: Adapter, plan: SurgeryPlan, data: DataSection, settings: TrainSection) -> _Run:
@@ -480,6 +484,7 @@ class _Run:
     @property
     def digest(self) -> str:
         parts = asdict(replace(self, start=""))
+        del parts["started"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, folder: Path, *, finished: bool = False) -> None:
@@ -495,6 +500,12 @@ class _Run:
             theirs = other.get(part, {})
             flat += [(f"{part}.{key}", value, theirs.get(key)) for key, value in ours[part].items()]
         return [name for name, mine, theirs in flat if mine != theirs]
+
+
+def _when_started(adapter: Adapter, checkpoint: str) -> str:
+    """Now, in UTC; of a run that is resumed, as its note has it. A name for folders: no colons."""
+    noted = open_run(adapter).get("started", "") if checkpoint else ""
+    return noted or datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
 
 
 def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool) -> str:
@@ -557,6 +568,10 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
         arguments.remove_unused_columns = False  # the trainer would take the numbers away
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
     callbacks: list[Any] = [Progress(), LogFile(adapter.folder / LOG_FILE)] if is_main() else []
+    if is_main():
+        step = step_of(Path(job.checkpoint)) + 1 if job.checkpoint else 0
+        tracked = trackers.Tracked(adapter.folder, job.run.started, step)
+        callbacks += trackers.callbacks(settings.report_to, tracked, arguments)
     callbacks += [StopWhenDiverged(), StopWhenAsked(interruption)]
     if settings.gradient_checkpointing:
         callbacks.append(acceleration.KeepFrozenInputs())

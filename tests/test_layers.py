@@ -87,6 +87,8 @@ RANKS = {
     "surgery.report.run_sections": 9,
     "surgery.report.predicted": 12,
     "surgery.report.page": 13,
+    "surgery.report.curve": 10,
+    "surgery.trackers": 8,
     "surgery.cli_report": 14,
     "exporters.dense": 9,
     "exporters.undo": 10,

@@ -27,7 +27,7 @@ else:
 PROJECT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
-EXTRAS = {"onnx", "bnb", "deepspeed", "gaudi", "liger", "lora", "dev"}
+EXTRAS = {"onnx", "bnb", "deepspeed", "gaudi", "liger", "lora", "report", "tracking", "dev"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # Where the name one imports is not the name one installs.

@@ -54,6 +54,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
     before: Mapping[str, float] = field(default_factory=dict)
+    started: str = ""
     entries: tuple[Entry, ...] = ()
     delta: Delta | None = None
     moved: Mapping[str, Tensor] | None = None
@@ -154,7 +155,7 @@ def _unfinished(adapter: Adapter, run: Mapping[str, Any], common: Mapping[str, A
     fix = "" if state == RUNNING else "; `surgery train --resume auto` goes on from there"
     return Run(
         **common, state=state, step=max(logged, step_of(last) if last else 0),
-        settings=run.get("settings", {}), inputs=run.get("data", {}), before=before,
+        settings=run.get("settings", {}), inputs=run.get("data", {}), before=before, started=run.get("started", ""),
         moved=_checkpoint_columns(adapter, last) if last else None, notes=(f"{where}{fix}",),
     )  # fmt: skip
 

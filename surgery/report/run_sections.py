@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 from surgery.delta import ColumnDelta, SideDelta
@@ -40,9 +41,18 @@ def _facts(run: Run) -> dict[str, str]:
         "trained values": f"{plan.trained_values:,}",
         "device": _device(run),
         "state": STATES[run.state].format(step=run.step),
-        "ended": str(run.training.get("ended", "")).replace("T", " ").replace("+00:00", " UTC"),
+        "started": _when(run.training.get("started", run.started)),
+        "ended": _when(run.training.get("ended", "")),
         "folder": run.folder.resolve().name,
     }
+
+
+def _when(noted: str) -> str:
+    """`20261121-221500` as people write it, in UTC."""
+    try:
+        return f"{datetime.strptime(noted, '%Y%m%d-%H%M%S').replace(tzinfo=timezone.utc):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return noted
 
 
 def _method(plan: SurgeryPlan) -> str:
@@ -134,7 +144,7 @@ def _flatten(run: Run) -> Iterable[tuple[str, str]]:
 
 
 def _figures(runs: Sequence[Run]) -> Iterable[Figure | None]:
-    yield _figure("Loss", "loss", [(run, TRAINING, curve(run.entries, "loss")) for run in runs] + _scores(runs, "loss"))
+    yield loss_figure(runs)
     names = list(dict.fromkeys(name for run in runs for name in score_names(run.entries)))
     for name in (name for name in names if name != "loss"):
         label = name.replace("_", " ")
@@ -144,6 +154,12 @@ def _figures(runs: Sequence[Run]) -> Iterable[Figure | None]:
     times = [(run, TRAINING, step_seconds(run.entries)) for run in runs]
     note = "Between two entries of the log, divided by the steps between them; evaluations are left out."
     yield _figure("Step time", "seconds a step", times, note)
+
+
+def loss_figure(runs: Sequence[Run]) -> Figure | None:
+    """The loss while training and in evaluations; None where neither was logged."""
+    lines = [(run, TRAINING, curve(run.entries, "loss")) for run in runs]
+    return _figure("Loss", "loss", [*lines, *_scores(runs, "loss")])
 
 
 def _scores(runs: Sequence[Run], name: str) -> list[tuple[Run, str, Curve]]:

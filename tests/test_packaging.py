@@ -33,7 +33,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # Where the name one imports is not the name one installs.
 DISTRIBUTIONS = {
     "google": "protobuf", "sklearn": "scikit-learn", "yaml": "pyyaml", "optimum": "optimum-habana",
-    "onnx_ir": "onnx-ir",
+    "onnx_ir": "onnx-ir", "vl_convert": "vl-convert-python",
 }  # fmt: skip
 
 # Names of package hosts, and folders of one machine. In pieces, so that this file holds none of them.
@@ -100,16 +100,17 @@ def pinned(python: str) -> dict[str, Requirement]:
 
 
 def test_the_wheel_holds_the_two_packages_and_no_more(contents: dict[str, bytes]) -> None:
-    """Every source file of both packages and their py.typed marks are in the wheel; tests and recipes are not."""
+    """Every source file of both packages, their py.typed marks and a page's template; tests and recipes are not."""
     shipped = {name for name in contents if ".dist-info/" not in name}
     ours = {
         str(path.relative_to(PROJECT))
         for package in ("surgery", "exporters")
-        for pattern in ("*.py", "py.typed")
+        for pattern in ("*.py", "py.typed", "page.*")
         for path in (PROJECT / package).rglob(pattern)
     }
     assert shipped == ours
-    assert {"surgery/py.typed", "exporters/py.typed"} <= shipped
+    page = {f"surgery/report/page.{ending}" for ending in ("css", "html.jinja", "js")}
+    assert {"surgery/py.typed", "exporters/py.typed", *page} <= shipped
 
 
 def test_the_wheel_s_metadata(contents: dict[str, bytes], metadata: email.message.Message, wheel: Path) -> None:

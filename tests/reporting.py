@@ -22,10 +22,13 @@ from surgery.runs import LOG_FILE
 from surgery.survey import TaskSpec
 from tests.trained import make_adapter, make_read_adapter
 
+METRICS = ("loss", "accuracy")
 CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
 
 
-def log_entries(steps: int, every: int = 1, *, evals: int = 5, start: float = 4.0, rate: float = 1e-3) -> list[dict[str, Any]]:
+def log_entries(
+    steps: int, every: int = 1, *, evals: int = 5, start: float = 4.0, rate: float = 1e-3
+) -> list[dict[str, Any]]:
     """A training log: a loss that falls with a ripple, a learning rate that falls, evaluations in between."""
     entries: list[dict[str, Any]] = []
     elapsed = 20.0
@@ -39,8 +42,12 @@ def log_entries(steps: int, every: int = 1, *, evals: int = 5, start: float = 4.
         if step % max(every, steps // evals) == 0:
             elapsed += 3.0
             score = {"eval_loss": round(loss + 0.1, 5), "eval_accuracy": round(0.5 + 0.4 * step / steps, 4)}
-            entries.append({"step": step, "seconds": round(elapsed, 4), **score, "eval_runtime": 3.0, "epoch": step / steps})
-    entries.append({"step": steps, "seconds": elapsed, "train_runtime": elapsed - 20.0, "train_loss": 1.0, "epoch": 1.0})
+            entries.append(
+                {"step": step, "seconds": round(elapsed, 4), **score, "eval_runtime": 3.0, "epoch": step / steps}
+            )
+    entries.append(
+        {"step": steps, "seconds": elapsed, "train_runtime": elapsed - 20.0, "train_loss": 1.0, "epoch": 1.0}
+    )
     return entries
 
 
@@ -55,15 +62,17 @@ def training_record(entries: Sequence[Mapping[str, Any]], **settings: Any) -> di
     used = {"learning_rate": 1e-3, "batch_size": 4, "gradient_accumulation": 1, "device": "cpu", "precision": "auto"}
     return {
         "steps": entries[-1]["step"], "seconds": entries[-1]["seconds"], "peak_memory_bytes": 709_000_000,
-        "device": "cpu", "loss": 1.5, "trained_values": 1, "data": ["format text, packed to 64 tokens", "train: 9 rows"],
-        "before": {"loss": 4.2, "accuracy": 0.5}, "after": {"loss": evals[-1]["eval_loss"], "accuracy": evals[-1]["eval_accuracy"]},
+        "device": "cpu", "loss": 1.5, "trained_values": 1, "data": ["format text, packed to 64 tokens"],
+        "before": {"loss": 4.2, "accuracy": 0.5}, "after": {name: evals[-1][f"eval_{name}"] for name in METRICS},
         "settings": {**used, **settings}, "kernels": {"attention": "sdpa"}, "run": "0123456789abcdef", "processes": 1,
         "inputs": {"train": ["train.jsonl"], "eval": [], "max_length": 64, "sha256": {"train.jsonl": "ab" * 32}},
         "started": "20261121-201500", "ended": "20261121-202000",
     }  # fmt: skip
 
 
-def make_run(model: Path, out: Path, *, steps: int = 100, every: int = 1, seed: int = 0, rank: int = 4, **settings: Any) -> Path:
+def make_run(
+    model: Path, out: Path, *, steps: int = 100, every: int = 1, seed: int = 0, rank: int = 4, **settings: Any
+) -> Path:
     """A PaCA run that is finished, as its folder would be."""
     entries = log_entries(steps, every, start=4.0 - seed / 2)
     adapter = make_adapter(model, out, PacaSpec(rank=rank), seed=seed)

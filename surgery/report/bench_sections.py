@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery.bench.results import FLOOR, Curve, Results, Row, quartiles, ratios
@@ -99,7 +99,7 @@ def _row(results: Results, row: Row, scores: Sequence[str]) -> tuple[str, ...]:
 # --- charts
 
 
-def _bars(title: str, x: str, rows: Sequence[dict[str, Any]], note: str = "") -> Figure | None:
+def _bars(title: str, x: str, rows: Sequence[dict[str, Any]], note: str = "", unit: str = "") -> Figure | None:
     """rows: name, value, label, low, high."""
     if not rows:
         return None
@@ -108,7 +108,7 @@ def _bars(title: str, x: str, rows: Sequence[dict[str, Any]], note: str = "") ->
         f"{title} of {len(rows)} methods: least {least['name']} ({least['label']}), "
         f"most {most['name']} ({most['label']})."
     )
-    spec = charts.bars(rows, x=x, description=summary)
+    spec = charts.bars(rows, x=x, description=summary, unit=unit)
     data = tuple(
         (r["name"], r["label"], number(r["value"], 6), number(r["low"], 6), number(r["high"], 6)) for r in rows
     )
@@ -126,14 +126,14 @@ def _bar(name: str, value: float, label: str, low: float | None = None, high: fl
 def _costs(results: Results) -> Iterable[Figure | None]:
     timed = [(row.method, quartiles(row.seconds)) for row in results.rows if len(row.seconds) > 1]
     note = "Bars are medians over the measured steps, lines reach from the lower to the upper quartile."
-    yield _bars("Step time", "seconds", [_bar(n, m, seconds(m), lo, hi) for n, (m, lo, hi) in timed], note)
+    yield _bars("Step time", "seconds", [_bar(n, m, seconds(m), lo, hi) for n, (m, lo, hi) in timed], note, "seconds")
     found = [(row.method, _ratio(results, row, FLOOR)) for row in results.rows if row.method != FLOOR]
     rows = [_bar(name, r[0], f"{r[0]:.3f}", r[1], r[2]) for name, r in found if r]
     yield _bars("Ratio to the floor", "ratio", rows, "Of each round's step times; the floor is 1. Lines are quartiles.")
     saved = [_bar(r.method, r.saved_bytes, size(r.saved_bytes)) for r in results.rows if r.saved_bytes is not None]
-    yield _bars("Saved for backward", "bytes", saved)
+    yield _bars("Saved for backward", "bytes", saved, unit="bytes")
     peaks = [_bar(r.method, r.peak_bytes, size(r.peak_bytes)) for r in results.rows if r.peak_bytes is not None]
-    yield _bars("Peak memory", "bytes", peaks)
+    yield _bars("Peak memory", "bytes", peaks, unit="bytes")
     energy = [(r.method, r.energy_joules) for r in results.rows if r.energy_joules is not None]
     yield _bars(
         "Energy", "joules a step", [_bar(n, e, f"{number(e, 3)} J") for n, e in energy], f"By {results.energy_by}."
@@ -141,44 +141,39 @@ def _costs(results: Results) -> Iterable[Figure | None]:
 
 
 def _gains(results: Results) -> Iterable[Figure | None]:
+    scored = [row for row in results.rows if row.curves]
+    peaks = {row.method: row.peak_bytes for row in scored if row.peak_bytes is not None}
+    saved = {row.method: row.saved_bytes for row in scored if row.saved_bytes is not None}
+    times = {row.method: statistics.median(row.seconds) for row in scored if row.seconds}
+    memory = ("peak memory", peaks) if len(peaks) >= len(saved) else ("saved for backward", saved)
     for name in score_names(results):
-        for title, x, value_of in (
-            (f"{name} against memory", "bytes at the peak", _memory_of),
-            (f"{name} against time", "seconds a step", _time_of),
-        ):
-            yield _scatter(results, name, title, x, value_of)
+        yield _scatter(scored, name, "memory", memory[0], memory[1], "bytes")
+        yield _scatter(scored, name, "time", "time of a step", times, "seconds")
     yield _training_curves(results)
 
 
-def _memory_of(row: Row) -> float | None:
-    return row.peak_bytes if row.peak_bytes is not None else row.saved_bytes
-
-
-def _time_of(row: Row) -> float | None:
-    return _middle(row.seconds)
-
-
-def _scatter(results: Results, name: str, title: str, x: str, value_of: Any) -> Figure | None:
+def _scatter(
+    scored: Sequence[Row], name: str, against: str, x: str, across: Mapping[str, float], unit: str
+) -> Figure | None:
     rows = []
-    for row in results.rows:
-        values, across = _scores(row, name), value_of(row)
-        if values and across is not None:
-            low, high = min(values), max(values)
-            rows.append({"name": row.method, "x": across, "y": statistics.fmean(values), "low": low, "high": high})
+    for row in scored:
+        values = _scores(row, name)
+        if values and row.method in across:
+            place = across[row.method]
+            at = {"x": place, "label": size(place) if unit == "bytes" else seconds(place)}
+            spread = {"low": min(values), "high": max(values)}
+            rows.append({"name": row.method, "y": statistics.fmean(values), **at, **spread})
     if not rows:
         return None
     best = (min if name == "loss" else max)(rows, key=lambda row: row["y"])
-    title = title.replace("_", " ")
-    title = title[:1].upper() + title[1:]
-    summary = f"{title} of {len(rows)} methods; best {best['name']} ({number(best['y'])} at {number(best['x'])} {x})."
-    spec = charts.scatter(rows, x=x, y=name.replace("_", " "), description=summary)
-    data = tuple(
-        (r["name"], number(r["x"], 6), number(r["y"], 6), number(r["low"], 6), number(r["high"], 6)) for r in rows
-    )
-    table = Table(f"{title}: the data", ("method", x, name, "lowest", "highest"), data, right=(1, 2, 3, 4))
-    return Figure(
-        title, summary, spec, table, "Points are means over the seeds, lines reach from the lowest to the highest."
-    )
+    said = name.replace("_", " ")
+    title = f"{said[:1].upper()}{said[1:]} against {against}"
+    summary = f"{title} of {len(rows)} methods; best {best['name']} ({number(best['y'])}, {x} {best['label']})."
+    spec = charts.scatter(rows, x=x, y=said, description=summary, unit=unit)
+    data = tuple((r["name"], r["label"], *(number(r[key], 6) for key in ("x", "y", "low", "high"))) for r in rows)
+    table = Table(f"{title}: the data", ("method", x, unit, said, "lowest", "highest"), data, right=(1, 2, 3, 4, 5))
+    note = "Points are means over the seeds, lines reach from the lowest to the highest."
+    return Figure(title, summary, spec, table, note)
 
 
 def _training_curves(results: Results) -> Figure | None:

@@ -16,9 +16,11 @@ VEGALITE = "6.4"
 PALETTE = ("#2f7ed8", "#d1551c", "#20906b", "#b0559c", "#94790f", "#6f6ad1", "#7c8085", "#c34455")
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 HEIGHT = 260
+TRAINING, EVALUATION = "training", "evaluation"  # kinds of curves
 Rows = Sequence[Mapping[str, Any]]
 FONT = "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
-NAMES_AXIS: Spec = {"title": None, "labelLimit": 150, "grid": False, "ticks": False}
+NAMES_AXIS: Spec = {"title": None, "labelLimit": 130, "grid": False, "ticks": False}
+UNITS = {"bytes": "B", "seconds": "s"}
 STEP_AXIS: Spec = {"title": "step", "grid": False, "format": ",d", "tickMinStep": 1}
 CONFIG: Spec = {
     "font": FONT,
@@ -28,14 +30,14 @@ CONFIG: Spec = {
     "axis": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "gridOpacity": 0.5},
     "legend": {
         "orient": "bottom", "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
-        "symbolStrokeWidth": 2, "labelLimit": 260, "columns": 2,
+        "symbolStrokeWidth": 2, "labelLimit": 140, "columns": 2, "symbolOpacity": 1,
     },
     "header": {"labelFontSize": 12, "titleFontSize": 12},
     "text": {"fontSize": 12},
 }  # fmt: skip
 
 
-def _chart(description: str, rows: Rows, body: Spec, height: Any = HEIGHT) -> Spec:
+def _chart(description: str, rows: Rows, body: Spec, height: int = HEIGHT) -> Spec:
     return {
         "$schema": SCHEMA,
         "description": description,
@@ -48,19 +50,34 @@ def _chart(description: str, rows: Rows, body: Spec, height: Any = HEIGHT) -> Sp
     }
 
 
-def curves(rows: Rows, *, y: str, description: str, colour: str = "run", scale: str = "linear") -> Spec:
+def _amount(title: str, unit: str) -> Spec:
+    """An axis of bytes, seconds (`50 ms`) or plain numbers."""
+    axis: Spec = {"title": title, "tickCount": 5}
+    if unit in UNITS:
+        return {**axis, "labelExpr": f"replace(format(datum.value, '~s'), /([^0-9.]*)$/, ' $1{UNITS[unit]}')"}
+    return {**axis, "format": "~g"}
+
+
+def _dashes(names: Sequence[str]) -> list[list[int]]:
+    """The first eight names are told apart by colour, the next eight by colour and dashes."""
+    return [DASHES[place // len(PALETTE) % len(DASHES)] for place in range(len(names))]
+
+
+def curves(rows: Rows, *, y: str, description: str, colour: str = "run", unit: str = "") -> Spec:
     """Lines over steps, with points where kind is `evaluation`.
 
     rows: step, value, low, high, kind, and under `colour` the curve's name.
     """
     names = list(dict.fromkeys(row[colour] for row in rows))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    axis = _amount(y, unit)
+    legend = {"title": None, "symbolType": "stroke"}
     encoding: Spec = {
         "x": {"field": "step", "type": "quantitative", "axis": STEP_AXIS},
-        "y": {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": False, "type": scale}},
+        "y": {"field": "value", "type": "quantitative", "scale": {"zero": False}, "axis": axis},
         "color": {
             "field": colour, "type": "nominal", "scale": {"domain": names},
-            "legend": {"title": None} if len(names) > 1 else None,
+            "legend": legend if len(names) > 1 else None,
         },
         "tooltip": [
             {"field": colour, "type": "nominal"},
@@ -69,37 +86,41 @@ def curves(rows: Rows, *, y: str, description: str, colour: str = "run", scale: 
             {"field": "value", "type": "quantitative", "title": y, "format": ".5~g"},
         ],
     }  # fmt: skip
+    line = {**encoding}
     if len(kinds) > 1:
         dashes = {"domain": kinds, "range": list(DASHES[: len(kinds)])}
-        encoding["strokeDash"] = {"field": "kind", "type": "nominal", "scale": dashes, "legend": {"title": None}}
+        line["strokeDash"] = {
+            "field": "kind",
+            "type": "nominal",
+            "scale": dashes,
+            "legend": {**legend, "orient": "top"},
+        }
+    elif len(names) > len(PALETTE):
+        line["strokeDash"] = {"field": colour, "type": "nominal", "scale": {"domain": names, "range": _dashes(names)}}
+    places = {key: encoding[key] for key in ("x", "y", "color")}
     layers: list[Spec] = []
     if any(row["low"] < row["high"] for row in rows):
-        y_low = {**encoding["y"], "field": "low"}
-        band = {"x": encoding["x"], "y": y_low, "y2": {"field": "high"}, "color": encoding["color"]}
+        band = {**places, "y": {**encoding["y"], "field": "low"}, "y2": {"field": "high"}}
         layers.append({"mark": {"type": "area", "opacity": 0.2, "aria": False}, "encoding": band})
-    layers.append({"mark": {"type": "line", "strokeWidth": 1.8, "aria": False}, "encoding": {**encoding}})
-    points = {key: encoding[key] for key in ("x", "y", "color", "tooltip")}
-    seen = {"condition": {"test": "datum.kind == 'evaluation'", "value": 1}, "value": 0}
-    mark = {"type": "point", "filled": True, "size": 45, "aria": False}
-    layers.append({"mark": mark, "encoding": {**points, "opacity": seen}})
+    layers.append({"mark": {"type": "line", "strokeWidth": 1.8, "aria": False}, "encoding": line})
+    seen = {"condition": {"test": f"datum.kind == '{EVALUATION}'", "value": 1}, "value": 0}
+    points = {**places, "tooltip": encoding["tooltip"], "opacity": seen}
+    layers.append({"mark": {"type": "point", "filled": True, "size": 45, "aria": False}, "encoding": points})
     return _chart(description, rows, {"layer": layers})
 
 
 def heat(rows: Rows, *, value: str, description: str) -> Spec:
-    """A map of layers (`layer`, in order) by projections (`projection`, in order), coloured by `value`."""
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    """A map of layers by projections, coloured by value. rows: layer (a number or text), projection, value, module."""
+    layers = sorted({row["layer"] for row in rows}, key=lambda layer: (isinstance(layer, str), layer))
     projections = list(dict.fromkeys(row["projection"] for row in rows))
     body = {
-        "mark": {"type": "rect", "aria": False, "stroke": "transparent", "strokeWidth": 1},
+        "mark": {"type": "rect", "aria": False},
         "encoding": {
             "x": {
-                "field": "layer", "type": "ordinal", "sort": sorted(layers),
-                "axis": {"title": "layer", "labelAngle": 0, "labelOverlap": True, "grid": False, "orient": "bottom"},
+                "field": "layer", "type": "ordinal", "sort": layers,
+                "axis": {"title": "layer", "labelAngle": 0, "labelOverlap": True, "grid": False},
             },
-            "y": {
-                "field": "projection", "type": "ordinal", "sort": projections,
-                "axis": {"title": None, "grid": False, "labelLimit": 150},
-            },
+            "y": {"field": "projection", "type": "ordinal", "sort": projections, "axis": NAMES_AXIS},
             "color": {
                 "field": "value", "type": "quantitative", "scale": {"scheme": "viridis", "domainMin": 0},
                 "legend": {"title": value, "orient": "top", "gradientLength": 200, "format": ".2~g", "tickCount": 3},
@@ -110,79 +131,56 @@ def heat(rows: Rows, *, value: str, description: str) -> Spec:
             ],
         },
     }  # fmt: skip
-    return _chart(description, rows, body, {"step": 22})
+    return _chart(description, rows, body, 22 * len(projections))
 
 
-def bars(rows: Rows, *, x: str, description: str, percent: bool = False) -> Spec:
-    """Horizontal bars in the rows' order. rows: name, value, label, and low and high where there is a spread."""
-    names = [row["name"] for row in rows]
+def bars(rows: Rows, *, x: str, description: str, unit: str = "") -> Spec:
+    """Horizontal bars in the rows' order.
+
+    rows: name, value, label; low and high where there is a spread; group where bars are of several kinds.
+    """
+    names, groups = [row["name"] for row in rows], list(dict.fromkeys(row.get("group", "") for row in rows))
     has_spread = any(row.get("low", row["value"]) < row.get("high", row["value"]) for row in rows)
-    top = max([row.get("high", row["value"]) for row in rows], default=0)
-    y = {"field": "name", "type": "nominal", "sort": names, "axis": NAMES_AXIS}  # fmt: skip
-    quantity = {
-        "field": "value", "type": "quantitative", "scale": {"zero": True, "domainMax": top * 1.18 or 1, "nice": False},
-        "axis": {"title": x, "tickCount": 5, "format": ".0%" if percent else "~s"},
-    }  # fmt: skip
+    end = "high" if has_spread else "value"
+    top = max(row[end] for row in rows) or 1
+    y = {"field": "name", "type": "nominal", "sort": names, "axis": NAMES_AXIS}
+    scale = {"zero": True, "domainMax": top * 1.32, "nice": False}  # room for the last label
+    quantity = {"field": "value", "type": "quantitative", "scale": scale, "axis": _amount(x, unit)}
     tooltip = [{"field": "name", "type": "nominal"}, {"field": "label", "type": "nominal", "title": x}]
-    colour = {"value": PALETTE[0]}
-    layers: list[Spec] = [
-        {
-            "mark": {"type": "bar", "height": {"band": 0.62}, "aria": False},
-            "encoding": {"x": quantity, "y": y, "color": colour, "tooltip": tooltip},
-        }
-    ]
+    colour: Spec = {"value": PALETTE[0]}
+    if len(groups) > 1:
+        colour = {"field": "group", "type": "nominal", "scale": {"domain": groups}, "legend": {"title": None}}
+    bar = {"x": quantity, "y": y, "color": colour, "tooltip": tooltip}
+    layers: list[Spec] = [{"mark": {"type": "bar", "height": {"band": 0.62}, "aria": False}, "encoding": bar}]
     if has_spread:
         spread = {"x": {**quantity, "field": "low"}, "x2": {"field": "high"}, "y": y, "tooltip": tooltip}
         layers.append({"mark": {"type": "rule", "strokeWidth": 2, "aria": False}, "encoding": spread})
-    label_at = {**quantity, "field": "high" if has_spread else "value"}
-    mark = {"type": "text", "align": "left", "dx": 5, "aria": False}
-    text = {"field": "label", "type": "nominal"}
-    layers.append({"mark": mark, "encoding": {"x": label_at, "y": y, "text": text, "tooltip": tooltip}})
-    return _chart(description, rows, {"layer": layers}, {"step": 30})
+    text = {"x": {**quantity, "field": end}, "y": y, "text": {"field": "label", "type": "nominal"}, "tooltip": tooltip}
+    layers.append({"mark": {"type": "text", "align": "left", "dx": 5, "aria": False}, "encoding": text})
+    return _chart(description, rows, {"layer": layers}, 30 * len(rows))
 
 
-def stacks(rows: Rows, *, x: str, description: str) -> Spec:
-    """Horizontal stacks. rows: name (of a stack), part, value, label, order (of the part)."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    parts = list(dict.fromkeys(row["part"] for row in rows))
-    body = {
-        "mark": {"type": "bar", "height": {"band": 0.62}, "aria": False},
-        "encoding": {
-            "x": {"field": "value", "type": "quantitative", "aggregate": "sum", "axis": {"title": x, "format": "~s"}},
-            "y": {"field": "name", "type": "nominal", "sort": names, "axis": NAMES_AXIS},
-            "color": {"field": "part", "type": "nominal", "scale": {"domain": parts}, "legend": {"title": None}},
-            "order": {"field": "order", "type": "quantitative"},
-            "tooltip": [
-                {"field": "name", "type": "nominal"},
-                {"field": "part", "type": "nominal"},
-                {"field": "label", "type": "nominal", "title": x},
-            ],
-        },
-    }  # fmt: skip
-    return _chart(description, rows, body, {"step": 34})
-
-
-def scatter(rows: Rows, *, x: str, y: str, description: str) -> Spec:
-    """Points with names. rows: name, x, y, low and high (of y)."""
-    across = {
-        "field": "x", "type": "quantitative", "axis": {"title": x, "format": "~s", "tickCount": 5},
-        "scale": {"zero": False, "padding": 30},
-    }  # fmt: skip
+def scatter(rows: Rows, *, x: str, y: str, description: str, unit: str = "") -> Spec:
+    """Points with their names, on the left and the right by turns. rows: name, x, y, label (of x), low, high (of y)."""
+    sides = {row["name"]: place % 2 for place, row in enumerate(sorted(rows, key=lambda row: row["x"]))}
+    rows = [{**row, "side": sides[row["name"]]} for row in rows]
+    wide = {"zero": False, "padding": 56}
+    across = {"field": "x", "type": "quantitative", "axis": _amount(x, unit), "scale": wide}
     up = {"field": "y", "type": "quantitative", "title": y, "scale": {"zero": False, "padding": 16}}
     colour = {"field": "name", "type": "nominal", "scale": {"domain": [row["name"] for row in rows]}, "legend": None}
     tooltip = [
         {"field": "name", "type": "nominal"},
-        {"field": "x", "type": "quantitative", "title": x, "format": ".4~s"},
+        {"field": "label", "type": "nominal", "title": x},
         {"field": "y", "type": "quantitative", "title": y, "format": ".4~g"},
     ]
     spread = {"x": across, "y": {**up, "field": "low"}, "y2": {"field": "high"}, "color": colour}
     point = {"x": across, "y": up, "color": colour, "tooltip": tooltip}
+    name = {"x": across, "y": up, "text": {"field": "name", "type": "nominal"}}
     layers: list[Spec] = [
         {"mark": {"type": "rule", "aria": False, "opacity": 0.7}, "encoding": spread},
         {"mark": {"type": "point", "filled": True, "size": 90, "opacity": 1, "aria": False}, "encoding": point},
-        {
-            "mark": {"type": "text", "dy": -12, "aria": False},
-            "encoding": {"x": across, "y": up, "text": {"field": "name", "type": "nominal"}},
-        },
     ]
+    for side, (align, away) in enumerate((("right", -9), ("left", 9))):
+        mark = {"type": "text", "align": align, "baseline": "middle", "dx": away, "aria": False}
+        layers.append({"transform": [{"filter": f"datum.side == {side}"}], "mark": mark, "encoding": name})
     return _chart(description, rows, {"layer": layers}, 300)

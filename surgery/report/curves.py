@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery.errors import DamagedError
 
-POINTS = 400  # of a curve on the page: more than a screen shows, and few enough to draw at once
+POINTS = 250  # of a curve on the page: as many as can be told apart, and few enough to be drawn at once
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 Entry = Mapping[str, Any]
 

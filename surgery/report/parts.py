@@ -24,6 +24,7 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     right: tuple[int, ...] = ()
+    is_pairs: bool = False
 
     @property
     def is_long(self) -> bool:
@@ -54,10 +55,11 @@ Part = Table | Figure | Text
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and what stands under it. `link`: among the page's links, None for the title, empty for none."""
 
     title: str
     parts: tuple[Part, ...]
+    link: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Page:
 
 def pairs(caption: str, entries: Sequence[tuple[str, object]], head: tuple[str, str] = ("what", "value")) -> Table:
     """A table of two columns."""
-    return Table(caption, head, tuple((name, text(value)) for name, value in entries))
+    return Table(caption, head, tuple((name, text(value)) for name, value in entries), is_pairs=True)
 
 
 def number(value: float | None, digits: int = 4) -> str:

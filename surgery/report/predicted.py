@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from surgery.errors import SurgeryError
 from surgery.forecast import Question, forecast
 from surgery.memory import ADDED, Prediction
 from surgery.report import charts
-from surgery.report.parts import Figure, Table, Text, size
+from surgery.report.parts import NOTHING, Figure, Table, Text, size
 from surgery.report.reading import Run
 
+ACTIVATIONS = "activations"
 PREDICTED_BY = ("batch_size", "precision", "attention", "gradient_checkpointing", "strategy", "cpu_offload")
 
 
@@ -41,18 +43,23 @@ def _settings(run: Run) -> list[str]:
 
 
 def _figure(found: Prediction) -> Figure:
-    names = {"columns": ADDED[found.method]}
-    parts = [(names.get(name, name), value) for name, value in found.parts.items()]
-    parts += [(f"activations: {name}", value) for name, value in found.activations.items()]
-    parts = [(name, value) for name, value in parts if value]
-    rows = [{"name": name, "value": value, "label": size(value)} for name, value in parts]
+    names = {"columns": ADDED[found.method], "temporary": "temporary (at the peak)"}
+    held = [(names.get(name, name), value, "held") for name, value in found.parts.items()]
+    parts = [*held, *((name, value, ACTIVATIONS) for name, value in found.activations.items())]
+    parts = [part for part in parts if part[1]]
+    rows = [{"name": name, "value": value, "label": size(value), "group": group} for name, value, group in parts]
     kept = sum(found.activations.values())
     shape = f"{found.run.batch} x {found.run.sequence} tokens on {found.run.device}"
     summary = (
         f"Predicted, not measured: a step of {shape} holds {size(found.total)}, of which {size(kept)} are activations "
         "kept for the backward pass."
     )
-    table = tuple((name, size(value), f"{value:,}") for name, value in [*parts, ("sum", found.total)])
-    spec = charts.bars(rows, x="bytes", description=summary)
-    data = Table("Memory by part, predicted", ("part", "size", "bytes"), table, right=(1, 2))
-    return Figure("Memory by part (predicted)", summary, spec, data, "; ".join(found.notes) + ".")
+    table = tuple((n, group, size(v), f"{v:,}") for n, v, group in [*parts, ("sum", found.total, NOTHING)])
+    spec = charts.bars(rows, x="bytes", description=summary, unit="bytes")
+    data = Table("Memory by part, predicted", ("part", "kind", "size", "bytes"), table, right=(2, 3))
+    return Figure("Memory by part (predicted)", summary, spec, data, _sentence(found.notes))
+
+
+def _sentence(notes: Sequence[str]) -> str:
+    text = "; ".join(notes)
+    return f"{text[:1].upper()}{text[1:]}."

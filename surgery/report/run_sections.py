@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from surgery.delta import ColumnDelta, SideDelta
 from surgery.plan import SurgeryPlan
 from surgery.report import charts
+from surgery.report.charts import EVALUATION, TRAINING
 from surgery.report.commands import command_lines
 from surgery.report.curves import Curve, curve, score_names, step_seconds
 from surgery.report.movement import Move, column_moves, side_norms
@@ -16,7 +18,6 @@ from surgery.report.parts import NOTHING, Figure, Part, Section, Table, Text, nu
 from surgery.report.reading import FINISHED, UNTRAINED, Run
 from surgery.table import ranges
 
-TRAINING, EVALUATION = "training", "evaluation"
 STATES = {
     "finished": "finished after {step:,} steps",
     "running": "running, at step {step:,}",
@@ -76,9 +77,12 @@ def run_sections(runs: Sequence[Run], predict: Callable[[Run], Table | Figure | 
     if len(runs) > 1:
         found.append(Section("What differs", (_differences(runs),)))
     for run in runs:
+        own = list(_own_sections(run, predict))
         of = f"{run.name}: " if len(runs) > 1 else ""
-        found += [Section(f"{of}{section.title}", section.parts) for section in _own_sections(run, predict)]
-    return [Section(s.title[:1].upper() + s.title[1:] if len(runs) == 1 else s.title, s.parts) for s in found]
+        links = [run.name, *("" for _ in own[1:])] if of else [None for _ in own]
+        titles = [f"{of}{section.title}" if of else section.title.capitalize() for section in own]
+        found += [Section(t, s.parts, link) for t, s, link in zip(titles, own, links, strict=True)]
+    return found
 
 
 def _own_sections(run: Run, predict: Callable[[Run], Part]) -> Iterable[Section]:
@@ -99,22 +103,23 @@ def _results(runs: Sequence[Run]) -> Iterable[Part]:
     notes = tuple(f"{run.name}: {note}" for run in runs for note in run.notes)
     if notes:
         yield Text(notes)
-    names = list(dict.fromkeys(name for run in runs for name in (*run.before, *run.after)))
-    names.sort(key=lambda name: (name != "loss", name))
-    columns = {f"{name} {when}": (name, when) for name in names for when in ("before", "after")}
-    head = ("run", "state", "trained values", *columns, "training loss", "time", "step (median)", "peak memory")
-    rows = []
-    for run in runs:
-        metrics = [number((run.before if when == "before" else run.after).get(name)) for name, when in columns.values()]
-        times = sorted(step_seconds(run.entries).values)
-        middle = times[len(times) // 2] if times else None
-        figures = run.training
-        rows.append((
-            run.name, STATES[run.state].format(step=run.step), f"{run.plan.trained_values:,}", *metrics,
-            number(figures.get("loss")), seconds(figures.get("seconds")), seconds(middle),
-            size(figures.get("peak_memory_bytes")),
-        ))  # fmt: skip
-    yield Table("What came out", head, tuple(rows), right=tuple(range(2, len(head))))
+    facts = [_outcome(run) for run in runs]
+    names = list(dict.fromkeys(name for outcome in facts for name in outcome))
+    rows = tuple((name, *(outcome.get(name, NOTHING) for outcome in facts)) for name in names)
+    yield Table("What came out", ("", *(run.name for run in runs)), rows, right=tuple(range(1, len(runs) + 1)))
+
+
+def _outcome(run: Run) -> dict[str, str]:
+    found = {"state": STATES[run.state].format(step=run.step), "trained values": f"{run.plan.trained_values:,}"}
+    for name in sorted({*run.before, *run.after}, key=lambda name: (name != "loss", name)):
+        for when, metrics in (("before", run.before), ("after", run.after)):
+            found[f"{name.replace('_', ' ')} {when}"] = number(metrics.get(name))
+    times = step_seconds(run.entries).values
+    found["training loss (mean)"] = number(run.training.get("loss"))
+    found["time"] = seconds(run.training.get("seconds"))
+    found["step (median)"] = seconds(statistics.median(times) if times else None)
+    found["peak memory"] = size(run.training.get("peak_memory_bytes"))
+    return found
 
 
 def _differences(runs: Sequence[Run]) -> Table:
@@ -153,7 +158,7 @@ def _figures(runs: Sequence[Run]) -> Iterable[Figure | None]:
     yield _figure("Learning rate", "learning rate", rates)
     times = [(run, TRAINING, step_seconds(run.entries)) for run in runs]
     note = "Between two entries of the log, divided by the steps between them; evaluations are left out."
-    yield _figure("Step time", "seconds a step", times, note)
+    yield _figure("Step time", "time of a step", times, note, "seconds")
 
 
 def loss_figure(runs: Sequence[Run]) -> Figure | None:
@@ -172,7 +177,9 @@ def _scores(runs: Sequence[Run], name: str) -> list[tuple[Run, str, Curve]]:
     return found
 
 
-def _figure(title: str, y: str, lines: Sequence[tuple[Run, str, Curve]], note: str = "") -> Figure | None:
+def _figure(
+    title: str, y: str, lines: Sequence[tuple[Run, str, Curve]], note: str = "", unit: str = ""
+) -> Figure | None:
     """One chart of several curves, none where there is nothing to draw."""
     drawn = [
         (run, kind, line) for run, kind, line in lines if len(line.steps) > 1 or (kind == EVALUATION and line.steps)
@@ -186,7 +193,7 @@ def _figure(title: str, y: str, lines: Sequence[tuple[Run, str, Curve]], note: s
         keys = ("step", "value", "low", "high")
         rows += [{**dict(zip(keys, point, strict=True)), "run": run.name, "kind": kind} for point in points]
         table += [(run.name, kind, f"{s:,}", number(v, 6), number(a, 6), number(b, 6)) for s, v, a, b in points]
-        said.append(f"{f'{run.name}, ' if many else ''}{kind}: {_in_words(line)}")
+        said.append(f"{run.name}, {kind}: {_in_short(line)}" if many else f"{kind}: {_in_words(line)}")
     summary = f"{title} over steps. {'; '.join(said)}."
     thinned = [line for _, _, line in drawn if line.is_thinned]
     if thinned:
@@ -194,10 +201,14 @@ def _figure(title: str, y: str, lines: Sequence[tuple[Run, str, Curve]], note: s
         band = "each the mean of its neighbours, in a band from the lowest to the highest of them"
         note = f"{note} {counts}, {band}; training_log.jsonl has them all.".strip()
     head = ("run", "of", "step", "value", "lowest", "highest")
-    spec = charts.curves(rows, y=y, description=summary)
+    spec = charts.curves(rows, y=y, description=summary, unit=unit)
     return Figure(
         title, summary, spec, Table(f"{title}: the values drawn", head, tuple(table), right=(2, 3, 4, 5)), note
     )
+
+
+def _in_short(line: Curve) -> str:
+    return f"{number(line.values[0])} to {number(line.values[-1])}"
 
 
 def _in_words(line: Curve) -> str:

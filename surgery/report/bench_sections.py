@@ -155,7 +155,7 @@ def _gains(results: Results) -> Iterable[Figure | None]:
 def _scatter(
     scored: Sequence[Row], name: str, against: str, x: str, across: Mapping[str, float], unit: str
 ) -> Figure | None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in scored:
         values = _scores(row, name)
         if values and row.method in across:

@@ -15,7 +15,7 @@ PNG_WIDTH, PNG_SCALE = 760, 2
 
 def bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, which sets `vegaEmbed`."""
-    script: str = vl_convert.javascript_bundle(None, VEGALITE)
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGALITE)
     return script
 
 

@@ -188,12 +188,17 @@ def _figure(
         return None
     many = len({run.name for run, _, _ in lines}) > 1
     rows, table, said = [], [], []
+    say: Callable[[float | None], str] = seconds if unit == "seconds" else number
     for run, kind, line in drawn:
         points = list(zip(line.steps, line.values, line.low, line.high, strict=True))
         keys = ("step", "value", "low", "high")
         rows += [{**dict(zip(keys, point, strict=True)), "run": run.name, "kind": kind} for point in points]
         table += [(run.name, kind, f"{s:,}", number(v, 6), number(a, 6), number(b, 6)) for s, v, a, b in points]
-        said.append(f"{run.name}, {kind}: {_in_short(line)}" if many else f"{kind}: {_in_words(line)}")
+        said.append(
+            f"{run.name}, {kind}: {say(line.values[0])} to {say(line.values[-1])}"
+            if many
+            else f"{kind}: {_in_words(line, say)}"
+        )
     summary = f"{title} over steps. {'; '.join(said)}."
     thinned = [line for _, _, line in drawn if line.is_thinned]
     if thinned:
@@ -207,18 +212,13 @@ def _figure(
     )
 
 
-def _in_short(line: Curve) -> str:
-    return f"{number(line.values[0])} to {number(line.values[-1])}"
-
-
-def _in_words(line: Curve) -> str:
+def _in_words(line: Curve, say: Callable[[float | None], str]) -> str:
     first, last = line.values[0], line.values[-1]
     if len(line.values) == 1:
-        return f"{number(first)} at step {line.steps[0]:,}"
+        return f"{say(first)} at step {line.steps[0]:,}"
     how = "falls" if last < first else "rises" if last > first else "stays"
-    ends = f"{how} from {number(first)} at step {line.steps[0]:,} to {number(last)} at step {line.steps[-1]:,}"
-    lowest, highest = min(line.values), max(line.values)
-    return f"{ends} (lowest {number(lowest)}, highest {number(highest)})"
+    ends = f"{how} from {say(first)} at step {line.steps[0]:,} to {say(last)} at step {line.steps[-1]:,}"
+    return f"{ends} (lowest {say(min(line.values))}, highest {say(max(line.values))})"
 
 
 # --- the plan, and what moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,8 +17,12 @@ BY_FLAG = ("train", "eval", "sha256")  # of the data section: said otherwise
 
 
 def command_lines(run: Run) -> list[str]:
-    """`surgery apply ..` and, where it was trained, `surgery train ..`: what is not said is a default."""
-    base = run.manifest.base.hub_id or run.manifest.base.path or "MODEL"
+    """`surgery apply ..` and, where it was trained, `surgery train ..`: what is not said is a default.
+
+    The base is named as from where the report is made; data files are named as they were when training.
+    """
+    recorded = run.manifest.base
+    base = recorded.hub_id or (os.path.normpath(run.folder / recorded.path) if recorded.path else "MODEL")
     adapter = "adapter"
     lines = [shlex.join(["surgery", "apply", base, "-o", adapter, *_apply_options(run.plan)])]
     if run.settings:

@@ -173,7 +173,7 @@ def _scores(runs: Sequence[Run], name: str) -> list[tuple[Run, str, Curve]]:
     for run in runs:
         first = [{"step": 0, "value": run.before[name]}] if name in run.before else []
         later = [{"step": e["step"], "value": e[f"eval_{name}"]} for e in run.entries if f"eval_{name}" in e]
-        found.append((run, EVALUATION, curve([*first, *later], "value")))
+        found.append((run, EVALUATION, curve([*first, *later] if later else [], "value")))
     return found
 
 

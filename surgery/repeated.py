@@ -88,8 +88,8 @@ def echoing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     handles: list[Any] = []
     echoes: list[Any] = []
     for block in blocks:
-        stack: Any = model.get_submodule(block)
-        layers = list(stack)
+        whole: Any = model.get_submodule(block)
+        layers = list(whole)
         seen: list[_Returned] = []
         handles.append(layers[1].register_forward_hook(partial(_note, seen), with_kwargs=True))
         for layer in layers[2:-1]:

@@ -232,7 +232,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_image_processor(folder: Path) -> Any:
-    """A folder's image processor, on Pillow: torchvision's gives other pixels. Raises: what transformers raises."""
+    """A folder's image processor, on Pillow: torchvision need not scale alike. Raises: what transformers raises."""
     from transformers import AutoImageProcessor
 
     given: dict[str, Any] = {"backend": "pil"} if TRANSFORMERS_5 else {"use_fast": False}

@@ -46,6 +46,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "deepspeed": {"deepspeed": ">=0.17,<1"},
     "eval": {"lm-eval": ">=0.4.13,<0.5"},
     "gaudi": {"optimum-habana": "==1.21.2"},
+    "images": {"pillow": ">=10,<14"},
     "liger": {"liger-kernel": ">=0.8,<1"},
     "lora": {"peft": ">=0.17,<1"},
     "report": {"vl-convert-python": ">=1.9,<2"},

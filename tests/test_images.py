@@ -396,14 +396,17 @@ def test_what_a_step_keeps_is_predicted(
 
 
 def test_a_folder_that_changed_is_other_data(fit: Fit, photos: Path, tmp_path: Path) -> None:
-    """A finished run on it is not taken for this one."""
+    """A finished run on it is not taken for this one. Files are told apart by name and size."""
     assert not fit(resume="auto").was_finished
     assert fit(resume="auto").was_finished
     before = images.folder_digest(photos)
     added = photos / "red" / "9.png"
     draw("red", 9).save(added)
     try:
-        assert images.folder_digest(photos) != before
+        with_one_more = images.folder_digest(photos)
+        assert with_one_more != before
+        added.write_bytes(added.read_bytes() + b" ")
+        assert images.folder_digest(photos) != with_one_more
         assert not fit(resume="auto").was_finished
     finally:
         added.unlink()

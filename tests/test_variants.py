@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,20 @@ import pytest
 import torch
 
 from surgery import library
+from surgery.backends import shared_arguments
 from surgery.checkpoint import Checkpoint
+from surgery.cli import main
 from surgery.errors import RecipeError, RequestError, SurgeryError
-from surgery.recipe import Recipe, read_recipe
+from surgery.forecast import Question, forecast
+from surgery.memory import Run, open_subject
+from surgery.methods.paca import PacaSpec
+from surgery.operate import apply
+from surgery.recipe import Recipe, TrainSection, read_recipe
+from surgery.survey import TaskSpec
 from surgery.tiny import FAMILIES, write_tiny
 from surgery.workflow import run
 from tests.conftest import digest_folder
+from tests.examples import write_rows
 
 Read = Callable[..., Recipe]
 TEXT = """
@@ -118,6 +127,15 @@ def test_what_does_not_hold_is_refused_when_the_recipe_is_read(
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "expected"), (({"warmup_ratio": 0.03}, 101, 4), ({"warmup_steps": 7}, 101, 7), ({}, 9, 0))
+)
+def test_the_warm_up_may_be_a_part_of_the_steps(given: dict[str, float], steps: int, expected: int) -> None:
+    """Rounded up, as transformers does it; the two ways exclude each other (see test_images)."""
+    arguments = shared_arguments(TrainSection(**given), folder=Path("x"), steps=steps, has_eval=False)
+    assert arguments["warmup_steps"] == expected
+
+
 # --- tiny models
 
 
@@ -138,6 +156,28 @@ def test_a_family_that_is_not_made_is_named(read: Read, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"model: unknown name 'lama', expected one of llama, t5, vit\. The closest"):
         run(recipe)
     assert [path.name for path in (tmp_path / "recipes").iterdir()] == ["mine.yaml"]
+
+
+def test_train_and_plan_take_variants_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`surgery train -c` their data and settings, `surgery plan` the whole; a setting of one's own lies on top."""
+    model = write_tiny("tiny:llama", tmp_path / "model")
+    apply(model, tmp_path / "adapter", PacaSpec(rank=2))
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 8)
+    text = (
+        f"model: {model}\ntrain: {{batch_size: 2, max_steps: 9}}\n"
+        "variants: {quick: {train: {max_steps: 2}, data: {train: [rows.jsonl]}, paca: {rank: 5}}}\n"
+        "smoke: {train: {max_steps: 3}}\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    steps = {("variant=quick",): 2, ("variant=quick", "smoke=true"): 3, ("variant=quick", "max_steps=4"): 4}
+    for settings, expected in steps.items():
+        main(["train", str(tmp_path / "adapter"), "-c", str(recipe), *settings, "--json"])
+        assert json.loads(capfd.readouterr().out)["steps"] == expected
+    wanted = open_subject(model, "paca", PacaSpec(rank=5), TaskSpec(), Run())
+    assert forecast(str(recipe), Question(), ["variant=quick"]).trained_values == wanted.trained_values
+    with pytest.raises(RecipeError, match="no variant chosen"):
+        forecast(str(recipe), Question())
 
 
 # --- the library

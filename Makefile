@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.complete
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Threads that wait do not spin: beside another process that costs several times as much.
+PASSIVE := OMP_WAIT_POLICY=PASSIVE
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PASSIVE)
 TESTS ?= tests
+IN_TWO := -n 2 --dist loadfile --durations 20
 
 GAUDI_VENV := .venv-gaudi
 GAUDI_READY := $(GAUDI_VENV)/.complete
@@ -52,19 +55,19 @@ $(GAUDI_READY): pyproject.toml constraints-gaudi.txt
 	@touch $@
 
 demo: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python recipes/quickstart/demo.py  # threads that wait do not spin
+	$(PASSIVE) $(BIN)/python recipes/quickstart/demo.py
 
 test: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(TESTS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(IN_TWO) -m "not long" $(TESTS)
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long $(TESTS)
+	$(PASSIVE) $(BIN)/python -m pytest $(IN_TWO) -m long $(TESTS)
 
 test-gaudi: $(GAUDI_READY)
-	$(ONE_THREAD) $(GAUDI_VENV)/bin/python -m pytest -n 2 --dist loadfile -c tests/gaudi/pytest.ini tests/gaudi
+	$(ONE_THREAD) $(GAUDI_VENV)/bin/python -m pytest $(IN_TWO) -c tests/gaudi/pytest.ini tests/gaudi
 
 test-fast: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long" $(TESTS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(IN_TWO) -m "not slow and not long" $(TESTS)
 
 # Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Its operators need g++.
 test-deepspeed: $(READY)

@@ -47,6 +47,7 @@ from surgery.errors import (
 )
 from surgery.manifest import PATCHED, Check
 from surgery.plan import SurgeryPlan
+from surgery.runs import notes_of
 from surgery.tensorfile import (
     FLOAT_DTYPES,
     read_range,
@@ -130,7 +131,7 @@ def patch(
         held = Check("patched weights", "passed", f"in {counted(len(blocks), 'tensor')} all are the merged ones")
         record = replace(record, manifest=replace(record.manifest, checks=(held,)))
         write_file(writer.path / RECORD_FILE, record.to_json())
-    return PatchResult(out, out / path.name, blocks)
+    return PatchResult(out, out / path.name, blocks, notes_of(opened))
 
 
 def _require_onnx() -> None:

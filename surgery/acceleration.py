@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +202,13 @@ def prepare(model: Any, section: TrainSection, *, device: str, autocast: str) ->
         model.compile()  # not the trainer's own way: that sets an environment variable, and later runs compile too
     tf32 = bool(choose_tf32(section.tf32, device, autocast))
     return Kernels(autocast, tf32, attention, section.compile, section.liger)
+
+
+def set_heads(model: nn.Module, heads: Mapping[str, torch.Tensor]) -> None:
+    """Let new heads train as these values, in their dtype."""
+    for parameter, values in heads.items():
+        module, _, name = parameter.rpartition(".")
+        setattr(model.get_submodule(module), name, nn.Parameter(values))
 
 
 def _set_attention(model: Any, section: TrainSection, *, device: str, autocast: str) -> str:

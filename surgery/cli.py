@@ -26,6 +26,7 @@ from surgery.cli_eval import eval_command
 from surgery.cli_generate import generate_command
 from surgery.cli_plan import plan_command
 from surgery.cli_recipes import recipes_command
+from surgery.cli_report import report_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -325,6 +326,7 @@ def train(
     from surgery import recipe as recipes
     from surgery import show as showing
     from surgery.adapter import open_adapter
+    from surgery.report.curve import draw_curve
     from surgery.survey import TaskSpec
     from surgery.train import launch
     from surgery.train import train as run_training
@@ -360,7 +362,12 @@ def train(
     if not ranks.is_main() or ranks.NO_RESULT in os.environ:
         return
     way = "--merge" if open_adapter(adapter).plan.targets else "--format remote-code"
-    lines = [*showing.result_lines(result), "", f"Next: surgery export {shlex.quote(str(adapter))} {way}"]
+    lines = [
+        *showing.result_lines(result),
+        draw_curve(adapter),
+        "",
+        f"Next: surgery export {shlex.quote(str(adapter))} {way}",
+    ]
     show(lines, result, as_json=as_json)
 
 
@@ -554,12 +561,13 @@ def run(recipe: str, settings: tuple[str, ...], *, nproc: int | None, overwrite:
     from surgery import library, workflow
     from surgery import recipe as recipes
     from surgery import show as showing
+    from surgery.report.curve import draw_curve
 
     path, outputs = library.locate(recipe)
     wanted = recipes.read_recipe(path, settings, outputs=outputs)
     enter_environment(wanted.train)
     result = workflow.run(wanted, overwrite=overwrite, nproc=nproc, say=say)
-    show(showing.run_lines(result), result, as_json=as_json)
+    show([*showing.run_lines(result), draw_curve(result.adapter)], result, as_json=as_json)
 
 
 @cli.command()
@@ -597,6 +605,7 @@ cli.add_command(eval_command)
 cli.add_command(generate_command)
 cli.add_command(plan_command)
 cli.add_command(recipes_command)
+cli.add_command(report_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

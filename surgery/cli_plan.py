@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from surgery.checkpoint import require_model
+from surgery.checkpoint import RECIPE_ENDINGS, require_model
 from surgery.errors import RequestError
 
-RECIPES = (".yaml", ".yml")
 KEYS = {  # of a recipe, by option
     "batch": "train.batch_size",
     "sequence": "data.max_length",
@@ -61,7 +60,7 @@ def plan_command(path: str, *, settings: tuple[str, ...], fit: str | None, as_js
     surgery plan model/ --method read read.hidden=64 --devices 8 --sharding fsdp2
     surgery plan recipe.yaml --fit 24GB --json
     """  # noqa: D301  click reads \b as "keep these lines as they are"
-    if not path.endswith(RECIPES):
+    if not path.endswith(RECIPE_ENDINGS):
         require_model(path)
     from surgery.forecast import Question, forecast, overrides
     from surgery.writing import parse_size

@@ -21,7 +21,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5.0")
@@ -149,6 +149,13 @@ def set_checkpointing(model: Any, *, on: bool) -> None:
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
     else:
         getattr(model, f"{name}_disable")()
+
+
+def keep_no_cache(model: Any) -> None:
+    """Training needs no keys and values of earlier tokens; T5's decoder goes by a configuration of its own there."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False
 
 
 def keep_inputs_frozen(model: Any) -> None:

@@ -44,10 +44,13 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     },
     "bnb": {"bitsandbytes": ">=0.46,<1"},
     "deepspeed": {"deepspeed": ">=0.17,<1"},
+    "eval": {"lm-eval": ">=0.4.13,<0.5"},
     "gaudi": {"optimum-habana": "==1.21.2"},
     "images": {"pillow": ">=10,<14"},
     "liger": {"liger-kernel": ">=0.8,<1"},
     "lora": {"peft": ">=0.17,<1"},
+    "report": {"vl-convert-python": ">=1.9,<2"},
+    "tracking": {"tensorboard": ">=2.18,<3", "trackio": ">=0.5,<1"},
 }
 GAUDI_TOOL, NVIDIA_TOOL = "hl-smi", "nvidia-smi"
 MIN_FREE_BYTES = 1_000_000_000

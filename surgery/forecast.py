@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.adapter import find_base
 from surgery.backends.local import choose_device
-from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, require_model
+from surgery.checkpoint import CONFIG_FILE, RECIPE_ENDINGS, RECORD_FILE, require_model
 from surgery.compat import download_config
 from surgery.data import is_packed
 from surgery.errors import BaseMismatchError, NotAModelError, RequestError, UnsupportedError, require_known, shorten
@@ -21,7 +21,6 @@ from surgery.plan import SurgeryPlan
 from surgery.planning import make_spec
 from surgery.recipe import Recipe, apply_override, check, read_recipe
 
-RECIPES = (".yaml", ".yml")
 DEFAULT_METHOD = "paca"
 
 
@@ -47,7 +46,7 @@ def forecast(path: str, question: Question, settings: Sequence[str] = ()) -> Pre
     method = question.method
     if method:
         require_known("--method", method, METHODS)
-    is_recipe = path.endswith(RECIPES)
+    is_recipe = path.endswith(RECIPE_ENDINGS)
     recipe = read_recipe(Path(path), settings) if is_recipe else _recipe(path, settings)
     run = _run(recipe, question)
     if not is_recipe and (Path(path) / RECORD_FILE).is_file():

@@ -29,6 +29,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "lm_eval": "eval",
+    "vl_convert": "report",
 }  # by what is imported
 
 

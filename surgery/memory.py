@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from surgery.acceleration import FLASH, switch_attention
+from surgery.acceleration import FLASH, set_heads, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, memory_names
 from surgery.errors import RequestError, UnsupportedError, counted, require_known
@@ -295,10 +295,7 @@ def _heads_in_fp32(model: Any, plan: SurgeryPlan | None, dtype: torch.dtype) -> 
     """Heads train in fp32, which beside 16-bit weights needs autocast: that, or the empty string."""
     if plan is None or not plan.whole or dtype == torch.float32:
         return ""
-    for target in plan.whole:
-        module_name, _, name = target.parameter.rpartition(".")
-        module = model.get_submodule(module_name)
-        setattr(module, name, torch.nn.Parameter(torch.empty(target.shape, dtype=torch.float32)))
+    set_heads(model, {target.parameter: torch.empty(target.shape, dtype=torch.float32) for target in plan.whole})
     return "bf16" if dtype == torch.bfloat16 else "fp16"
 
 
@@ -383,8 +380,8 @@ def _gathered(tensors: Sequence[Tensor]) -> int:
 def _longest(total: Callable[[int], int], run: Run, subject: Subject, fit_bytes: int) -> int:
     """The longest sequence that fits, 0 where a single token does not.
 
-    Between a length that fits and one that does not, the next to be tried is where a parabola through the last three
-    says that the bytes are used up, as bytes are one of the length but for kernels' alignment; then halves.
+    The next to be tried is where a parabola through the last three says that the bytes are used up, as bytes are one of
+    the length but for alignment; else twice the length, and halves between one that fits and one that does not.
     """
     end = subject.positions or FURTHEST
     low, high = 0, min(run.sequence, end)
@@ -392,15 +389,19 @@ def _longest(total: Callable[[int], int], run: Run, subject: Subject, fit_bytes:
     while tried[-1][1] <= fit_bytes:
         if high == end:
             return end
-        low, high = high, min(2 * high, end)
+        further = _crossing(tried[-GUESSES_FROM:], fit_bytes) + 1 if _may_guess(tried) else 2 * high
+        low, high = high, min(max(further, high + 1), end)
         tried.append((high, total(high)))
     while high - low > 1:
-        is_guess = GUESSES_FROM <= len(tried) < GUESSES_TO
-        middle = _crossing(tried[-GUESSES_FROM:], fit_bytes) if is_guess else (low + high) // 2
+        middle = _crossing(tried[-GUESSES_FROM:], fit_bytes) if _may_guess(tried) else (low + high) // 2
         middle = min(max(middle, low + 1), high - 1)
         tried.append((middle, total(middle)))
         low, high = (middle, high) if tried[-1][1] <= fit_bytes else (low, middle)
     return low
+
+
+def _may_guess(tried: Sequence[tuple[int, int]]) -> bool:
+    return GUESSES_FROM <= len(tried) < GUESSES_TO
 
 
 def _crossing(points: Sequence[tuple[int, int]], wanted: int) -> int:

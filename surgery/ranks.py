@@ -9,22 +9,34 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedError
+from surgery.errors import InterruptedRunError, RecipeError, RequestError, SurgeryError, UnsupportedError
 
 ERRORS = "SURGERY_RANK_ERRORS"  # the folder in which `surgery train --nproc` waits for its processes' errors
 NO_RESULT = "SURGERY_NO_RESULT"  # set where another process says what came of the run
 COLLECTIVES = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "hccl"}
+SHUTDOWN_SECONDS = "120"  # what processes that are asked to stop have to end their step and save
 TIMEOUT = timedelta(minutes=30)  # rank 0 may be reading or writing while the others wait
-OF_ACCELERATE = {"ACCELERATE_USE_FSDP": "fsdp2", "ACCELERATE_USE_DEEPSPEED": "zero3"}
+OF_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": "fsdp2",
+    "ACCELERATE_USE_DEEPSPEED": "zero3",
+    "ACCELERATE_USE_MEGATRON_LM": "fsdp2",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "fsdp2",
+}
+PEER_ENDED = "another process of the run has ended"
 LOST = ("by peer", "NCCL")  # in the errors of gloo and NCCL when a process that they talk to is gone
+# In which order errors are the reason of a run's end: a process failed, was killed from outside, was asked to stop (as
+# the launcher asks of all when one ends), or ended because of another.
+FAILED, KILLED, STOPPED, FOLLOWED = range(4)
 T = TypeVar("T")
 
 
@@ -62,7 +74,9 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    has_one = visible and "," not in visible  # srun may show each task its own device alone
+    environment["LOCAL_RANK"] = "0" if has_one else environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", first_node(nodes))
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
 
@@ -94,7 +108,8 @@ def require_strategy(strategy: str, device: str, *, cpu_offload: bool, has_launc
     """
     is_plain = strategy == "ddp"
     for name, ours in OF_ACCELERATE.items():
-        if os.environ.get(name, "false").lower() == "true" and not strategy.startswith("zero"):
+        is_ours = name == "ACCELERATE_USE_DEEPSPEED" and strategy.startswith("zero")  # the trainer sets it, too
+        if os.environ.get(name, "false").lower() == "true" and not is_ours:
             expected = f"train.strategy={ours} in its place"
             raise RecipeError(name, "true, by accelerate's configuration", expected=expected)
     if cpu_offload and is_plain:
@@ -137,8 +152,8 @@ def joined(device: str) -> Iterator[None]:
     except RuntimeError as error:
         if count() < 2 or not any(sign in str(error) for sign in LOST):
             raise
-        found, fix = "another process of the run has ended", "Its error says why; --resume auto goes on"
-        raise SurgeryError("train", found, expected="all to go on", fix=fix) from error
+        fix = "Its error says why; --resume auto goes on"
+        raise SurgeryError("train", PEER_ENDED, expected="all to go on", fix=fix) from error
     if owns:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -205,12 +220,13 @@ def any_rank(flag: bool) -> bool:  # noqa: FBT001  a question, not an option
 
 @dataclass(frozen=True)
 class RankError:
-    """What one process said before it ended."""
+    """How one process ended. order: which of several errors is the reason, the lowest: see FAILED and the following."""
 
     rank: int
     seconds: float
     exit_code: int
     text: str
+    order: int
 
 
 @contextmanager
@@ -230,12 +246,30 @@ def hand_over(error: SurgeryError) -> bool:
     folder = os.environ.get(ERRORS)
     if not folder:
         return False
-    said = {"rank": rank(), "seconds": time.time(), "exit_code": error.exit_code, "text": str(error)}
-    (Path(folder) / f"{rank()}.json").write_text(json.dumps(said), encoding="utf-8")
+    is_stop = isinstance(error, InterruptedRunError)
+    order = FOLLOWED if error.found == PEER_ENDED else STOPPED if is_stop else FAILED
+    said = RankError(rank(), time.time(), error.exit_code, str(error), order)
+    (Path(folder) / f"{rank()}.json").write_text(json.dumps(asdict(said)), encoding="utf-8")
     return True
 
 
-def first_error(folder: Path) -> RankError | None:
-    """The error that was handed over first."""
+@contextmanager
+def launching(processes: int) -> Iterator[Path]:
+    """The folder in which processes that are started meanwhile leave their errors, and the variables that they get."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    variables = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS}
+    with tempfile.TemporaryDirectory(prefix="surgery-ranks-") as folder, environment(**variables, **{ERRORS: folder}):
+        yield Path(folder)
+
+
+def say_why(folder: Path, ended: RankError | None) -> int:
+    """Say once why a launched run ended, and return its exit code: 0 where `ended`, as the launcher saw it, is None.
+
+    Otherwise the first of the errors that were handed over says it, or the launcher where none of them is the reason.
+    """
+    if ended is None:
+        return 0
     said = [RankError(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
-    return min(said, key=lambda error: error.seconds, default=None)
+    first = min((ended, *said), key=lambda error: (error.order, error.seconds))
+    print(f"Error: {first.text}", file=sys.stderr)  # noqa: T201  the processes have left it to us
+    return first.exit_code

@@ -116,6 +116,11 @@ def _switch(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _several(value: object) -> object:
+    """One name stands for a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
 class TrainSection(_Section):
     """How to train. Steps are optimizer steps."""
 
@@ -161,6 +166,9 @@ class TrainSection(_Section):
     hpu_warmup_steps: int = Field(3, ge=0, description="Gaudi: first steps, which compile, left out of the throughput")
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field("ddp", description="how several processes share work")
     cpu_offload: bool = Field(default=False, description="fsdp2, zero2, zero3: keep shards in the CPU's memory")
+    report_to: Annotated[list[Literal["tensorboard", "trackio"]], BeforeValidator(_several)] = Field(
+        [], description="log to these as well, on this machine"
+    )
 
 
 class ExportSection(_Section):

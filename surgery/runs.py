@@ -1,7 +1,10 @@
-"""What a training run leaves in an adapter folder while it is not finished: its note and its checkpoints."""
+"""What a training run leaves in an adapter folder: its log, and while it is not finished its note and checkpoints."""
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,8 @@ from surgery.adapter import Adapter
 from surgery.checkpoint import read_json
 from surgery.delta import ADAPTER_FILE
 
-CHECKPOINTS, RUN_FILE = "checkpoints", "run.json"
+CHECKPOINTS, RUN_FILE, BEFORE_FILE = "checkpoints", "run.json", "before.json"
+LOG_FILE, STATE_FILE = "training_log.jsonl", "state.safetensors"
 
 
 def open_run(adapter: Adapter) -> dict[str, Any]:
@@ -22,6 +26,18 @@ def open_run(adapter: Adapter) -> dict[str, Any]:
     return {} if is_done or run.get("finished") else run
 
 
+def notes_of(adapter: Adapter) -> tuple[str, ...]:
+    """What an export must say of an adapter: where nothing moved it is right, and hardly what was wanted."""
+    if adapter.delta.moved or adapter.delta.whole:
+        return ()
+    why = "it has not been trained"
+    if adapter.record.manifest.training:
+        why = "training did not move any, or rounding to the base's dtype undid it"
+    elif latest_checkpoint(adapter.folder / CHECKPOINTS):
+        why = "its run was interrupted; `surgery train --resume auto` ends it"
+    return (f"nothing that {adapter.folder} trains differs from the base: {why}",)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
@@ -31,3 +47,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
     return int(path.name.split("-")[1])
+
+
+def this_process() -> str:
+    """Who trains: the host, and the process there."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def is_alive(run: Mapping[str, Any]) -> bool:
+    """Whether the process that a note names is still there; that of another host is taken for gone."""
+    host, _, pid = str(run.get("process", "")).rpartition(":")
+    return host == socket.gethostname() and pid.isdigit() and Path(f"/proc/{pid}").exists()

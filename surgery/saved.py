@@ -15,8 +15,8 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,11 +27,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from surgery.compat import is_conv1d, keep_inputs_frozen, quiet_loading, reading_values, set_checkpointing
+from surgery.compat import (
+    is_conv1d,
+    keep_inputs_frozen,
+    keep_no_cache,
+    quiet_loading,
+    reading_values,
+    set_checkpointing,
+)
 from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import UnsupportedError, shorten
 from surgery.images import TASK as IMAGES
 from surgery.paca_layers import PacaLayer
+from surgery.repeated import FEW, echoing, few_layers, is_alike, set_submodule
 
 ATTENTION, NORMS, MLP, COLUMNS, SIDE, LOGITS, OTHER = KINDS = (
     "attention",
@@ -43,7 +51,6 @@ ATTENTION, NORMS, MLP, COLUMNS, SIDE, LOGITS, OTHER = KINDS = (
     "other",
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FEW = 2  # layers of a shortened stack
 SCORES_DIM = 4  # (b, h, t, t)
 _aten = torch.ops.aten
 ATTENTION_OPERATORS = frozenset(
@@ -89,7 +96,8 @@ class Saved:
 class DryModel:
     """A model without storage.
 
-    `heads`: modules of the output; `blocks`: its outermost lists of layers; `is_side`: a side network reads it.
+    `heads`: modules of the output; `blocks`: its outermost lists of layers; `is_side`: a side network reads it;
+    `known`: what has been found, by step and lengths of lists.
     """
 
     model: Any
@@ -98,6 +106,7 @@ class DryModel:
     heads: tuple[str, ...]
     blocks: tuple[str, ...]
     is_side: bool = False
+    known: dict[Any, Saved] = field(default_factory=dict, compare=False)
 
     def layer_of(self, name: str) -> str:
         """The path of the layer that a module or tensor is in, or is; the empty string outside."""
@@ -108,7 +117,7 @@ class DryModel:
     def alike(self) -> dict[str, int]:
         """The lists whose layers are alike but for the first, and their lengths: a few stand for all of them."""
         lengths = {block: len(self.model.get_submodule(block)) for block in self.blocks}
-        return {} if self.is_side else {block: n for block, n in lengths.items() if _is_alike(self.model, block)}
+        return {block: length for block, length in lengths.items() if is_alike(self.model, block)}
 
 
 # --- a model without storage
@@ -125,7 +134,7 @@ def dry_model(model: Any, task: str, heads: tuple[str, ...], *, dtype: torch.dty
                     if tensor is not None:
                         known.setdefault(id(tensor), _without_storage(tensor, dtype))
                         tensors[name] = known[id(tensor)]
-    model.config.use_cache = False
+    keep_no_cache(model)
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
     blocks = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return DryModel(model, mode, task, heads, tuple(blocks))
@@ -187,7 +196,7 @@ def attach_lora(model: nn.Module, ranks: Mapping[str, int], whole: Sequence[str]
     """LoRA on the named layers of a frozen model; `whole`: parameters that train as they are, beside a copy."""
     model.requires_grad_(requires_grad=False)
     for name, rank in ranks.items():
-        _set_submodule(model, name, LoraLayer(model.get_submodule(name), rank))
+        set_submodule(model, name, LoraLayer(model.get_submodule(name), rank))
     for name in whole:
         owner, _, last = name.rpartition(".")
         parameter = model.get_parameter(name).requires_grad_()
@@ -387,9 +396,12 @@ def _is_norm(module: nn.Module) -> bool:
 def saved_by_all(dry: DryModel, step: Step) -> Saved:
     """As `saved_by`; of stacks whose layers are alike two and three are run, and the rest follows.
 
-    The first layer may differ from the others (its input may ask for no gradient), so it is no model for them.
+    The first layer may differ from the others (its input may ask for no gradient), so it is no model for them. Beside a
+    side network see `surgery.repeated.echoing`.
     """
     few = _saved_by_few(dry, step, dict.fromkeys(dry.alike, FEW))
+    if dry.is_side:
+        return few
     kinds = Counter(few.kinds)
     for block, length in dry.alike.items():
         more = _saved_by_few(dry, step, {**dict.fromkeys(dry.alike, FEW), block: FEW + 1})
@@ -398,37 +410,30 @@ def saved_by_all(dry: DryModel, step: Step) -> Saved:
     return Saved(dict(kinds))
 
 
-@contextmanager
-def _few_layers(dry: DryModel, lengths: Mapping[str, int]) -> Iterator[None]:
-    """The model with only the first so many layers of each named list."""
-    whole = {block: dry.model.get_submodule(block) for block in lengths}
-    try:
-        for block, length in lengths.items():
-            _set_submodule(dry.model, block, nn.ModuleList(list(whole[block])[:length]))
-        yield
-    finally:
-        for block, layers in whole.items():
-            _set_submodule(dry.model, block, layers)
-
-
 def _saved_by_few(dry: DryModel, step: Step, lengths: Mapping[str, int]) -> Saved:
-    with _few_layers(dry, lengths):
-        return saved_by(dry, step)
+    """What a step keeps with lists of these lengths; what has been asked before is not run again."""
+    asked = step, tuple(lengths.items())
+    if asked not in dry.known:
+        with _shortened(dry, lengths):
+            dry.known[asked] = saved_by(dry, step)
+    return dry.known[asked]
 
 
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _shortened(dry: DryModel, lengths: Mapping[str, int]) -> AbstractContextManager[None]:
+    """Lists of these lengths; beside a side network, whose every step counts, whole lists of which few layers run."""
+    return echoing(dry.model, list(lengths)) if dry.is_side else few_layers(dry.model, lengths)
 
 
 def temporary(dry: DryModel, step: Step) -> int:
     """What lives at the peak of a step beside what is kept for backward, and beside gradients that are done.
 
     The loss's copies of the logits, a layer that checkpointing runs again, gradients on their way: from a few layers,
-    as none of it grows with their number. Raises: as `saved_by`.
+    as none of it grows with their number; what a side network needs may, and of that every step is run. Raises: as
+    `saved_by`.
     """
-    with _few_layers(dry, dict.fromkeys(dry.alike, FEW)):
-        kept = saved_by(dry, step).total
+    few = dict.fromkeys(dry.alike, FEW)
+    kept = _saved_by_few(dry, step, few).total
+    with _shortened(dry, few):
         live = LiveBytes(dry.model)
         with _explained(dry), _running(dry, step), live.watching():
             dry.model(**_inputs(dry, step)).loss.backward()
@@ -481,31 +486,3 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
     def _leave_out(self, parameter: Tensor) -> None:
         assert parameter.grad is not None  # noqa: S101  the hook is called when there is one
         self._forget(id(parameter.grad.untyped_storage()))
-
-
-def _is_alike(model: nn.Module, block: str) -> bool:
-    """Whether the layers of a list are worth shortening and differ, from the second on, in their numbers only."""
-    layers: Any = model.get_submodule(block)
-    if len(layers) <= FEW + 2:
-        return False
-    second = _traits(layers[1])
-    return all(_equal_but_number(second, 1, _traits(layer), n) for n, layer in enumerate(layers) if n > 1)
-
-
-def _traits(layer: nn.Module) -> dict[str, Any]:
-    """Everything plain that may tell a layer from another, by name."""
-    found: dict[str, Any] = {}
-    for name, module in layer.named_modules():
-        found[name] = type(module)
-        found |= {f"{name}.{k}": v for k, v in vars(module).items() if isinstance(v, (str, bool, int, float))}
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        found |= {f"{name}.{key}": (tuple(t.shape), t.dtype, t.requires_grad) for key, t in own}
-    return found
-
-
-def _equal_but_number(first: Mapping[str, Any], first_number: int, other: Mapping[str, Any], number: int) -> bool:
-    if first.keys() != other.keys():
-        return False
-    pairs = ((value, other[name]) for name, value in first.items())
-    numbers = (first_number, number)
-    return all(a == b or ((a, b) == numbers and type(a) is type(b) is int) for a, b in pairs)

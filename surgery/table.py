@@ -6,8 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from surgery.plan import SurgeryPlan, Target
+if TYPE_CHECKING:
+    from surgery.plan import SurgeryPlan, Target  # which imports torch: tables of numbers need neither
 
 _GAP = "  "
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -17,16 +17,17 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerState
 
-from surgery import acceleration
+from surgery import acceleration, trackers
 from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
-from surgery.compat import fall_silent, load_tokenizer, quiet_loading
+from surgery.compat import fall_silent, keep_no_cache, load_tokenizer, quiet_loading
 from surgery.data import DataSpec, Prepared, inspect_labels, prepare, prepare_images
 from surgery.delta import ADAPTER_FILE, Delta
 from surgery.errors import (
@@ -59,7 +60,16 @@ from surgery.ranks import (
     require_strategy,
 )
 from surgery.recipe import DataSection, TrainSection
-from surgery.runs import CHECKPOINTS, RUN_FILE, latest_checkpoint, open_run, step_of
+from surgery.runs import (
+    BEFORE_FILE,
+    CHECKPOINTS,
+    LOG_FILE,
+    RUN_FILE,
+    latest_checkpoint,
+    open_run,
+    step_of,
+    this_process,
+)
 from surgery.sharding import shard
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import file_sha256
@@ -81,7 +91,6 @@ from surgery.writing import replace_file, require_disk
 from surgery.zero import STAGES, require_deepspeed
 from surgery.zero import prepare as cut
 
-LOG_FILE = "training_log.jsonl"
 # Settings that change neither the result (but for rounding) nor the schedule: a resumed run may have others.
 FREE_SETTINGS = (
     "logging_steps",
@@ -99,6 +108,7 @@ FREE_SETTINGS = (
     "cache_bytes",
     "strategy",
     "cpu_offload",
+    "report_to",
 )
 GAUDI_TIMINGS = ("end_time", "graph_compliation_duration")  # spelt so
 PER_STEP = ("batch_size", "gradient_accumulation")  # these and the number of processes decide what a step sees
@@ -156,6 +166,7 @@ def train(
     device = backend.choose_device(settings.device)
     _require_used(settings, device)
     acceleration.require(settings, device)
+    trackers.require(settings.report_to)
     require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=is_launched())
     if not is_main():
         fall_silent()
@@ -167,6 +178,7 @@ def train(
         checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
             return result_of(adapter)
+        run = replace(run, started=_when_started(adapter, checkpoint))
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)
         prepared = _prepare(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)
@@ -322,7 +334,9 @@ def _store(job: _Job, delta: Delta, result: TrainResult, kernels: acceleration.K
     adapter = job.adapter
     figures = {name: value for name, value in asdict(result).items() if name not in _OF_THE_CALL}
     settings = job.settings.model_dump()
-    training = {**figures, "settings": settings, "kernels": asdict(kernels), "run": job.run.digest}
+    ended = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    origin = {"inputs": job.run.data, "processes": count(), "started": job.run.started, "ended": ended}
+    training = {**figures, "settings": settings, "kernels": asdict(kernels), "run": job.run.digest, **origin}
     needed = sum((adapter.folder / name).stat().st_size for name in (ADAPTER_FILE, RECORD_FILE))
     require_disk(adapter.folder, needed, fix="Free some space, and end the run with --resume auto")
     update_adapter(adapter, delta, replace(adapter.record.manifest, training=training))
@@ -425,13 +439,10 @@ def _load_for_training(adapter: Adapter, root: Path, settings: TrainSection, dev
     dtype = torch.float32 if device == "cpu" and _is_half(adapter.plan, root) else None
     model = load_base_model(root, adapter.plan, dtype=dtype)
     attach_plan(model, adapter.plan, adapter.delta)
-    model.config.use_cache = False
+    keep_no_cache(model)
     autocast = acceleration.choose_autocast(settings.precision, device)
     if adapter.plan.whole and model.dtype != torch.float32:
-        for target in adapter.plan.whole:
-            module_name, _, name = target.parameter.rpartition(".")
-            parameter = model.get_submodule(module_name)._parameters[name]  # noqa: SLF001
-            parameter.data = adapter.delta.whole[target.parameter].values.to(torch.float32)
+        acceleration.set_heads(model, {name: patch.values.float() for name, patch in adapter.delta.whole.items()})
         has_bf16 = device != "cuda" or acceleration.has_bf16()
         autocast = "bf16" if model.dtype == torch.bfloat16 and has_bf16 else "fp16"
     return model, autocast
@@ -452,14 +463,15 @@ FINISHED = "finished"
 class _Run:
     """What a run is: its plan, its settings, its data. Two runs with the same digest give the same result.
 
-    `start`, the digest of the adapter file it began with, is no part of what the run is: it tells a second run with the
-    same settings from the first.
+    `start`, the digest of the adapter file it began with, and `started`, when it did, are no part of what the run is:
+    they tell a second run with the same settings from the first.
     """
 
     plan: str
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
     start: str = ""
+    started: str = ""
 
     @classmethod
     def describe(cls, adapter: Adapter, plan: SurgeryPlan, data: DataSection, settings: TrainSection) -> _Run:
@@ -473,11 +485,12 @@ class _Run:
     @property
     def digest(self) -> str:
         parts = asdict(replace(self, start=""))
+        del parts["started"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, folder: Path, *, finished: bool = False) -> None:
         folder.mkdir(exist_ok=True)
-        document = {"digest": self.digest, "finished": finished, **asdict(self)}
+        document = {"digest": self.digest, "finished": finished, "process": this_process(), **asdict(self)}
         replace_file(folder / RUN_FILE, json.dumps(document, indent=2) + "\n")
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
@@ -488,6 +501,12 @@ class _Run:
             theirs = other.get(part, {})
             flat += [(f"{part}.{key}", value, theirs.get(key)) for key, value in ours[part].items()]
         return [name for name, mine, theirs in flat if mine != theirs]
+
+
+def _when_started(adapter: Adapter, checkpoint: str) -> str:
+    """Now, in UTC; of a run that is resumed, as its note has it. A name for folders: no colons."""
+    noted = open_run(adapter).get("started", "") if checkpoint else ""
+    return noted or datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
 
 
 def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool) -> str:
@@ -553,6 +572,10 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
         arguments.remove_unused_columns = False  # the trainer would take the numbers away, or the images
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
     callbacks: list[Any] = [Progress(), LogFile(adapter.folder / LOG_FILE)] if is_main() else []
+    if is_main():
+        step = step_of(Path(job.checkpoint)) + 1 if job.checkpoint else 0
+        tracked = trackers.Tracked(adapter.folder, job.run.started, step)
+        callbacks += trackers.callbacks(settings.report_to, tracked, arguments)
     callbacks += [StopWhenDiverged(), StopWhenAsked(interruption)]
     if settings.gradient_checkpointing:
         callbacks.append(acceleration.KeepFrozenInputs())
@@ -585,7 +608,7 @@ def _first_evaluation(
     trainer: Any, folder: Path, settings: TrainSection, prepared: Prepared, *, resumed: bool
 ) -> dict[str, float]:
     """The metrics before the first step, kept in a file so that a resumed run still knows them."""
-    path = folder / "before.json"
+    path = folder / BEFORE_FILE
     if resumed and path.is_file():
         return {name: float(value) for name, value in read_json(path).items()}
     if prepared.eval is None or not settings.eval_on_start or settings.strategy in STAGES:

@@ -28,13 +28,13 @@ from surgery.images import mirrored
 from surgery.plan import SurgeryPlan
 from surgery.planning import trainable_names
 from surgery.ranks import any_rank, count, is_main, to_main, wait
-from surgery.runs import CHECKPOINTS, step_of
+from surgery.runs import CHECKPOINTS, STATE_FILE, step_of
 from surgery.sharding import assign, gather_optimizer, scatter_optimizer, settle, whole
 from surgery.tensorfile import read_header
 from surgery.writing import fsync_path, replace_file, require_disk, write_file
 from surgery.zero import describe_optimizer, describe_scheduler
 
-STATE_FILE, TRAINER_FILE = "state.safetensors", "trainer_state.json"
+TRAINER_FILE = "trainer_state.json"
 OPTIMIZER_FILE, SCHEDULER_FILE, RANDOM_FILE = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 LINE_SECONDS = 30.0  # between lines of progress, where there is no terminal for a bar
 CHECKPOINT_BYTES = 16  # of each trained value: itself, AdamW's two moments, and as much again for all else

@@ -14,7 +14,7 @@ from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ColumnDelta, Delta, SideDelta
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
-from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, ONNX_PATCH, UNDO, resolve
+from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, ONNX_PATCH, UNDO, backend_of, resolve
 from surgery.lookup import load as lookup
 from surgery.manifest import ADAPTER, MERGED, ONNX, parse_record, read_document
 from surgery.operate import apply
@@ -22,7 +22,7 @@ from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from surgery.ranks import NO_RESULT, environment
 from surgery.recipe import Recipe
-from surgery.runs import CHECKPOINTS, latest_checkpoint
+from surgery.runs import notes_of
 from surgery.survey import TaskSpec
 from surgery.tiny import is_tiny, write_tiny
 from surgery.train import TrainResult, launch, result_of, train
@@ -146,7 +146,7 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
         **_format_settings(format, dtype, opset, onnx_data),
     )
     result = _exported(target, format, started, is_checked=is_checked)
-    result = replace(result, notes=(*_untrained(opened), *result.notes))
+    result = replace(result, notes=(*notes_of(opened), *result.notes))
     if result.verification and difference:
         result = replace(result, verification=replace(result.verification, max_logit_difference=difference[0]))
     return result
@@ -221,18 +221,6 @@ def _exported(target: Path, format: str, started: float, *, is_checked: bool) ->
     return ExportResult(target, format, time.monotonic() - started, size, held, tuple(manifest.export.get("notes", ())))
 
 
-def _untrained(adapter: Adapter) -> list[str]:
-    """Nothing moved: the export is right, and hardly what was wanted."""
-    if adapter.delta.moved or adapter.delta.whole:
-        return []
-    why = "it has not been trained"
-    if adapter.record.manifest.training:
-        why = "training did not move any, or rounding to the base's dtype undid it"
-    elif latest_checkpoint(adapter.folder / CHECKPOINTS):
-        why = "its run was interrupted; `surgery train --resume auto` ends it"
-    return [f"nothing that {adapter.folder} trains differs from the base: {why}"]
-
-
 def _shard_bytes(text: str | None) -> int | None:
     if text is None:
         return None
@@ -246,8 +234,7 @@ def patch(
     onnx: str | Path, adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
 ) -> Any:
     """Bring a PaCA adapter into an ONNX file that exists already. Returns and raises: see exporters.onnx_patch."""
-    result = resolve(ONNX_PATCH)(onnx, adapter, out, base=base, overwrite=overwrite)
-    return replace(result, notes=tuple(_untrained(open_adapter(adapter))))
+    return resolve(ONNX_PATCH)(onnx, adapter, out, base=base, overwrite=overwrite)
 
 
 def undo(merged: str | Path, out: str | Path) -> Path:
@@ -279,7 +266,7 @@ def run(
 ) -> RunResult:
     """Apply, train, export and verify; a step whose result is there, by digests, is not repeated.
 
-    nproc: train in so many processes on this machine (None: in this one).
+    nproc: train in so many processes on this machine (None: in this one, or where that is spent by it in another).
     Raises: whatever a step raises; OutputExistsError for a folder that another plan made; SystemExit where a launched
     training failed, which has said why.
     """
@@ -297,6 +284,8 @@ def run(
         _require_same_plan(recipe, spec, folder)
         skipped.append("apply")
     say(f"train: {folder}")
+    if nproc is None and backend_of(recipe.train.device).spends_process:
+        nproc = 1
     if nproc is None:
         trained = train(folder, recipe.data, recipe.train, task=recipe.task_spec(), resume="auto", overwrite=overwrite)
     else:

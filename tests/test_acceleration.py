@@ -252,6 +252,14 @@ def test_an_attention_that_the_model_has_not_is_refused(tiny_model: TinyModel) -
         type(model)._supports_sdpa = before
 
 
+def test_a_class_that_keeps_its_attention_is_refused(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers says nothing, and leaves the model as it was."""
+    model = built(tiny_model("llama"))
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda _self, _wanted: None)
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM has no eager, expected one that it has"):
+        prepare(model, TrainSection(attention="eager"), device="cpu", autocast="fp32")
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...]) -> list[Any]:
     """A package that has the names of liger-kernel that we call. Returns the models it was given."""
     given: list[Any] = []

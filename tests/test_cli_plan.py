@@ -184,6 +184,12 @@ def test_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert found["trained_values"] == adapter.plan.trained_values
     shutil.rmtree(base)
     assert answer(tmp_path / "adapter") == found
+    record = tmp_path / "adapter" / "surgery.json"
+    text = record.read_text(encoding="utf-8")
+    record.write_text(text.replace('"kind": "adapter"', '"kind": "merged"'), encoding="utf-8")
+    with pytest.raises(NotAModelError, match="a folder of kind 'merged', expected a model, an adapter or a recipe"):
+        answer(tmp_path / "adapter")
+    record.write_text(text, encoding="utf-8")
     for wrong in (("--method", "lora"), ("--rank", "3"), ("read.hidden=3",)):
         with pytest.raises(RequestError, match="with an adapter, whose plan is made"):
             answer(tmp_path / "adapter", *wrong)

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -22,15 +23,14 @@ from exporters.dense import export
 from surgery.adapter import find_base, open_adapter
 from surgery.cli import cli, main
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
-from surgery.errors import RecipeError, RequestError, UnsupportedError
+from surgery.errors import RequestError, UnsupportedError
 from surgery.methods.paca import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
-from surgery.ranks import adopt_slurm, first_node, require_strategy
 from surgery.recipe import DataSection, TrainSection, parse_yaml, qualified, read_recipe
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
-from surgery.train import CHECKPOINTS, RUN_FILE, train
+from surgery.train import CHECKPOINTS, RUN_FILE, _require_zero, train
 from surgery.trainer import STATE_FILE
 from surgery.verify import verify
 from surgery.zero import require_deepspeed
@@ -205,6 +205,7 @@ def bench(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory, reque
         made.add(DROPOUT, "again-dropout/1", 2, at={"0": [3, "SIGTERM"]})
         made.add(DROPOUT, "again-dropout/2", 2, fresh=False, more=ONWARDS)
     made.add(VARIANTS[0], "other-batch/1", 2, at={"0": [3, "SIGTERM"]})
+    made.add(VARIANTS[0], "other-batch/undecided", 2, fresh=False)
     made.add(VARIANTS[0], "other-batch/2", 0, fresh=False, more=ONWARDS, settings={"batch_size": 2})
     made.run()
     return made
@@ -376,6 +377,16 @@ def test_another_number_of_examples_per_step_is_another_run(bench: Bench) -> Non
     assert "an interrupted run with other settings.examples_per_step" in bench.outcomes["other-batch-2"].errors[0]
 
 
+def test_what_rank_0_refuses_it_alone_says(bench: Bench) -> None:
+    """Where only it looks, here at checkpoints that are there, and nobody said what is to become of them."""
+    refused = bench.outcomes["other-batch-undecided"]
+    assert refused.codes == [2, 1]
+    line = refused.errors[0].splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert "an interrupted run, expected a decision. Go on with --resume auto, or drop" in line
+    assert (refused.outputs[1], refused.errors[1]) == ("", "")
+
+
 # --- DeepSpeed
 
 _ZERO: dict[str, Any] = {"has_standin": True, "limit_seconds": 240.0}
@@ -421,6 +432,14 @@ def test_without_deepspeed_its_strategies_say_what_is_missing(monkeypatch: pytes
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match="deepspeed is not installed, expected the package"):
         require_deepspeed()
+
+
+def test_deepspeed_resumes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not save, it cannot read; a fresh run is not refused."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    _require_zero("", "zero2")
+    with pytest.raises(UnsupportedError, match=r"zero2 on the way from checkpoint-3, expected a strategy that resumes"):
+        _require_zero("a/checkpoint-3", "zero2")
 
 
 # --- launchers
@@ -491,16 +510,54 @@ def test_srun_works_as_it_is(bench: Bench) -> None:
     assert largest_difference(bench.folder("plain-one"), folder) <= TOLERANCE
 
 
+ENDS = {
+    FAILURE: (1, f"Error: surgery: RuntimeError: {FAILURE}. surgery -v shows where."),
+    "SIGKILL": (1, "Error: train: rank 1 ended with SIGKILL. Go on with --resume auto."),
+    "SIGTERM": (130, "Error: train: stopped at step 2, checkpoint-2 is whole. Go on with --resume auto."),
+}
+
+
 @pytest.mark.long
-def test_the_launcher_says_once_why_a_rank_failed(bench: Bench, tmp_path: Path) -> None:
-    """One line, that of the rank that failed first, its exit code, and no traceback."""
-    failing = f"import tests.forking; tests.forking.happen_at(2, {FAILURE!r})"
-    (tmp_path / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n    {failing}\n")
+@pytest.mark.parametrize("how", ENDS)
+def test_the_launcher_says_once_how_a_rank_ended(how: str, bench: Bench, tmp_path: Path) -> None:
+    """It failed, was killed or was asked to stop: one line, the exit code that belongs to it, and no traceback."""
+    ending = f"import tests.forking; tests.forking.happen_at(2, {how!r})"
+    (tmp_path / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n    {ending}\n")
     path = os.pathsep.join([str(tmp_path), str(PROJECT)])
     settings = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore::RuntimeWarning"}  # runpy: the module is there already
-    done = launched(bench, "by-failing", "-m", "surgery.cli", "train", after=["--nproc=2"], **settings)
-    assert (done.code, done.output) == (1, "")
-    assert done.error == f"Error: surgery: RuntimeError: {FAILURE}. surgery -v shows where.\n"
+    done = launched(bench, f"by-{how[:7]}", "-m", "surgery.cli", "train", after=["--nproc=2"], **settings)
+    code, line = ENDS[how]
+    assert (done.code, done.output) == (code, "")
+    *before, last = done.error.splitlines()
+    assert last == line
+    assert all(text.startswith("step 2/8") for text in before)  # rank 0's, which may be stopped before it says so
+
+
+@pytest.mark.long
+def test_a_launcher_that_is_asked_to_stop_lets_all_save(bench: Bench) -> None:
+    """SIGTERM to `surgery train --nproc` itself: the step ends, rank 0 saves, and one line says so."""
+    folder = Path(shutil.copytree(bench.folder("fresh-plain"), bench.folder("by-asking")))
+    data = f"--data={bench.root / 'prompts.jsonl'}"
+    own = ["--device=cpu", "--nproc=2", "max_steps=4000", "logging_steps=1", "save_steps=4000", "max_length=64"]
+    command = [sys.executable, "-m", "surgery.cli", "train", str(folder), data, *own]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for_lines(folder / "training_log.jsonl", 3)
+    process.terminate()
+    error = process.communicate(timeout=100)[1]
+    assert process.returncode == 130
+    stopped = re.fullmatch(r"Error: train: stopped at step (\d+), checkpoint-\1 is whole.*", error.splitlines()[-1])
+    assert stopped
+    assert (folder / CHECKPOINTS / f"checkpoint-{stopped[1]}" / STATE_FILE).is_file()
+    assert error.count("Error") == 1
+
+
+def wait_for_lines(path: Path, number: int) -> None:
+    """Until a file has so many."""
+    deadline = time.monotonic() + 100
+    while not path.is_file() or path.read_text().count("\n") < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -534,14 +591,6 @@ def test_what_is_asked_wrongly_is_refused(
     assert digest_folder(tmp_path / "adapter") == before
 
 
-@pytest.mark.parametrize("name", ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
-def test_accelerates_own_strategies_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `accelerate launch --use_fsdp` sets would shard the model once more: a strategy is asked for instead."""
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(RecipeError, match=f"{name}: true, by accelerate's configuration, expected train.strategy="):
-        require_strategy("ddp", "cpu", cpu_offload=False, has_launcher=True)
-
-
 def test_a_run_of_another_plan_is_not_gone_on_with(bench: Bench, tmp_path: Path) -> None:
     """With the checkpoints of an adapter that trains other columns: the documented error."""
     base = find_base(open_adapter(bench.folder("fresh-plain")).record, bench.folder("fresh-plain"))
@@ -555,52 +604,22 @@ def test_a_run_of_another_plan_is_not_gone_on_with(bench: Bench, tmp_path: Path)
         train(tmp_path / "other", data, settings, resume="auto")
 
 
-# --- who is who
-
-
-def test_slurm_is_read_only_inside_a_step() -> None:
-    """srun's variables become torch's; in a batch script's shell, a single task or under a launcher nothing changes."""
-    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
-    step["SLURM_STEP_NODELIST"] = "gpu[007-010,012],login"
-    environment = dict(step)
-    adopt_slurm(environment)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    assert [environment.get(name) for name in names] == ["3", "4", "1", "gpu007", "20007"]
-    shell = {name: value for name, value in step.items() if name != "SLURM_STEP_ID"}
-    for environment in (shell, {**step, "SLURM_NTASKS": "1"}, {**step, "RANK": "0"}):
-        before = dict(environment)
-        adopt_slurm(environment)
-        assert environment == before
-
-
-NODES = {
-    "n1": "n1",
-    "n1,n2": "n1",
-    "a[3,5]": "a3",
-    "rack1-n[08-11]-ib,x": "rack1-n08-ib",
-    "h.example.org": "h.example.org",
-}
-
-
-@pytest.mark.parametrize("nodes", NODES)
-def test_the_first_node_of_slurms_notation(nodes: str) -> None:
-    """Ranges, lists and suffixes."""
-    assert first_node(nodes) == NODES[nodes]
-
-
 # --- recipes and templates
 
 
 DISTRIBUTED = PROJECT / "recipes" / "distributed"
-# https://docs.skypilot.co/en/latest/reference/yaml-spec.html, as read on 2026-11-21: the top level, resources, mounts.
+# The fields that SkyPilot 0.14.1 takes, but for its own, which begin with an underscore: get_task_schema,
+# get_resources_schema and get_storage_schema in its sky/utils/schemas.py; StorageMode in its sky/data/storage.py.
 SKYPILOT = {
-    "": {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "volumes", "file_mounts", "setup", "run",
-         "config", "service", "pool", "inputs", "outputs"},
-    "resources": {"infra", "cloud", "region", "zone", "accelerators", "accelerator_args", "cpus", "memory",
-                  "instance_type", "use_spot", "disk_size", "disk_tier", "network_tier", "local_disk", "ports",
-                  "image_id", "labels",
-                  "any_of", "ordered", "job_recovery", "autostop", "priority", "max_hourly_cost"},
-    "mount": {"name", "source", "store", "mode", "persistent", "config"},
+    "": {"name", "workdir", "event_callback", "num_nodes", "resources", "file_mounts", "service", "pool", "setup",
+         "run", "envs", "secrets", "managed_secrets", "inputs", "outputs", "file_mounts_mapping", "config", "volumes",
+         "volume_mounts", "api_server_access"},
+    "resources": {"cloud", "region", "zone", "infra", "cpus", "memory", "accelerators", "instance_type", "use_spot",
+                  "job_recovery", "volumes", "disk_size", "ephemeral_storage", "disk_tier", "network_tier",
+                  "local_disk", "max_hourly_cost", "ports", "labels", "accelerator_args", "image_id", "autostop",
+                  "priority", "priority_class", "any_of", "ordered"},
+    "mount": {"name", "source", "store", "persistent", "mode", "type", "config"},
+    "mode": {"MOUNT", "COPY", "MOUNT_CACHED"},
 }  # fmt: skip
 
 
@@ -644,12 +663,51 @@ def test_the_slurm_script_asks_for_a_task_a_device() -> None:
     assert "srun --kill-on-bad-exit=1 surgery train" in text
 
 
+STUB = '#!/bin/bash\necho "$(basename "$0") $*" >> "$SAID"\n'
+ACTS = {"surgery": '[ "$1" != apply ] || mkdir -p "$4"\n', "srun": 'shift; exec "$@"\n'}  # apply MODEL -o OUT
+
+
+@pytest.mark.parametrize("name", ("slurm.sh", "skypilot.yaml"))
+def test_the_templates_go_on_where_they_were(name: str, tmp_path: Path) -> None:
+    """Run by bash with stand-ins for their commands: the second time nothing is applied, and training is resumed."""
+    for command, act in ACTS.items():
+        path = tmp_path / command
+        path.write_text(STUB + act)
+        path.chmod(0o755)
+    run = scripts()[name].replace("pip install .\n", "").replace("/adapters", str(tmp_path))
+    given = {
+        "MODEL": "org/name",
+        "DATA": "rows.jsonl",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SAID": str(tmp_path / "said"),
+    }
+    environment = {**os.environ, **given, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", "-euc", run, "job", "org/name", "rows.jsonl"]
+    for _ in range(2):
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    said = [line.split() for line in (tmp_path / "said").read_text().splitlines() if line.startswith("surgery")]
+    verify_too = ["verify"] if name == "slurm.sh" else []
+    again = ["train", "export", *verify_too]
+    assert [words[1] for words in said] == ["apply", *again, *again]
+    assert said[0][2] == "org/name"
+    for words in (words for words in said if words[1] == "train"):
+        assert words[words.index("--data") + 1] == "rows.jsonl"
+        assert words[words.index("--resume") + 1] == "auto"
+        assert name == "slurm.sh" or words[words.index("--nproc") + 1] == "8"
+    (adapter,) = {words[2] for words in said if words[1] in ("train", "export")} | {said[0][4]}
+    assert Path(tmp_path / adapter).is_dir()
+    with_srun = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("srun")]
+    assert len(with_srun) == (2 if name == "slurm.sh" else 0)
+
+
 def test_the_skypilot_task_has_the_published_fields_only() -> None:
     """At its top, in its resources and in each mount, and its environment is what its commands use."""
     task = parse_yaml((DISTRIBUTED / "skypilot.yaml").read_text())
     assert set(task) <= SKYPILOT[""]
     assert set(task["resources"]) <= SKYPILOT["resources"]
-    assert all(set(mount) <= SKYPILOT["mount"] for mount in task["file_mounts"].values())
+    for mount in task["file_mounts"].values():
+        assert set(mount) <= SKYPILOT["mount"]
+        assert mount["mode"] in SKYPILOT["mode"]
     used = set(re.findall(r"\$\{?([A-Z_]+)", task["run"]))
     assert used == {*task["envs"], "SKYPILOT_NUM_GPUS_PER_NODE"}
 

@@ -1,12 +1,8 @@
-"""`surgery eval`: scores that were worked out by hand, and one score whichever way a model is run."""
+"""Scores that were worked out by hand, of models whose numbers are known."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -14,13 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
-from surgery.errors import DataError, RequestError, SurgeryError, UnsupportedError
-from surgery.evals import gsm8k, mmlu
+from surgery.errors import SurgeryError, UnsupportedError
+from surgery.evals import glue, gsm8k
 from surgery.evals.glue import class_order
-from surgery.evals.run import TASKS, EvalResult, evaluate
+from surgery.evals.run import TASKS
 from surgery.evals.scorer import (
     Array,
     Scorer,
@@ -33,34 +27,10 @@ from surgery.evals.scorer import (
 from surgery.evals.scores import mean, mean_of_means, parts_by, resampled
 from surgery.evals.task import EvalSpec, read_items
 from surgery.glue import GLUE
-from surgery.methods.paca import PacaSpec
-from surgery.methods.read import ReadSpec
-from surgery.survey import TaskSpec
-from surgery.workflow import export, export_checkpoint
-from tests.conftest import TinyModel
+from tests.evaluated import SUMS
 from tests.examples import write_rows
-from tests.tiny import build_model, build_tokenizer
-from tests.trained import make_adapter, make_read_adapter
 
 Row = Mapping[str, Any]
-
-ANIMALS = ("fox", "dog", "hen", "cow")
-QUESTIONS = tuple(
-    {
-        "question": f"Which is {'the' if n % 3 else 'a quick brown'} {ANIMALS[n % 4]}?",
-        "choices": list(ANIMALS),
-        "answer": n % 4,
-        "subject": ("anatomy", "virology", "astronomy")[n % 3],
-    }
-    for n in range(24)
-)
-SUMS = tuple({"question": f"{n} and 2?", "answer": f"It is {n} + 2.\n#### {n + 2}"} for n in range(6))
-SENTENCES = tuple(
-    {"sentence": f"{'a user' if n % 2 else 'the quick fox'} {'so ' * n}asks", "label": n % 2} for n in range(17)
-)
-PAIRS = tuple({"sentence1": "the fox " * (1 + n % 4), "sentence2": ANIMALS[n % 4], "label": n % 2} for n in range(17))
-SIMILAR = tuple({**row, "label": (n % 6) - 0.25 * (n % 6 == 5)} for n, row in enumerate(PAIRS))
-
 
 # --- numbers worked out by hand
 
@@ -105,6 +75,7 @@ def answering(letters: Mapping[str, str], read: list[str]) -> Scorer:
 
 
 def question(subject: str, word: str, answer: str, choices: Sequence[str] = ("w", "x", "y", "z")) -> Row:
+    """A row of MMLU."""
     return {"subject": subject, "question": word, "choices": list(choices), "answer": answer}
 
 
@@ -131,13 +102,13 @@ def test_mmlu_asks_as_the_paper_does(tmp_path: Path) -> None:
     ]
     rows = [question("moral_disputes", " who? ", "D", ("p", "q", "r", "s"))]
     scores_of(answering({"who": "D"}, read), tmp_path, "mmlu", rows, solved, shots=2)
-    assert read == [
+    wanted = (
         "The following are multiple choice questions (with answers) about moral disputes.\n\n"
         "one?\nA. w\nB. x\nC. y\nD. z\nAnswer: C\n\n"
         "two?\nA. w\nB. x\nC. y\nD. z\nAnswer: B\n\n"
         "who?\nA. p\nB. q\nC. r\nD. s\nAnswer:"
-        " "  # the fake tokenizer has no token for " A": what the letters have in common is read first
-    ]
+    )
+    assert read == [wanted + " "]  # a fake token each: what the letters have in common, a space, is read first
 
 
 def test_mmlu_counts_right_letters(tmp_path: Path) -> None:
@@ -253,6 +224,7 @@ def test_gsm8k_leaves_room_for_the_answer(tmp_path: Path) -> None:
 
 
 def logits_for(guesses: Sequence[int], classes: int) -> Array:
+    """Numbers of which those guessed are the largest."""
     return np.eye(classes)[list(guesses)]
 
 
@@ -266,6 +238,7 @@ def classifier(logits: Array, classes: Sequence[str]) -> Scorer:
 
 
 def glue_rows(task: str, labels: Sequence[float]) -> list[Row]:
+    """Rows of a task, each text with its row's number in front."""
     columns = GLUE[task].columns
     return [{**{column: f"{n} {column}" for column in columns}, "label": label} for n, label in enumerate(labels)]
 
@@ -342,10 +315,9 @@ def test_t5_answers_with_the_likeliest_word(tmp_path: Path) -> None:
     found = scores_of(scorer, tmp_path, "glue/mnli", glue_rows("mnli", [1, 0]))
     assert found.metrics["accuracy"].value == 0.5
     assert sorted(asked) == [f"mnli hypothesis: {n} hypothesis premise: {n} premise" for n in range(2)]
-    items = read_items(TASKS["glue/stsb"], (str(write_rows(tmp_path / "s.jsonl", glue_rows("stsb", [1, 2]))),), EvalSpec("glue/stsb"), limit=None)  # fmt: skip
-    from surgery.evals.glue import _guesses
-
-    guesses, _ = _guesses(scorer, items.items, 8, GLUE["stsb"])
+    data = write_rows(tmp_path / "stsb.jsonl", glue_rows("stsb", [1, 2]))
+    items = read_items(TASKS["glue/stsb"], (str(data),), EvalSpec("glue/stsb"), limit=None)
+    guesses, _ = glue._guesses(scorer, items.items, 8, GLUE["stsb"])
     assert guesses.tolist() == [3.4, 3.4]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from surgery.backends import gaudi
 from surgery.backends.gaudi import FITTING, Installation, environment, require_mode, shortcomings
 from surgery.cli import main
 from surgery.compat import settle_rope
-from surgery.errors import RecipeError, UnsupportedError
+from surgery.errors import RecipeError, RequestError, UnsupportedError
 from surgery.methods.paca import PacaSpec
 from surgery.operate import apply
 from surgery.paca_layers import SharedGather, open_layer
@@ -105,6 +106,57 @@ def test_a_launcher_s_own_arguments_are_refused() -> None:
     """DistributedRunner takes none: they would be ignored."""
     with pytest.raises(UnsupportedError, match=r"'--nnodes=2' after `--`, expected none on hpu"):
         gaudi.launch(["adapter", "--", "--nnodes=2"], 2)
+
+
+@pytest.fixture
+def bridge(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Modules of the vendor's names, of a machine whose versions fit and that has no card: `device` may get one."""
+    device = ModuleType("habana_frameworks.torch.hpu")
+    device.is_available = lambda: False  # type: ignore[attr-defined]
+    packages = ("habana_frameworks", "habana_frameworks.torch", "habana_frameworks.torch.distributed")
+    modules = {name: ModuleType(name) for name in (*packages, "habana_frameworks.torch.distributed.hccl")}
+    modules["habana_frameworks.torch"].hpu = device  # type: ignore[attr-defined]
+    for name, module in {**modules, "habana_frameworks.torch.hpu": device}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(Installation, "here", classmethod(lambda cls: WHOLE))
+    monkeypatch.setenv("PT_HPU_LAZY_MODE", "1")
+    return SimpleNamespace(device=device)
+
+
+def test_a_plugin_that_sees_no_card_is_refused(bridge: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a model is loaded; with a card there is the device, and without the mode's variable there is none."""
+    with pytest.raises(UnsupportedError, match="plugin is installed, but sees no device, expected a Gaudi"):
+        gaudi.choose_device("hpu")
+    bridge.device.is_available = lambda: True
+    assert gaudi.choose_device("hpu") == "hpu"
+    monkeypatch.delenv("PT_HPU_LAZY_MODE")
+    with pytest.raises(UnsupportedError, match=r"PT_HPU_LAZY_MODE: not set, expected 1 for hpu_mode=lazy"):
+        gaudi.choose_device("hpu")
+
+
+def test_a_device_that_is_none_of_its_own_is_refused(
+    bridge: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """optimum-habana trains wherever accelerate finds a device, and says nothing."""
+    package = ModuleType("optimum.habana")
+
+    def build(**_settings: object) -> SimpleNamespace:
+        return SimpleNamespace(device=torch.device("cpu"))
+
+    package.GaudiTrainingArguments = build  # type: ignore[attr-defined]
+    for name, module in (("optimum", ModuleType("optimum")), ("optimum.habana", package)):
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(UnsupportedError, match=r"--device hpu: training would run on cpu, expected a Gaudi"):
+        gaudi.training_arguments(
+            TrainSection(device="hpu"), folder=tmp_path, device="hpu", autocast="bf16", steps=1, has_eval=False
+        )
+
+
+def test_no_more_processes_than_cards(bridge: SimpleNamespace) -> None:
+    """Before anything is launched."""
+    bridge.device.device_count = lambda: 4
+    with pytest.raises(RequestError, match="--nproc: 5, expected at most 4, as this machine has 4 Gaudis"):
+        gaudi.launch(["adapter"], 5)
 
 
 def test_fp16_is_refused_before_anything_is_imported(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ RANKS = {
     "surgery.generate": 9,
     "surgery.onnx_runtime": 10,
     "surgery.cuda_kernels": 1,
+    "surgery.repeated": 1,
     "surgery.saved": 5,
     "surgery.memory": 10,
     "surgery.forecast": 11,
@@ -95,6 +96,21 @@ RANKS = {
     "surgery.library": 8,
     "surgery.tiny": 4,
     "surgery.images": 3,
+    "surgery.report": 0,  # a docstring, as exporters
+    "surgery.report.curves": 1,
+    "surgery.report.parts": 4,
+    "surgery.report.movement": 4,
+    "surgery.report.charts": 5,
+    "surgery.report.drawing": 6,
+    "surgery.report.reading": 7,
+    "surgery.report.commands": 8,
+    "surgery.report.bench_sections": 6,
+    "surgery.report.run_sections": 9,
+    "surgery.report.predicted": 12,
+    "surgery.report.page": 13,
+    "surgery.report.curve": 10,
+    "surgery.trackers": 8,
+    "surgery.cli_report": 14,
     "exporters.dense": 9,
     "exporters.undo": 10,
     "exporters.lora": 10,
@@ -122,6 +138,7 @@ LAZY = (
     "surgery.cli_generate",
     "surgery.cli_plan",
     "surgery.cli_recipes",
+    "surgery.cli_report",
     "surgery.errors",
     "surgery.lookup",
     "surgery.ranks",
@@ -234,6 +251,17 @@ def test_the_vendor_package_is_named_in_one_place(module: str) -> None:
     """Importing optimum-habana rebinds hundreds of attributes: one module may name it, in code or in text."""
     named = re.findall(r"\boptimum\b(?!-habana)|\bhabana_frameworks\b", FILES[module].read_text(encoding="utf-8"))
     assert module in VENDOR_NAMED_BY or named == []
+
+
+METHODS = ("surgery.methods", "surgery.paca_layers", "surgery.side")
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("surgery.backends")])
+def test_backends_know_nothing_about_methods(module: str) -> None:
+    """Nor about what methods put into a model; that methods know nothing about backends, the ranks say."""
+    assert [name for _, name in all_imports(module) if name.startswith(METHODS)] == []
+    methods = [name for name in FILES if name.startswith(METHODS)]
+    assert all(RANKS[name] < RANKS[f"surgery.backends.{kind}"] for name in methods for kind in ("local", "gaudi"))
 
 
 @pytest.mark.parametrize("module", LAZY)

@@ -302,7 +302,6 @@ def test_layers_that_differ_are_all_run(tiny_model: TinyModel) -> None:
     base = tiny_model("llama", overrides=sizes)
     for spec in (PacaSpec(rank=4, rank_pattern={"layers.3.*": 2}), PacaSpec(rank=4, targets=("layers.[0-3].*",))):
         assert not open_subject(base, "paca", spec, TaskSpec(), Run()).dry.alike
-    assert not open_subject(base, "read", SPECS["read"], TaskSpec(), Run()).dry.alike
 
 
 def test_kinds(tiny_model: TinyModel) -> None:
@@ -421,6 +420,15 @@ def test_no_task(tiny_model: TinyModel) -> None:
         predict(subject, Run(1, 8))
 
 
+def test_no_checkpointing(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that cannot checkpoint is refused where that is asked for, and only there."""
+    subject = subject_of("llama", "full", tiny_model("llama"), Run())
+    monkeypatch.setattr(type(subject.dry.model), "supports_gradient_checkpointing", False)
+    with pytest.raises(UnsupportedError, match=r"--checkpointing: .*does not support.*expected a model that has it"):
+        predict(subject, Run(1, 8, checkpointing=True))
+    assert predict(subject, Run(1, 8)).total
+
+
 def test_shapes_that_depend_on_values(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward that looks at values is refused with the reason, and the model is whole again."""
     subject = subject_of("llama", "full", tiny_model("llama"), Run())
@@ -447,6 +455,13 @@ def test_shapes_that_depend_on_values(tiny_model: TinyModel, monkeypatch: pytest
         ({"device": "hpu"}, r"--device: unknown name 'hpu', expected one of cpu, cuda"),
         ({"batch": 0}, r"--batch: 0, expected at least 1"),
         ({"devices": 0}, r"--devices: 0, expected at least 1"),
+        ({"sequence": 0}, r"--sequence: 0, expected at least 1"),
+        ({"target": -1}, r"--target-sequence: -1, expected at least 1"),
+        ({"precision": "tf32"}, r"--precision: unknown name 'tf32', expected one of auto, fp32, bf16, fp16"),
+        (
+            {"cpu_offload": True, "sharding": "fsdp2", "devices": 2},
+            r"train.cpu_offload: true with sharding fsdp2 on cpu",
+        ),
     ),
 )
 def test_wrong_requests(changes: Mapping[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from surgery.cli import cli
-from surgery.recipe import qualified
+from surgery.recipe import Recipe, apply_override, check
 from tests.conftest import TinyModel
 
 
@@ -72,8 +72,10 @@ def test_every_command_for_other_machines_is_one(project_root: Path) -> None:
         own = words[words.index("surgery.train" if is_module else "surgery") + 1 :]
         name, arguments = ("train", own) if is_module else (own[0], own[1:])
         context = cli.commands[name].make_context(name, list(arguments))
+        document = {"model": "model"}
         for text in (text for text in arguments if "=" in text):
-            assert qualified(text.partition("=")[0])
+            apply_override(document, text)
+        check(Recipe, document, "README")
         assert context.params["nproc"] in (None, 8)
         if name == "run":
             assert (project_root / arguments[0]).is_file()

@@ -168,6 +168,7 @@ def sentiment(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return root, folder / "dev.tsv", train(root / "adapter", data, settings, task=task)
 
 
+@pytest.mark.long
 def test_an_encoder_learns_sentiment(sentiment: tuple[Path, Path, TrainResult]) -> None:
     """Accuracy above 0.85 on the 872 sentences of the development set, after 217 steps.
 
@@ -214,6 +215,7 @@ def test_a_side_network_learns_sentiment(sst2: tuple[Path, DataSection], tmp_pat
     assert max(seconds[1:]) < seconds[0], seconds
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_the_merged_encoder_has_the_same_accuracy(sentiment: tuple[Path, Path, TrainResult]) -> None:
     """Loaded by `from_pretrained` and run by other code: exactly as many sentences right."""

@@ -18,6 +18,7 @@ class Backend:
     prepare: what has to happen in this process before the model is loaded.
     static_shapes: every training batch has the same shape: rows are padded to `data.max_length`, and an epoch's last,
     smaller batch is left out.
+    spends_process: a run changes its process for good, so that what comes after it must have another.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Backend:
     environment: Callable[[Any], Mapping[str, str]]
     prepare: Callable[[], None]
     static_shapes: bool = False
+    spends_process: bool = False
 
 
 def shared_arguments(section: Any, *, folder: Path, steps: int, has_eval: bool) -> dict[str, Any]:

@@ -15,19 +15,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from surgery.backends import Backend, shared_arguments
-from surgery.errors import UnsupportedError
+from surgery.errors import RequestError, SurgeryError, UnsupportedError
+from surgery.ranks import FOLLOWED, RankError, launching, say_why
 
 if TYPE_CHECKING:
     from surgery.recipe import TrainSection
@@ -199,7 +204,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m surgery.train *arguments`, one process a card. Returns the exit code.
 
     DistributedRunner puts a shell's line together and prints it: arguments are quoted, and standard output stays ours.
-    Raises: UnsupportedError.
+    The error that a process ended with first is said once, here. Raises: RequestError, UnsupportedError.
     """
     if "--" in arguments:
         found = f"{shlex.join(arguments[arguments.index('--') + 1 :])!r} after `--`"
@@ -208,11 +213,68 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     problems = shortcomings(Installation.here())
     if problems:
         raise problems[0]
+    _require_cards(processes)
     from optimum.habana.distributed import DistributedRunner
 
-    command = shlex.join(["-m", "surgery.train", *arguments])
+    with launching(processes) as folder:
+        page = folder / "launcher.txt"
+        with contextlib.redirect_stdout(sys.stderr), _waiting():
+            runner = DistributedRunner(command_list=[_command(arguments, processes, page)], world_size=processes)
+            code = runner.run()
+        if not code:
+            return 0
+        if page.is_file() and not any(folder.glob("*.json")):
+            sys.stderr.write(page.read_text(encoding="utf-8", errors="replace"))  # no process of ours has said why
+        error = SurgeryError("train", f"the launcher ended with exit code {code}", fix="Go on with --resume auto")
+        return say_why(folder, RankError(0, 0.0, error.exit_code, str(error), FOLLOWED))
+
+
+def _require_cards(processes: int) -> None:
+    """Each process has a card. Raises: RequestError."""
     with contextlib.redirect_stdout(sys.stderr):
-        return DistributedRunner(command_list=[command], world_size=processes).run() or 0
+        import habana_frameworks.torch.hpu as device
+    cards = device.device_count()
+    if processes > cards:
+        raise RequestError("--nproc", str(processes), expected=f"at most {cards}, as this machine has {cards} Gaudis")
+
+
+def _command(arguments: Sequence[str], processes: int, page: Path) -> str:
+    """The end of DistributedRunner's line, which begins with Python and, of several processes, with torchrun.
+
+    Torchrun's own standard error, a page about a child that failed, goes into a file; its children find ours as their
+    standard input.
+    """
+    own = ["-m", "surgery.train", *arguments]
+    if processes == 1:
+        return shlex.join(own)
+    child = ["--no-python", "bash", "-c", 'exec "$@" 2>&0 </dev/null', "rank", sys.executable, "-u", *own]
+    return f"{shlex.join(child)} 0>&2 2>{shlex.quote(str(page))}"
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """SIGTERM goes on to what is launched meanwhile, which ends its step and saves; Ctrl-C gets there by itself.
+
+    Nothing is logged: DistributedRunner warns of a single device, and repeats its line when a process fails.
+    """
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
+            for child in psutil.Process().children():
+                for launched in child.children() if child.name() == "bash" else [child]:  # the shell may stay between
+                    launched.send_signal(number)
+
+    def wait(_number: int, _frame: FrameType | None) -> None:
+        """Go on waiting for the end."""
+
+    earlier = {number: signal.signal(number, how) for number, how in ((signal.SIGTERM, hand_on), (signal.SIGINT, wait))}
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 # --- training
@@ -341,4 +403,5 @@ BACKEND = Backend(
     environment,
     prepare,
     static_shapes=True,
+    spends_process=True,
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import resource
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -17,13 +17,11 @@ import torch
 
 from surgery.acceleration import choose_tf32
 from surgery.backends import Backend, shared_arguments
-from surgery.compat import checkpointing_name
-from surgery.errors import InterruptedRunError, RequestError, SurgeryError, UnsupportedError
-from surgery.ranks import ERRORS, RankError, environment, first_error
+from surgery.compat import TRANSFORMERS_5, checkpointing_name
+from surgery.errors import InterruptedRunError, RecipeError, RequestError, SurgeryError, UnsupportedError
+from surgery.ranks import FOLLOWED, KILLED, STOPPED, RankError, launching, say_why
 from surgery.recipe import TrainSection
 from surgery.zero import settings as zero_settings
-
-SHUTDOWN_SECONDS = "120"  # what processes that are asked to stop have to end their step and save
 
 
 def choose_device(wanted: str) -> str:
@@ -48,10 +46,11 @@ def training_arguments(
 ) -> Any:
     """A TrainingArguments with everything that matters set, so that no version's default decides.
 
-    `autocast`: fp32 (none), bf16 or fp16. `steps`: of the whole run.
+    `autocast`: fp32 (none), bf16 or fp16. `steps`: of the whole run. Raises: RecipeError.
     """
     from transformers import TrainingArguments
 
+    _require_own(autocast)
     zero = zero_settings(section.strategy, cpu_offload=section.cpu_offload, autocast=autocast)
     autocast = "fp32" if zero else autocast  # DeepSpeed's own configuration says it
     name, is_on = checkpointing_name(TrainingArguments), section.gradient_checkpointing
@@ -69,6 +68,20 @@ def training_arguments(
         **shared_arguments(section, folder=folder, steps=steps, has_eval=has_eval),
         **checkpointing,
     )
+
+
+def _require_own(autocast: str) -> None:
+    """What `accelerate launch` was told, and would do beside the run's own settings, is what these say.
+
+    Raises: RecipeError.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    backend, told = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), "by accelerate's configuration"
+    if TRANSFORMERS_5 and precision not in ("no", autocast):  # 4.55 sets that variable itself
+        expected = f"train.precision={precision} in its place"
+        raise RecipeError("ACCELERATE_MIXED_PRECISION", f"{precision}, {told}", expected=expected)
+    if backend != "no":
+        raise RecipeError("ACCELERATE_DYNAMO_BACKEND", f"{backend}, {told}", expected="train.compile=true in its place")
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -94,18 +107,8 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # pages about a child that fails: it says why in a line
     where = torchrun or ["--standalone"]
     options = _parse_torchrun([f"--nproc-per-node={nproc}", *where, "-m", "surgery.train", *own])
-    variables = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS,
-    }
-    with tempfile.TemporaryDirectory(prefix="surgery-ranks-") as folder:
-        with environment(**variables, **{ERRORS: folder}):
-            ended = _run_torchrun(options)
-        said = first_error(Path(folder)) or ended
-    if said is None:
-        return 0
-    print(f"Error: {said.text}", file=sys.stderr)  # noqa: T201  the processes have left it to us
-    return said.exit_code
+    with launching(nproc) as folder:
+        return say_why(folder, _run_torchrun(options))
 
 
 def _parse_torchrun(options: list[str]) -> Any:
@@ -129,13 +132,14 @@ def _run_torchrun(options: Any) -> RankError | None:
     try:
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        number, failure = min(error.failures.items(), key=lambda entry: (entry[1].exitcode >= 0, entry[1].timestamp))
+        is_killed = failure.exitcode < 0
+        how = failure.signal_name() if is_killed else f"exit code {failure.exitcode}"
         text = str(SurgeryError("train", f"rank {number} ended with {how}", fix="Go on with --resume auto"))
-        return RankError(number, 0.0, SurgeryError.exit_code, text)
+        return RankError(number, 0.0, SurgeryError.exit_code, text, KILLED if is_killed else FOLLOWED)
     except SignalException as error:
         stopped = InterruptedRunError("train", f"stopped by {error.sigval.name}", fix="Go on with --resume auto")
-        return RankError(0, 0.0, stopped.exit_code, str(stopped))
+        return RankError(0, math.inf, stopped.exit_code, str(stopped), STOPPED)
     return None
 
 

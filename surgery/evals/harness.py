@@ -21,7 +21,7 @@ from surgery.evals.task import EvalSpec
 from surgery.evals.torch_scorer import open_torch
 from surgery.generate import TorchModel
 from surgery.lookup import resolve
-from surgery.manifest import ADAPTER, read_record
+from surgery.manifest import ADAPTER, MERGED, REMOTE_CODE, read_record
 from surgery.onnx_runtime import is_onnx
 from surgery.operate import detach
 
@@ -83,7 +83,7 @@ def require_options(spec: EvalSpec) -> None:
 def _merged(model: TorchModel) -> TorchModel:
     """The same, as plain layers where it is an adapter of columns."""
     if (model.folder / RECORD_FILE).is_file():
-        record = read_record(model.folder)
+        record = read_record(model.folder, ADAPTER, MERGED, REMOTE_CODE)
         if record.kind == ADAPTER and record.plan.targets:
             detach(model.model, merge=True)
     return model

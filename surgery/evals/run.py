@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,12 +18,17 @@ from surgery.evals import glue, gsm8k, mmlu
 from surgery.evals.scorer import Scorer
 from surgery.evals.scores import Metric, Part
 from surgery.evals.task import EvalSpec, EvalTask, read_items, require_options
-from surgery.manifest import versions
 from surgery.onnx_runtime import is_onnx
 from surgery.table import align
 from surgery.tensorfile import file_sha256
 
 TASKS: Mapping[str, EvalTask] = {mmlu.TASK.name: mmlu.TASK, gsm8k.TASK.name: gsm8k.TASK, **glue.TASKS}
+_ALWAYS = ("checkpoint-surgery", "tokenizers", "numpy", "scikit-learn", "scipy")
+_BY_RUNTIME = {
+    "torch": ("torch", "transformers"),
+    "onnxruntime": ("onnxruntime",),
+    "lm-eval": ("torch", "transformers", "lm-eval"),
+}
 OTHERS = "lm-eval:"  # what follows is a task of lm-eval's
 
 
@@ -114,7 +120,7 @@ def _by_us(model: str, spec: EvalSpec, task: EvalTask) -> EvalResult:
         notes=scores.notes,
         data={name: _digest(name) for name in (*spec.data, *spec.shots_data)},
         asked_sha256=hashlib.sha256(json.dumps(scores.asked).encode()).hexdigest(),
-        versions=_versions("onnxruntime") if scorer.runtime == "onnxruntime" else versions(),
+        versions=_versions(scorer.runtime),
     )
 
 
@@ -163,9 +169,12 @@ def _model_digest(folder: Path) -> str:
     return file_sha256(found) if found else ""
 
 
-def _versions(package: str) -> dict[str, str]:
-    """The versions that scores depend on, those of what ran the model among them."""
-    return {**versions(), package: importlib.metadata.version(package)}
+def _versions(runtime: str) -> dict[str, str]:
+    """The versions of what read the data, ran the model and measured."""
+    found = {"python": platform.python_version()}
+    for package in (*_ALWAYS, *_BY_RUNTIME[runtime]):
+        found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _digest(reference: str) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 
+from surgery.backends import gaudi
 from surgery.delta import ADAPTER_FILE
 from tests.conftest import TinyModel
 from tests.examples import LABELLED, TEXTS, write_rows
@@ -63,12 +66,64 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(texts: Path, tiny_mode
 
 
 def test_a_failing_rank_ends_the_run_with_its_error(texts: Path, tiny_model: TinyModel, tmp_path: Path) -> None:
-    """Which is not an output of zero: the data are fewer than one batch of both ranks."""
+    """Its exit code and its line, once and last, nothing of torchrun's: the data are fewer than one batch of both."""
     folder = adapter(tiny_model("llama"), tmp_path / "adapter")
     done = surgery("train", folder, "--data", texts, "--device", "hpu", "--nproc", "2", *SETTINGS, "batch_size=50")
-    assert done.returncode != 0
-    assert "fewer than one batch" in done.stderr
+    assert done.returncode == 2
+    assert "fewer than one batch" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("fewer than one batch") == done.stderr.count("Error") == 1
+    assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_sigterm_lets_all_ranks_save(texts: Path, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Sent to `surgery train` alone: the step ends, a checkpoint is whole, exit code 130."""
+    folder = adapter(tiny_model("llama"), tmp_path / "adapter")
+    own = ("train", folder, "--data", texts, "--device", "hpu", "--nproc", "2", *SETTINGS)
+    more = ("batch_size=3", "max_steps=4000", "save_steps=4000", "logging_steps=1")
+    command = [sys.executable, "-c", SURGERY, *map(str, (*own, *more))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log, deadline = folder / "training_log.jsonl", time.monotonic() + 200
+    while not log.is_file() or not log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.terminate()
+    error = process.communicate(timeout=100)[1]
+    assert process.returncode == 130, error
+    stopped = re.match(r"Error: train: stopped at step (\d+), checkpoint-\1 is whole", error.splitlines()[-1])
+    assert stopped, error
+    assert (folder / "checkpoints" / f"checkpoint-{stopped[1]}").is_dir()
+
+
+def test_a_launcher_that_fails_itself_is_quoted(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No process of ours was there to say anything: what torchrun says is shown."""
+    monkeypatch.setenv("PET_NNODES", "nonsense")  # torchrun's own variable
+    assert gaudi.launch([str(tmp_path)], 2) == 1
+    said = capfd.readouterr().err
+    assert "nonsense" in said
+    assert said.splitlines()[-1].startswith("Error: train: the launcher ended with exit code 1. Go on with")
+
+
+def test_a_recipe_runs_to_its_end(texts: Path, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """`surgery run` in one process: what is exported and verified after training is upstream's, not the vendor's."""
+    recipe = {
+        "model": str(tiny_model("llama")), "adapter": "adapter", "paca": {"rank": 4},
+        "data": {"train": [str(texts)], "max_length": 64}, "export": {"out": "merged"},
+        "train": {"device": "hpu", "max_steps": 2, "batch_size": 3, "precision": "fp32"},
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    done = surgery("run", path, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["training"]["device"] == "hpu"
+    assert found["verification"]["max_logit_difference"] == 0
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    again = json.loads(surgery("run", path, "--json").stdout)
+    assert again["skipped"] == ["apply", "train", "export"]
 
 
 def test_the_mode_is_set_before_torch_is_imported(texts: Path, tiny_model: TinyModel, tmp_path: Path) -> None:

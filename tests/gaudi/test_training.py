@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from habana_frameworks.torch import core, hpu
 from habana_frameworks.torch.device import OPERATORS
 
 from exporters.dense import export
+from surgery.backends import gaudi
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import DataError, InterruptedRunError, UnsupportedError
 from surgery.paca_layers import SharedGather, open_layer
-from surgery.recipe import DataSection
+from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
 from surgery.train import LOG_FILE, train
 from surgery.verify import verify
@@ -121,6 +124,40 @@ def test_rows_beyond_a_sliding_window_are_refused(family: str, tiny_model: TinyM
     with pytest.raises(UnsupportedError, match=r"rows of 64 tokens.*window of 16.*data\.max_length=16") as caught:
         run_on("hpu", tiny_model(family), tmp_path, case_of(*TEXT), batch_size=7)
     assert caught.value.exit_code == 5
+
+
+# Of optimum-habana's own settings those that are on by default, and not set: generation's, and the profiler's.
+LEFT_ON = {"ignore_eos", "profiling_record_shapes"}
+
+
+def test_every_default_that_differs_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What optimum-habana's arguments have otherwise than transformers'; of what it has alone, the rest is off."""
+    import optimum.habana as vendor
+
+    given: dict[str, Any] = {}
+    build = vendor.GaudiTrainingArguments
+
+    def record(**settings: Any) -> Any:
+        given.update(settings)
+        return build(**settings)
+
+    monkeypatch.setattr(vendor, "GaudiTrainingArguments", record)
+    section = TrainSection(device="hpu")
+    gaudi.training_arguments(section, folder=tmp_path, device="hpu", autocast="fp32", steps=1, has_eval=False)
+    upstream, theirs = (
+        {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(kind) if has_default(f)}
+        for kind in (transformers.TrainingArguments, build)
+    )
+    changed = {name for name, value in theirs.items() if name in upstream and value != upstream[name]}
+    assert len(changed) > 5
+    assert changed - given.keys() == set()
+    own = {name: value for name, value in theirs.items() if name not in upstream and name not in given}
+    assert {name for name, value in own.items() if value is True or value not in (False, None, 1)} == LEFT_ON
+
+
+def has_default(field: Any) -> bool:
+    """Or what makes one."""
+    return field.default is not MISSING or field.default_factory is not MISSING
 
 
 # --- what is written

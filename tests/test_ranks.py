@@ -1,0 +1,222 @@
+"""Who is who among a run's processes, what they are refused, and which of their errors is said."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from surgery.backends.local import training_arguments
+from surgery.errors import (
+    CheckError,
+    InterruptedRunError,
+    RecipeError,
+    RequestError,
+    SurgeryError,
+    UnsupportedError,
+)
+from surgery.paca_layers import PacaLayer
+from surgery.ranks import (
+    FOLLOWED,
+    KILLED,
+    PEER_ENDED,
+    RankError,
+    adopt_slurm,
+    first_node,
+    hand_over,
+    launching,
+    require_places,
+    require_strategy,
+    say_why,
+)
+from surgery.recipe import TrainSection
+from surgery.sharding import require_even
+from surgery.train import _open_features
+
+# --- who is who
+
+
+def test_slurm_is_read_only_inside_a_step() -> None:
+    """srun's variables become torch's; in a batch script's shell, a single task or under a launcher nothing changes."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
+    step["SLURM_STEP_NODELIST"] = "gpu[007-010,012],login"
+    environment = dict(step)
+    adopt_slurm(environment)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [environment.get(name) for name in names] == ["3", "4", "1", "gpu007", "20007"]
+    for visible, local in (("6", "0"), ("6,7", "1"), ("", "1")):  # with --gpus-per-task srun shows each task its own
+        environment = {**step, "CUDA_VISIBLE_DEVICES": visible}
+        adopt_slurm(environment)
+        assert environment["LOCAL_RANK"] == local
+    shell = {name: value for name, value in step.items() if name != "SLURM_STEP_ID"}
+    for environment in (shell, {**step, "SLURM_NTASKS": "1"}, {**step, "RANK": "0"}):
+        before = dict(environment)
+        adopt_slurm(environment)
+        assert environment == before
+
+
+NODES = {
+    "n1": "n1",
+    "n1,n2": "n1",
+    "a[3,5]": "a3",
+    "rack1-n[08-11]-ib,x": "rack1-n08-ib",
+    "h.example.org": "h.example.org",
+}
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_the_first_node_of_slurms_notation(nodes: str) -> None:
+    """Ranges, lists and suffixes."""
+    assert first_node(nodes) == NODES[nodes]
+
+
+def test_what_is_no_list_of_nodes() -> None:
+    """Is an error that says what to set."""
+    with pytest.raises(
+        RequestError, match=r"SLURM_STEP_NODELIST: '\[1-2\]', expected a list of hosts. Set MASTER_ADDR"
+    ):
+        first_node("[1-2]")
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("strategy", "device", "offload", "error", "message"),
+    (
+        ("fsdp2", "cpu", True, RecipeError, "train.cpu_offload: true on the CPU, expected a device to offload from"),
+        ("zero2", "hpu", False, UnsupportedError, "train.strategy: zero2 on hpu, expected ddp"),
+        ("fsdp2", "hpu", False, UnsupportedError, "train.strategy: fsdp2 on hpu, expected ddp"),
+    ),
+)
+def test_what_a_device_has_not_is_refused(
+    strategy: str, device: str, offload: bool, error: type[SurgeryError], message: str
+) -> None:
+    """With a launcher, too."""
+    with pytest.raises(error, match=message):
+        require_strategy(strategy, device, cpu_offload=offload, has_launcher=True)
+    for fitting in ("fsdp2", "zero2", "zero3"):
+        require_strategy(fitting, "cuda", cpu_offload=True, has_launcher=True)
+    require_strategy("ddp", "hpu", cpu_offload=False, has_launcher=False)
+
+
+def test_no_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CUDA devices; cards of another kind are counted by their backend."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    require_places("cuda", 4)
+    require_places("hpu", 8)
+    with pytest.raises(RequestError, match="--nproc: 5, expected at most 4, as this machine has 4 CUDA devices"):
+        require_places("cuda", 5)
+
+
+def test_kept_states_take_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks would write one file."""
+    monkeypatch.setitem(_open_features.__globals__, "count", lambda: 2)
+    job: Any = SimpleNamespace(settings=TrainSection(cache_features="states"))
+    with pytest.raises(UnsupportedError, match="--cache-features: with 2 processes, expected one process"):
+        _open_features(job, None, "fp32")
+
+
+def test_a_conv1d_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cut along its outputs, which come second."""
+    layer = PacaLayer.__new__(PacaLayer)
+    torch.nn.Module.__init__(layer)
+    layer.weight = torch.nn.Parameter(torch.zeros(4, 6))
+    monkeypatch.setattr("surgery.sharding.count", lambda: 3)
+    require_even("h.0.c_attn", layer)
+    monkeypatch.setattr("surgery.sharding.count", lambda: 4)
+    with pytest.raises(UnsupportedError, match=r"fsdp2 with 4 processes, and h\.0\.c_attn has 6 outputs in a Conv1D"):
+        require_even("h.0.c_attn", layer)
+
+
+@pytest.mark.parametrize(
+    "name", [f"ACCELERATE_USE_{kind}" for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
+)
+def test_accelerates_own_strategies_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `accelerate launch --use_fsdp` sets would shard the model once more: a strategy is asked for instead."""
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(RecipeError, match=f"{name}: true, by accelerate's configuration, expected train.strategy="):
+        require_strategy("ddp", "cpu", cpu_offload=False, has_launcher=True)
+    if name == "ACCELERATE_USE_DEEPSPEED":
+        require_strategy("zero2", "cuda", cpu_offload=False, has_launcher=True)
+    else:
+        with pytest.raises(RecipeError, match=name):
+            require_strategy("zero2", "cuda", cpu_offload=False, has_launcher=True)
+
+
+def test_accelerates_precision_and_compiler_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They would be had beside what the run's record says; where they say the same, nothing is wrong."""
+
+    def arguments(autocast: str) -> Any:
+        return training_arguments(
+            TrainSection(), folder=tmp_path, device="cpu", autocast=autocast, steps=1, has_eval=False
+        )
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(
+        RecipeError, match=r"bf16, by accelerate's configuration, expected train\.precision=bf16 in its"
+    ):
+        arguments("fp32")
+    assert arguments("bf16").bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(RecipeError, match=r"inductor, by accelerate's configuration, expected train\.compile=true"):
+        arguments("fp32")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert not arguments("fp32").bf16
+
+
+# --- how a run ended
+
+
+ENDED = RankError(0, 0.0, 1, "as the launcher saw it", FOLLOWED)
+LOST, STOPPED = SurgeryError("train", PEER_ENDED), InterruptedRunError("x", "asked to stop")
+
+
+@pytest.mark.parametrize(
+    ("ended", "errors", "code", "text"),
+    (
+        (None, [RequestError("x", "at the first attempt")], 0, None),
+        (ENDED, [], 1, ENDED.text),
+        (ENDED, [LOST, RequestError("x", "the first"), RequestError("x", "more")], 2, "x: the first."),
+        (ENDED, [STOPPED, CheckError("x", "it")], 3, "x: it."),
+        (ENDED, [LOST, STOPPED], 130, "x: asked to stop."),
+        (ENDED, [LOST], 1, ENDED.text),
+        (replace(ENDED, order=KILLED), [STOPPED, LOST], 1, ENDED.text),
+        (replace(ENDED, order=KILLED), [CheckError("x", "it")], 3, "x: it."),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_of_several_errors_the_reason_is_said(
+    ended: RankError | None, errors: list[SurgeryError], code: int, text: str | None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A process's own error before a kill, a kill before a stop, and last what follows from another's end."""
+    with launching(2) as folder:
+        monkeypatch.setenv("WORLD_SIZE", "9")
+        for number, error in enumerate(errors):
+            monkeypatch.setenv("RANK", str(number))
+            assert hand_over(error)
+        assert say_why(folder, ended) == code
+    assert capsys.readouterr().err == (f"Error: {text}\n" if text else "")
+    assert not folder.exists()
+    assert not hand_over(SurgeryError("x", "nobody collects"))
+
+
+def test_what_launched_processes_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cores are divided, and there is time to save; what is set already stays, and nothing is left behind."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = dict(os.environ)
+    with launching(3):
+        assert os.environ["OMP_NUM_THREADS"] == "2"
+        assert int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 60
+    assert dict(os.environ) == before
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    with launching(16):
+        assert os.environ["OMP_NUM_THREADS"] == "5"

@@ -270,6 +270,7 @@ def test_without_pillow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, vit:
 # --- training
 
 
+@pytest.mark.slow
 def test_a_run_learns_its_classes_and_its_export_is_a_pipeline_s(fit: Fit, photos: Path, tmp_path: Path) -> None:
     """Accuracy rises to all; names and image processor travel into adapter and merge, which a pipeline loads."""
     import transformers
@@ -296,6 +297,7 @@ def test_read_learns_from_images_too(vit: Path, photos: Path, tmp_path: Path) ->
     assert open_adapter(tmp_path / "side").delta.moved
 
 
+@pytest.mark.slow
 def test_parquet_and_folder_give_the_same_adapter(fit: Fit, photos: Path, vit: Path, tmp_path: Path) -> None:
     """The same images by another way: the same bytes."""
     names = sorted(COLOURS)
@@ -348,6 +350,7 @@ class Stop(Exception):  # noqa: N818  no error: a plug that is pulled
     """The machine stops."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", (1, 2))
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     accumulation: int, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

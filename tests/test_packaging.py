@@ -102,7 +102,7 @@ def pinned(python: str) -> dict[str, Requirement]:
 
 
 def test_the_wheel_holds_the_two_packages_and_no_more(contents: dict[str, bytes]) -> None:
-    """Every source file of both packages, their py.typed marks and a page's template are in the wheel; tests are not."""
+    """Every source file of both packages, their py.typed marks and a page's template are there; tests are not."""
     shipped = {name for name in contents if ".dist-info/" not in name and not name.startswith("surgery/recipes/")}
     ours = {
         str(path.relative_to(PROJECT))

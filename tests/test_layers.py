@@ -73,6 +73,18 @@ RANKS = {
     "surgery.forecast": 11,
     "surgery.bench": 0,  # a docstring, as exporters
     "surgery.bench.results": 4,
+    "surgery.bench.energy": 1,
+    "surgery.bench.methods": 8,
+    "surgery.bench.spec": 9,
+    "surgery.bench.subject": 10,
+    "surgery.bench.sizes": 11,
+    "surgery.bench.measure": 11,
+    "surgery.bench.scores": 12,
+    "surgery.bench.peak": 12,
+    "surgery.bench.longest": 12,
+    "surgery.bench.show": 5,
+    "surgery.bench.run": 13,
+    "surgery.cli_bench": 14,
     "surgery.cli_generate": 12,
     "surgery.cli_plan": 12,
     "exporters.dense": 9,
@@ -90,7 +102,7 @@ RANKS = {
     "surgery.workflow": 12,
     "surgery.show": 13,
     "surgery": 13,  # the facade: it names what the modules below offer, and loads them on demand
-    "surgery.cli": 14,
+    "surgery.cli": 15,
 }
 
 # On the way of `surgery --help`, and of a path that is not there.
@@ -98,6 +110,7 @@ LAZY = (
     "surgery",
     "surgery.checkpoint",
     "surgery.cli",
+    "surgery.cli_bench",
     "surgery.cli_generate",
     "surgery.cli_plan",
     "surgery.errors",

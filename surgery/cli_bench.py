@@ -68,9 +68,9 @@ def bench_command(
 ) -> None:
     """Measure methods of fine-tuning side by side on MODEL: step time, memory, energy and, with data, what they learn.
 
-    MODEL is a folder (config.json alone is enough for costs), a hub id, or a YAML file with a bench's keys. Settings are
-    the data section's keys of a recipe. All methods train the same layers, take turns step by step in one process, and
-    see the same batches.
+    MODEL is a folder (config.json alone is enough for costs), a hub id, or a YAML file with a bench's keys. Settings
+    are keys of a recipe's data section. All methods train the same layers, take turns step by step in one process,
+    and see the same batches.
 
     \b
     surgery bench model/ --methods floor,paca,lora,full --batch 2 --sequence 512 --fit 80GB

@@ -27,13 +27,13 @@ else:
 PROJECT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
-EXTRAS = {"onnx", "bnb", "deepspeed", "gaudi", "liger", "lora", "dev"}
+EXTRAS = {"onnx", "bnb", "deepspeed", "energy", "gaudi", "liger", "lora", "dev"}
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # Where the name one imports is not the name one installs.
 DISTRIBUTIONS = {
     "google": "protobuf", "sklearn": "scikit-learn", "yaml": "pyyaml", "optimum": "optimum-habana",
-    "onnx_ir": "onnx-ir",
+    "onnx_ir": "onnx-ir", "pynvml": "nvidia-ml-py",
 }  # fmt: skip
 
 # Names of package hosts, and folders of one machine. In pieces, so that this file holds none of them.

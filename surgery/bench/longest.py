@@ -17,7 +17,8 @@ from surgery.bench.results import Row
 from surgery.bench.spec import Entry
 from surgery.bench.subject import DTYPES, Subject, draw, enter, set_dropout
 from surgery.compat import config_dtype
-from surgery.errors import SurgeryError, shorten
+from surgery.errors import SurgeryError, UnsupportedError, shorten
+from surgery.generate import max_positions
 from surgery.memory import Run, open_attached, open_subject, predict
 from surgery.methods.paca import PacaSpec
 from surgery.planning import make_spec
@@ -41,6 +42,11 @@ def measure_longest(subject: Subject, entry: Entry, base: Any, row: Row) -> None
         row.notes.append(f"the longest sequence is not predicted: {shorten(error.found, 120)}")
 
 
+def own_tokens(entry: Entry) -> int:
+    """Positions that the method takes itself."""
+    return int(entry.settings["tokens"]) if entry.variant.name == "prompt" else 0
+
+
 def bisect(fits: Callable[[int], bool], *, start: int, end: int, granule: int = 1) -> int:
     """The largest multiple of `granule` up to `end` that fits, where what is shorter fits, too; 0 where none does."""
     low, high = 0, max(start // granule, 1)
@@ -61,7 +67,7 @@ def _by_running(subject: Subject, entry: Entry, base: Any, row: Row, fit_bytes: 
     if total < fit_bytes:
         row.notes.append(f"the longest sequence is not measured: the device has {total / 1e9:.0f} GB")
         return
-    end = subject.seen.config.to_dict().get("max_position_embeddings") or FURTHEST_TOKENS
+    end = (max_positions(subject.seen.config.to_dict()) or FURTHEST_TOKENS) - own_tokens(entry)
     release()
     torch.cuda.set_per_process_memory_fraction(fit_bytes / total)
     try:
@@ -94,7 +100,11 @@ def _search(subject: Subject, entry: Entry, base: Any, end: int) -> int:
 def predicted(subject: Subject, entry: Entry, fit_bytes: int) -> int:
     """Without weights, in seconds. Raises: UnsupportedError where the method cannot be run without values."""
     run = prediction_run(subject)
-    found = predict(_memory_subject(subject, entry, run), run, fit_bytes=fit_bytes).longest
+    dry = _memory_subject(subject, entry, run)
+    if dry.positions is not None:
+        dry = replace(dry, positions=dry.positions - own_tokens(entry))
+        run = replace(run, sequence=min(run.sequence, dry.positions))
+    found = predict(dry, run, fit_bytes=fit_bytes).longest
     assert found is not None  # noqa: S101  it was asked for
     return found
 
@@ -102,10 +112,9 @@ def predicted(subject: Subject, entry: Entry, fit_bytes: int) -> int:
 def prediction_run(subject: Subject) -> Run:
     """One sequence on the bench's device, in its precision."""
     spec = subject.spec
-    positions = subject.seen.config.to_dict().get("max_position_embeddings") or START_TOKENS
     return Run(
         batch=1,
-        sequence=min(START_TOKENS, positions),
+        sequence=START_TOKENS,
         dtype=spec.dtype,
         precision=subject.autocast,
         device=subject.device,
@@ -122,6 +131,8 @@ def _memory_subject(subject: Subject, entry: Entry, run: Run) -> Any:
         found = open_subject(subject.root, name, spec, task, run)
         set_dropout(found.dry.model, subject.spec.dropout)
         return found
+    if name == "shira":
+        raise UnsupportedError("bench", "shira draws its entries from real weights", expected="a method without values")
     seen = survey(subject.root, task)
     dtype = DTYPES[subject.spec.dtype] if subject.spec.dtype else config_dtype(seen.config) or torch.float32
     set_dropout(seen.model, subject.spec.dropout)

@@ -8,7 +8,7 @@ layers, and what a task adds to its model (a classifier's head) trains whole wit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def attach_shira(model: Any, shared: Shared, settings: Settings) -> Any:
     """PEFT's SHiRA: as many single entries of each weight as a LoRA of that rank has values."""
     from peft import ShiraConfig
 
-    torch.sparse.check_sparse_tensor_invariants.disable()  # torch warns of whoever has not chosen
+    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     config = ShiraConfig(r=settings["r"], random_seed=shared.seed, target_modules=list(shared.layers))
     return _wrap(model, shared, config)
 
@@ -230,7 +230,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = nn.functional.gelu(self.down(x.to(self.down.weight.dtype)))
-        return x + self.up(inner).to(x.dtype)
+        result: Tensor = x + self.up(inner).to(x.dtype)
+        return result
 
 
 def attach_adapter(model: Any, shared: Shared, settings: Settings) -> Any:
@@ -311,7 +312,10 @@ def attach_full(model: Any, shared: Shared, settings: Settings) -> Any:  # noqa:
 def attach_floor(model: Any, shared: Shared, settings: Settings) -> Any:  # noqa: ARG001  one signature for all
     """Nothing trains; the embeddings' output asks for a gradient, which then flows through every layer."""
     model.requires_grad_(requires_grad=False)
-    model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
+    words = model.get_input_embeddings()
+    for module in model.modules():  # an encoder-decoder looks the same words up by several modules
+        if isinstance(module, nn.Embedding) and (module is words or module.weight is words.weight):
+            module.register_forward_hook(_ask_for_gradient)
     return model
 
 
@@ -359,8 +363,3 @@ def explained(name: str) -> Iterator[None]:
         raise RequestError(
             f"--methods {name}", f"it cannot be put on this model ({error})", expected="one that can"
         ) from error
-
-
-def names_of(layers: Sequence[str]) -> str:
-    """How many, and the first of them."""
-    return f"{len(layers)}, first {layers[0]}" if layers else "none"

@@ -1,10 +1,9 @@
-"""A whole bench: each part of each method, its results written as soon as it is done, so that a bench can be resumed."""
+"""A whole bench: part by part, its results written as soon as a part is done, so that a bench can be resumed."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone

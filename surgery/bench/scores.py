@@ -1,7 +1,7 @@
 """What a method learns: the same batches in the same order for all, then the task's metrics on held-out rows.
 
-One plain loop trains every method: AdamW, a linear schedule with warm-up, clipping as in our own runs. Learning rates are
-given, or tried on rows held out of the training set, the same grid for every method.
+One plain loop trains every method: AdamW, a linear schedule with warm-up, clipping as in our own runs. Learning rates
+are given, or tried on rows held out of the training set, the same grid for every method.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def learn(subject: Subject, entry: Entry, feed: Feed, base: Any, *, rate: float,
 
 @torch.no_grad()
 def evaluate(contender: Contender, feed: Feed) -> dict[str, float]:
-    """The loss (the mean over batches, by their rows) and the task's metrics; empty where a prediction is not finite."""
+    """The loss (the mean over rows) and the task's metrics; empty where a prediction is not finite."""
     from transformers import EvalPrediction
 
     task, model = contender.subject.seen.task, contender.model
@@ -141,7 +141,7 @@ def measure_seed(subject: Subject, entry: Entry, feed: Feed, base: Any, row: Row
 
 
 def thin(losses: Sequence[float], most: int = MOST_POINTS) -> tuple[list[int], list[float]]:
-    """At most so many points: (the last step of each stretch, the mean loss over it). What is not finite is left out."""
+    """At most so many points: (last steps of stretches, mean losses over them). What is not finite is left out."""
     width = math.ceil(len(losses) / most)
     steps, means = [], []
     for start in range(0, len(losses), width):

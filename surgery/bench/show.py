@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from surgery.bench.results import FLOOR, Results, Row, quartiles, ratios
+from surgery.errors import counted
 from surgery.table import align, size_text
 
 NONE = "-"
@@ -15,7 +16,8 @@ LORA = "lora"
 def lines(results: Results) -> list[str]:
     """What people read."""
     where = results.where
-    head = f"{results.spec['model']}, {results.tokens_per_step:,} tokens a step, {where.device_name}, {where.threads} threads"
+    machine = f"{where.device_name}, {counted(where.threads, 'thread')}"
+    head = f"{results.spec['model']}, {results.tokens_per_step:,} tokens a step, {machine}"
     blocks = [[head], _cost(results), _memory(results)]
     if any(row.curves for row in results.rows):
         blocks.append(_scores(results))

@@ -1,4 +1,4 @@
-"""How large a method is made: at equal rank by arithmetic of none, at equal values by counting on a model without storage."""
+"""How large a method is made: as asked, or such that its trained values come near to those of another."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _target(subject: Subject, wanted: str | int, spec: BenchSpec) -> int:
 
 
 def nearest(count: Callable[[int], int], target: int) -> int:
-    """The size whose count comes nearest to the target; counts grow with sizes. Beyond what `count` takes is no size."""
+    """The size whose count comes nearest to the target, where counts grow with sizes. What `count` refuses is none."""
     low, high = 1, 2
     while high < LARGEST and _is_below(count, high, target):
         low, high = high, 2 * high

@@ -203,7 +203,7 @@ def _require_consistent(spec: BenchSpec) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method asked for. settings: as given; values: a number of trained values to come near to, or a method's name."""
+    """One method asked for. settings: as given; values: how many values, or a method's name, to come near to."""
 
     name: str
     variant: Variant

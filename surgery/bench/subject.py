@@ -21,6 +21,7 @@ from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, keep_inputs_frozen, quiet_loading, set_checkpointing
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.errors import RequestError, UnsupportedError
+from surgery.generate import max_positions
 from surgery.methods.paca import PacaSpec
 from surgery.operate import load_base_model
 from surgery.plan import Stored, SurgeryPlan
@@ -39,8 +40,8 @@ RANDOM_BATCHES = 4
 class Subject:
     """The checkpoint as the bench sees it; no weight is read yet.
 
-    seen: its model on the meta device; plan: of one column on all wanted layers, for the layers and the head; has_weights:
-    False for a folder with config.json alone, whose weights are drawn; autocast: fp32 for none.
+    seen: its model on the meta device; plan: of one column on all wanted layers, for the layers and the head;
+    has_weights: False for a folder with config.json alone, whose weights are drawn; autocast: fp32 for none.
     """
 
     spec: BenchSpec
@@ -80,7 +81,10 @@ class Subject:
 
 
 def open_subject(spec: BenchSpec) -> Subject:
-    """Find the model and what is to be trained in it. Raises: NotAModelError, SelectorError, UnsupportedError, DataError."""
+    """Find the model, and what is to be trained in it.
+
+    Raises: NotAModelError, SelectorError, UnsupportedError, DataError.
+    """
     root = find_model(spec.model)[0]
     task = TaskSpec(spec.task, tuple(spec.labels) or _labels(spec))
     seen = survey(root, task)
@@ -172,7 +176,7 @@ class Contender:
     def step(self, batch: Batch) -> Tensor:
         """Forward, backward, clipping and optimizer, as a trainer does it."""
         loss = self.loss(batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if self.optimizer:
             parameters = self.optimizer.param_groups[0]["params"]
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
@@ -184,7 +188,7 @@ class Contender:
 def enter(
     subject: Subject, entry: Entry, base: Any, *, rate: float = 1e-4, seed: int = 0, in_place: bool = False
 ) -> Contender:
-    """A method on a copy of the plain model, on the device, in training mode. Raises: RequestError, UnsupportedError."""
+    """A method on a copy of the plain model, ready to train. Raises: RequestError, UnsupportedError."""
     model = put_on(subject, entry, base, seed=seed, in_place=in_place).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decay = subject.spec.weight_decay
@@ -221,7 +225,7 @@ class Feed:
     prepared: Prepared | None
 
     def batches(self, seed: int, count: int) -> Iterator[Batch]:
-        """So many training batches, the same for the same seed; epochs follow each other, each in an order of its own."""
+        """So many training batches, the same for the same seed; each epoch has an order of its own."""
         if self.prepared is None:
             yield from (draw(self.subject, seed * 1_000_003 + number % RANDOM_BATCHES) for number in range(count))
             return
@@ -257,7 +261,7 @@ def open_feed(subject: Subject, *, data: Any = None) -> Feed:
     spec = subject.spec
     section = data or spec.data
     if section is None:
-        limit = subject.seen.config.to_dict().get("max_position_embeddings")
+        limit = max_positions(subject.seen.config.to_dict())
         if limit and spec.sequence > limit:
             raise RequestError(
                 "--sequence", f"{spec.sequence} tokens", expected=f"at most {limit}, the model's positions"

@@ -255,9 +255,11 @@ def _run_adapter(layer: Any, _args: Any, output: Tensor) -> Tensor:
 def residual_layers(model: Any, heads: tuple[str, ...]) -> tuple[str, ...]:
     """The linear layers whose output, but for dropout, is added to the residual stream, in the order of the forward.
 
-    Found by watching a forward without values, not by their names. Raises: UnsupportedError where there are none.
+    Found by watching a forward without values, not by their names; GELU's formula, too, adds a layer's output to
+    something, but of another width. Raises: UnsupportedError where there are none.
     """
-    names = [site.module for site in find_sites(model, heads)]
+    width = model.config.hidden_size
+    names = [site.module for site in find_sites(model, heads) if site.out_features == width]
     watch = _Additions()
     twin = meta_twin(model)
     for name in names:

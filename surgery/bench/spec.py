@@ -252,7 +252,7 @@ def parse_method(text: str) -> Entry:
     known = [setting for setting in (variant.size, *variant.takes) if setting]
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
-        if key == VALUES and variant.size and equals:
+        if key == VALUES and variant.size and value:
             values = int(value) if value.isdigit() else value
             continue
         if key not in known or not equals:

@@ -49,6 +49,7 @@ SPEC_FILES = (".yaml", ".yml")
 @click.option("--epochs", type=float, help="Instead of steps.")
 @click.option("--lr", "rates", multiple=True, help="METHOD=RATE, or one RATE for all; repeatable.")
 @click.option("--tune", help="Learning rates to try, separated by commas, on rows held out of the training set.")
+@click.option("--tune-steps", type=int, help="Steps of each try. Default: as many as of a training run.")
 @click.option("--metric", help="What rates are chosen by and the table shows. Default: the task's first, text's loss.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder for bench.json. Default: MODEL-bench.")
 @click.option(

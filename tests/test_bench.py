@@ -90,7 +90,7 @@ def test_nothing_of_the_floor_trains(tiny_model: TinyModel) -> None:
         contender.step(batch)
 
 
-@pytest.mark.parametrize("family,given", (("llama", {}), ("bert", CLASSES)))
+@pytest.mark.parametrize(("family", "given"), (("llama", {}), ("bert", CLASSES)))
 def test_all_are_put_on_the_same_layers(family: str, given: Any, tiny_model: TinyModel) -> None:
     """Those that the targets mean, for the package's own methods and for PEFT's."""
     seen = {}
@@ -127,7 +127,7 @@ def test_dropout_is_none_or_the_same_for_all(tiny_model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "family,places",
+    ("family", "places"),
     (
         ("llama", ("self_attn.o_proj", "mlp.down_proj")),
         ("gpt2", ("attn.c_proj", "mlp.c_proj")),
@@ -150,7 +150,7 @@ def test_an_adapter_changes_nothing_at_first() -> None:
     assert Adapter(6, 2, like=torch.zeros(1, dtype=torch.bfloat16)).down.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("family,method", (("gemma2", "adapter"), ("llama", "bitfit")))
+@pytest.mark.parametrize(("family", "method"), (("gemma2", "adapter"), ("llama", "bitfit")))
 def test_a_method_that_has_no_place_is_refused(family: str, method: str, tiny_model: TinyModel) -> None:
     """With the reason, before anything is measured."""
     with pytest.raises(UnsupportedError, match=rf"--methods: {method}, and .*Leave {method} out"):
@@ -275,7 +275,7 @@ def test_what_is_not_predicted_says_so(tiny_model: TinyModel) -> None:
 # --- sizes
 
 
-@pytest.mark.parametrize("target,expected", ((0, 1), (10, 1), (14, 1), (16, 2), (95, 9), (96, 10), (1000, 40)))
+@pytest.mark.parametrize(("target", "expected"), ((0, 1), (10, 1), (14, 1), (16, 2), (95, 9), (96, 10), (1000, 40)))
 def test_the_size_nearest_to_a_number_of_values(target: int, expected: int) -> None:
     """Where ten values belong to each, and more than 40 are refused."""
 
@@ -288,7 +288,7 @@ def test_the_size_nearest_to_a_number_of_values(target: int, expected: int) -> N
 
 
 def test_equal_values(tiny_model: TinyModel) -> None:
-    """Each sized method comes as near to PaCA's values as its size allows; the difference is said; others have a note."""
+    """Each sized method comes as near to PaCA's values as its size allows; the difference is said."""
     spec = little(tiny_model("bert"), "paca", "lora", "read", "adapter", "prompt", "bitfit", equal="values", **CLASSES)
     subject = open_subject(spec)
     settled = settle(subject, parse_methods(spec.methods))
@@ -332,7 +332,7 @@ def test_methods_with_settings_are_split() -> None:
 
 
 @pytest.mark.parametrize(
-    "methods,message",
+    ("methods", "message"),
     (
         ("lorra", r"--methods: unknown name 'lorra', expected one of .* The closest is 'lora'"),
         ("paca,paca", "paca stands twice"),
@@ -365,7 +365,7 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "options,message",
+    ("options", "message"),
     (
         ({"equal": "size"}, "equal: 'size'"),
         ({"rounds": 1}, "rounds: 1, expected a number greater than or equal to 2"),
@@ -413,7 +413,7 @@ def test_a_file_of_settings(tmp_path: Path) -> None:
     assert spec.data is not None
     assert spec.data.train == [str(tmp_path / "train.txt")]
     (tmp_path / "bench.yaml").write_text("model: x\nmethod: [paca]\n", encoding="utf-8")
-    with pytest.raises(RequestError, match="unknown key 'method'.*The closest is 'methods'"):
+    with pytest.raises(RequestError, match=r"unknown key 'method'.*The closest is 'methods'"):
         read_spec(str(tmp_path / "bench.yaml"), {})
 
 

@@ -203,11 +203,11 @@ def _measure(bench: _Bench, meter: Meter | None) -> None:
         bench.say(f"timing {spec.rounds} steps of {', '.join(names)}")
         measure.measure_steps(bench.subject, bench.entries, bench.feed, bench.base, rows, meter)
         bench.finish(STEP, names)
-    batches = list(bench.feed.batches(0, peak.PEAK_STEPS))
-    for entry in bench.left(PEAK):
-        bench.say(f"{entry.name}: peak memory")
-        peak.measure_peak(bench.subject, entry, batches, bench.base, rows[entry.name])
-        bench.finish(PEAK, [entry.name])
+    if left := bench.left(PEAK):
+        bench.say("peak memory")
+        batches = list(bench.feed.batches(0, peak.PEAK_STEPS))
+        peak.measure_peaks(bench.subject, left, batches, bench.base, rows)
+        bench.finish(PEAK, [entry.name for entry in left])
     for entry in bench.left(LONGEST) if spec.fit_bytes else ():
         bench.say(f"{entry.name}: longest sequence")
         longest.measure_longest(bench.subject, entry, bench.base, rows[entry.name])

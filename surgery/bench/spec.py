@@ -184,6 +184,8 @@ def _require_consistent(spec: BenchSpec) -> None:
     given = [name for name, is_given in needs_data.items() if is_given]
     if given and spec.data is None:
         raise RequestError(given[0], "given without --data", expected="data to train on", fix="Give --data FILE")
+    if spec.tune_steps and not spec.tune:
+        raise RequestError("--tune-steps", "given without --tune", expected="learning rates to try")
     if spec.tune and spec.learning_rates:
         raise RequestError("--tune", "given with --lr", expected="one of the two")
     if any(rate <= 0 for rate in (*spec.tune, *spec.learning_rates.values())):

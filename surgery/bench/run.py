@@ -15,7 +15,7 @@ import torch
 
 from surgery.bench import longest, measure, peak, scores
 from surgery.bench.energy import Meter, open_meter
-from surgery.bench.results import RESULTS_FILE, Results, Row, Where, read_results
+from surgery.bench.results import FLOOR, RESULTS_FILE, Results, Row, Where, read_results
 from surgery.bench.sizes import settle, size_of
 from surgery.bench.spec import BenchSpec, Entry, learning_rate, parse_methods
 from surgery.bench.subject import Feed, Subject, build, open_feed, open_subject, tokens_of
@@ -123,7 +123,7 @@ def _require_trainable(spec: BenchSpec, subject: Subject, entries: Sequence[Entr
     if has_eval and not spec.tune and not spec.learning_rates:
         fix = "Give --lr METHOD=RATE for each, --lr RATE for all, or --tune 1e-4,3e-4,1e-3"
         raise RequestError("--eval-data", "given without learning rates", expected="--lr or --tune", fix=fix)
-    for entry in entries if spec.learning_rates else ():
+    for entry in _learning(entries) if spec.learning_rates else ():
         learning_rate(entry, spec)
     if spec.tune and not spec.data.eval:
         found = "given with data.eval_fraction"
@@ -223,7 +223,7 @@ def _train(bench: _Bench) -> None:
     spec, rows = bench.subject.spec, bench.rows()
     if spec.data is None or not (spec.data.eval or spec.data.eval_fraction):
         return
-    trained = [entry for entry in bench.entries if entry.variant.name != "floor"]
+    trained = _learning(bench.entries)
     if spec.tune:
         _tune(bench, trained)
     else:
@@ -242,6 +242,11 @@ def _train(bench: _Bench) -> None:
             if not attempted:
                 row.notes.append(f"training: {measure.NO_MEMORY}")
             bench.finish(part, [entry.name])
+
+
+def _learning(entries: Sequence[Entry]) -> list[Entry]:
+    """The methods that train something."""
+    return [entry for entry in entries if entry.variant.name != FLOOR]
 
 
 def _tune(bench: _Bench, trained: Sequence[Entry]) -> None:

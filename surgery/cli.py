@@ -22,6 +22,7 @@ from click.core import ParameterSource
 
 from surgery import ranks
 from surgery.checkpoint import require_folder, require_model, require_record
+from surgery.cli_bench import bench_command
 from surgery.cli_eval import eval_command
 from surgery.cli_generate import generate_command
 from surgery.cli_plan import plan_command
@@ -601,6 +602,7 @@ def settings(*, as_json: bool) -> None:
     show(lines, [{"key": key, "default": default, "help": text} for key, default, text in rows], as_json=as_json)
 
 
+cli.add_command(bench_command)
 cli.add_command(eval_command)
 cli.add_command(generate_command)
 cli.add_command(plan_command)

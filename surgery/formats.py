@@ -209,7 +209,9 @@ FORMATS: tuple[Format, ...] = (
     Format("pair", _same("sentence1", "sentence2", "label"), _CLASSES, _each(_pair)),
     Format("tokens", _TOKENS, ("token-classification",), _each(_tokens)),
     Format("image", _IMAGE, (IMAGES,), _each(read_pictured)),
-    Format("mmlu", _same("question", "choices", "answer", "subject"), _BOTH_LM, _each(read_mmlu), ("subject",)),
+    Format(
+        "mmlu", _same("question", "choices", "answer", "subject"), _BOTH_LM, _each(read_mmlu), optional=("subject",)
+    ),
     Format("gsm8k", _same("question", "answer"), _BOTH_LM, _each(read_gsm8k), by_name=True),
     Format("oasst", _TREE, _CAUSAL, best_conversations),
     Format("oasst/all", _TREE, _CAUSAL, all_conversations, by_name=True),

@@ -225,6 +225,15 @@ def open_planned(root: Path, plan: SurgeryPlan, run: Run) -> Subject:
     return _subject(seen, plan, plan.method, _weight_dtype(root, seen, run), run)
 
 
+def open_attached(model: Any, seen: Survey, method: str, dtype: torch.dtype, run: Run) -> Subject:
+    """The same for a model on the meta device that another method has been put on. Raises: UnsupportedError."""
+    dry = dry_model(model, seen.task, seen.heads, dtype=dtype)
+    tensors = tuple(_tensors(dry))
+    trained = sum(tensor.values() for tensor in tensors if tensor.is_trained)
+    kind = next(name for name, known in DTYPES.items() if known == dtype)
+    return Subject(dry, tensors, seen.architecture, method, trained, kind, _autocast(run), _positions(model))
+
+
 def _plan(root: Path, seen: Survey, spec: Any, task: TaskSpec, dtype: torch.dtype, *, method: str) -> SurgeryPlan:
     """The method's plan, from the files' headers; where there is config.json alone, for its own architecture's tensors.
 

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from surgery.compat import (
     is_conv1d,
@@ -252,8 +253,9 @@ def _running(dry: DryModel, step: Step, watch: _Watch | None = None) -> Iterator
 
 
 def _set_checkpointing(model: Any, *, on: bool) -> None:
+    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)  # of PEFT's, around it
     try:
-        set_checkpointing(model, on=on)
+        set_checkpointing(inner, on=on)
     except ValueError as error:
         if on:
             found = shorten(str(error), 160)

@@ -132,6 +132,7 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) 
         "train": {"max_steps": 2}, "paca": {"rank": 2},
     }  # fmt: skip
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (work / "sums.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
     arguments: dict[str, list[object]] = {
         "apply": ["apply", "model", "-o", "new", "-r", "2"],
         "train": ["train", "model-paca", "--data", "text.txt", *QUICK],
@@ -144,6 +145,7 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) 
         "doctor": ["doctor"],
         "settings": ["settings"],
         "generate": ["generate", "model", "--prompt", "a"],
+        "eval": ["eval", "model", "--task", "gsm8k", "--data", "sums.jsonl", "--max-new-tokens", "2"],
         "plan": ["plan", "model", "--batch", "2"],
         "patch": ["patch", "theirs/model.onnx", "model-paca", "-o", "patched"],
         "recipes": ["recipes", "list"],
@@ -517,8 +519,8 @@ def test_every_option_reaches_the_library(
     assert {key: seen.get(key) for key in expected} == expected
 
 
-# test_generate.py and test_cli_plan.py hold their own
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("generate", "plan")])
+# test_generate.py, test_cli_plan.py and test_evals_command.py hold their own
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("eval", "generate", "plan")])
 def test_no_option_is_forgotten_above(name: str) -> None:
     """A new option needs a line that shows where it goes; what is printed is seen elsewhere."""
     said = {word for line, _ in REACHES if line.startswith(f"{name} ") for word in line.split()}

@@ -167,6 +167,21 @@ def test_prompts_that_do_not_fit_lose_shots_from_the_front(tmp_path: Path) -> No
     assert left.notes[1] == "1 prompt did not fit even without shots: their beginning was cut off"
 
 
+def test_an_encoder_s_prompt_that_does_not_fit_keeps_its_end_and_its_end_token(tmp_path: Path) -> None:
+    """The question stands at the end, and the special tokens around it are not what goes."""
+    read: list[tuple[int, ...]] = []
+
+    def score(rows: Sequence[Tokens], answers: Sequence[Sequence[int]]) -> Array:
+        read.extend(row.ids for row in rows)
+        return np.zeros((len(rows), len(answers)))
+
+    framed = lambda text, pair: Tokens((1, *map(ord, text), 2))
+    scorer = fake_scorer("encoder-decoder", score, encode=framed, positions=12)
+    found = scores_of(scorer, tmp_path, "mmlu", [question("anatomy", "fox", "A")])
+    assert read == [(1, *map(ord, ". z\nAnswer:"[-10:]), 2)]
+    assert found.notes == ("1 prompt did not fit even without shots: their beginning was cut off",)
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     (

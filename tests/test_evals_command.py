@@ -15,9 +15,12 @@ import torch
 import transformers
 
 from surgery.cli import main
+from surgery.cli_eval import eval_command
+from surgery.errors import RequestError
 from surgery.evals.harness import metrics_of
 from surgery.evals.run import evaluate
 from surgery.evals.scores import Metric, Part
+from surgery.evals.task import EvalSpec
 from surgery.tensorfile import file_sha256
 from surgery.workflow import export_checkpoint
 from tests.evaluated import BIG, spec_of, write_data
@@ -110,6 +113,27 @@ def test_what_was_asked_has_a_digest(models: Path, data: Path) -> None:
     ]
     assert len({*digests}) == 3
     assert evaluate(str(models / "llama"), plain).asked_sha256 == digests[0]
+
+
+def test_every_option_reaches_its_place(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The specification holds what was said on the command line, under the same names."""
+    seen: list[tuple[str, EvalSpec]] = []
+
+    def seeing(model: str, spec: EvalSpec) -> None:
+        seen.append((model, spec))
+        raise RequestError("x", "seen")
+
+    monkeypatch.setattr("surgery.evals.run.evaluate", seeing)
+    line = (
+        "--task mmlu --data a --data b --shots-data c --shots 3 --limit 4 --column question=q --column answer=1"
+        " --batch 5 --max-new-tokens 6 --device cpu --base d --tasks-folder e --overwrite --json"
+    )
+    assert run(tmp_path, *line.split(), "-o", tmp_path / "f")[0] == 2
+    columns = {"question": "q", "answer": "1"}
+    wanted = EvalSpec("mmlu", ("a", "b"), ("c",), 3, 4, 5, 6, columns, "cpu", "d", Path("e"))
+    assert seen == [(str(tmp_path), wanted)]
+    known = {option for parameter in eval_command.params for option in parameter.opts if option.startswith("--")}
+    assert known - {"--out"} == {word for word in line.split() if word.startswith("--")}
 
 
 ERRORS: tuple[tuple[Sequence[str], int, str], ...] = (

@@ -160,6 +160,24 @@ def test_padding_changes_nothing(
         assert np.abs(one - eight).max() < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "head", "task"),
+    (("llama", "", "mmlu"), ("bert", "sequence-classification", "glue/sst2"), ("t5", "", "glue/sst2")),
+)
+def test_a_graph_gives_torch_s_numbers_in_batches_of_any_size(
+    family: str, head: str, task: str, data: Path, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Not the answers alone: the numbers that they are chosen by."""
+    task_spec = TaskSpec(head, LABELS.get(head, ()))
+    make_adapter(tiny_model(family), tmp_path / "paca", PacaSpec(rank=4), task=task_spec)
+    export(tmp_path / "paca", tmp_path / "graph", format="onnx")
+    torch_s = scores(tmp_path / "paca", task, data, 8)
+    one, eight = (scores(tmp_path / "graph", task, data, batch) for batch in (1, 8))
+    assert np.abs(one - eight).max() < 1e-5
+    assert np.abs(one - torch_s).max() < 1e-4
+
+
 def test_a_decoder_s_next_token_is_transformers_own(tiny_model: TinyModel, data: Path) -> None:
     """The log-softmax of the logits after the whole row, and of those after the answer's first token."""
     folder = tiny_model("llama")

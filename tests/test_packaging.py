@@ -28,14 +28,14 @@ PROJECT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
 EXTRAS = {
-    "onnx", "bnb", "deepspeed", "eval", "gaudi", "images", "liger", "lora", "report", "tracking", "dev",
+    "onnx", "bnb", "deepspeed", "energy", "eval", "gaudi", "images", "liger", "lora", "report", "tracking", "dev",
 }  # fmt: skip
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # Where the name one imports is not the name one installs.
 DISTRIBUTIONS = {
     "google": "protobuf", "sklearn": "scikit-learn", "yaml": "pyyaml", "optimum": "optimum-habana",
-    "onnx_ir": "onnx-ir", "PIL": "pillow", "vl_convert": "vl-convert-python",
+    "onnx_ir": "onnx-ir", "PIL": "pillow", "pynvml": "nvidia-ml-py", "vl_convert": "vl-convert-python",
 }  # fmt: skip
 
 # Names of package hosts, and folders of one machine. In pieces, so that this file holds none of them.
@@ -102,7 +102,7 @@ def pinned(python: str) -> dict[str, Requirement]:
 
 
 def test_the_wheel_holds_the_two_packages_and_no_more(contents: dict[str, bytes]) -> None:
-    """Every source file of both packages, their py.typed marks, a page's template; tests are not in it."""
+    """Every source file of both packages, their py.typed marks and a page's template are there; tests are not."""
     shipped = {name for name in contents if ".dist-info/" not in name and not name.startswith("surgery/recipes/")}
     ours = {
         str(path.relative_to(PROJECT))

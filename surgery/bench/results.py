@@ -55,6 +55,16 @@ class Curve(_Part):
     seconds: float
 
 
+class Trial(_Part):
+    """A learning rate that was tried, and what an evaluation on rows held out of the training set gave.
+
+    scores: empty where the training diverged.
+    """
+
+    learning_rate: float
+    scores: dict[str, float]
+
+
 class Row(_Part):
     """One method.
 
@@ -75,6 +85,7 @@ class Row(_Part):
     energy_joules: float | None = Field(None, description="of one step")
     curves: list[Curve] = []
     learning_rate: float | None = None
+    tried: list[Trial] = []
     inference_seconds: list[float] = []
     inference_bytes: int | None = None
     merged: bool | None = Field(None, description="whether inference ran on the merged, plain model")
@@ -83,11 +94,16 @@ class Row(_Part):
 
 
 class Results(_Part):
-    """A whole bench. `spec`: what was asked for; `energy_by`: nvml, rapl, or empty where nothing counts energy."""
+    """A whole bench. `spec`: what was asked for; `energy_by`: nvml, rapl, or empty where nothing counts energy.
+
+    task: of the model; metric: the score that counts, of those in a curve's `scores` (of a loss less is better).
+    """
 
     schema_version: int = SCHEMA
     spec: dict[str, Any]
     where: Where
+    task: str = ""
+    metric: str = ""
     tokens_per_step: int
     energy_by: str = ""
     rows: list[Row]

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from surgery.errors import RequestError, counted
-from surgery.evals.scorer import DECODER, ENCODER_DECODER, Scorer, Tokens, answers_after, prefix_of, score_rows
+from surgery.evals.scorer import DECODER, ENCODER_DECODER, Scorer, Tokens, answers_after, frame_of, score_rows
 from surgery.evals.scores import Array, Metric, Scores, mean, mean_of_means, parts_by
 from surgery.evals.task import EvalSpec, EvalTask, Rows
 from surgery.questions import LETTERS, Question, mmlu_prompt, read_question
@@ -59,7 +59,7 @@ def score(scorer: Scorer, rows: Rows, solved: Rows, spec: EvalSpec) -> Scores:
         lead, answers = answers_after(scorer, LAST, letters, where=WHERE)
     else:
         lead, answers = (), [scorer.answer(letter) for letter in letters]
-    encode = partial(_encoded, scorer=scorer, prefix=prefix_of(scorer), lead=lead, answer=max(map(len, answers)))
+    encode = partial(_encoded, scorer=scorer, frame=frame_of(scorer), lead=lead, answer=max(map(len, answers)))
     prompts = [_fitted(encode, question, shots[question.subject]) for question in questions]
     numbers = score_rows(scorer, [prompt.tokens for prompt in prompts], answers, batch=spec.rows_at_once, where=WHERE)
     chosen = [int(numbers[n, : len(question.choices)].argmax()) for n, question in enumerate(questions)]
@@ -101,18 +101,21 @@ def _fitted(encode: Callable[[str], Tokens], question: Question, shots: Sequence
     return _Prompt(text, tokens, lost)
 
 
-def _encoded(text: str, *, scorer: Scorer, prefix: tuple[int, ...], lead: tuple[int, ...], answer: int) -> Tokens:
-    """A decoder's tokens as in training; where they are too many, the end of them, since the question stands there.
+def _encoded(
+    text: str, *, scorer: Scorer, frame: tuple[tuple[int, ...], tuple[int, ...]], lead: tuple[int, ...], answer: int
+) -> Tokens:
+    """The tokens as in training; where they are too many, the end of them, since the question stands there.
 
-    answer: the tokens of the longest one, of which all but the last are read as well.
+    frame: the special tokens around a text, of which a decoder gets those in front. answer: the tokens of the longest
+    answer, of which a decoder reads all but the last as well.
     """
-    if scorer.kind == ENCODER_DECODER:
-        return scorer.encode(text, None)
+    is_decoder = scorer.kind == DECODER
+    prefix, suffix = (frame[0], ()) if is_decoder else frame
     body = tuple(scorer.pieces(text)) + lead
-    room = None if scorer.positions is None else scorer.positions - len(prefix) - (answer - 1)
-    if room is None or len(body) <= room:
-        return Tokens(prefix + body)
-    return Tokens(prefix + body[-room:], is_cut=True)
+    if scorer.positions is None:
+        return Tokens(prefix + body + suffix)
+    room = scorer.positions - len(prefix) - len(suffix) - (answer - 1 if is_decoder else 0)
+    return Tokens(prefix + body[-room:] + suffix, is_cut=len(body) > room)
 
 
 def _described(scorer: Scorer, letters: Sequence[str], answers: Sequence[Sequence[int]]) -> str:

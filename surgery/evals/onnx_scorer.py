@@ -56,6 +56,7 @@ def scorer_of(model: OnnxModel) -> Scorer:
         score=score[model.kind],
         write=lambda prompt, tokens: _written(model, prompt, tokens),
         pads=pads and (model.kind != CLASSIFIER or model.config.get("pad_token_id") is not None),
+        notes=model.notes,
     )
 
 

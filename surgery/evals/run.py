@@ -117,7 +117,7 @@ def _by_us(model: str, spec: EvalSpec, task: EvalTask) -> EvalResult:
         metrics=scores.metrics,
         parts=scores.parts,
         settings={**scores.settings, **batch, **({"limit": spec.limit} if spec.limit else {})},
-        notes=scores.notes,
+        notes=(*scores.notes, *(scorer.notes if "max-new-tokens" in task.options else ())),
         data={name: _digest(name) for name in (*spec.data, *spec.shots_data)},
         asked_sha256=hashlib.sha256(json.dumps(scores.asked).encode()).hexdigest(),
         versions=_versions(scorer.runtime),

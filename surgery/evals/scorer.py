@@ -37,7 +37,7 @@ class Scorer:
     encode: one text or a pair to tokens, special ones among them; an encoder's are cut at `positions`.
     pieces: a text's tokens without special ones. answer: the tokens of an answer as a model is trained to give it.
     score: rows of tokens to a classifier's logits, or to the log-likelihoods of answers, (b, n).
-    pads: whether several rows may be scored together.
+    pads: whether several rows may be scored together. notes: what of the folder's own rules for writing is left out.
     write: a prompt written on, greedily, by at most so many tokens: (text, why it stopped).
     """
 
@@ -51,6 +51,7 @@ class Scorer:
     score: Callable[[Sequence[Tokens], Sequence[Sequence[int]]], Array]
     write: Callable[[str, int], tuple[str, str]]
     pads: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def score_rows(
@@ -136,8 +137,8 @@ def answers_after(
     return tuple(lead), rests
 
 
-def prefix_of(scorer: Scorer) -> tuple[int, ...]:
-    """The special tokens that a text begins with, found by comparing a text with and without."""
+def frame_of(scorer: Scorer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that a text begins and ends with, found by comparing a text with and without."""
     plain, framed = tuple(scorer.pieces("a")), scorer.encode("a", None).ids
     starts = [start for start in range(len(framed)) if framed[start : start + len(plain)] == plain]
-    return framed[: starts[0]] if starts else ()
+    return (framed[: starts[0]], framed[starts[0] + len(plain) :]) if starts else ((), ())

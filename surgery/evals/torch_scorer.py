@@ -67,6 +67,7 @@ def scorer_of(model: TorchModel) -> Scorer:
         score=score[model.kind],
         write=lambda prompt, tokens: _written(model, prompt, tokens),
         pads=model.kind != CLASSIFIER or model.model.config.pad_token_id is not None,
+        notes=model.notes,
     )
 
 

@@ -1,0 +1,125 @@
+"""A bench's results as tables that fit a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from surgery.bench.results import FLOOR, Results, Row, quartiles, ratios
+from surgery.errors import counted
+from surgery.table import align, size_text
+
+NONE = "-"
+LORA = "lora"
+
+
+def lines(results: Results) -> list[str]:
+    """What people read."""
+    where = results.where
+    machine = f"{where.device_name}, {counted(where.threads, 'thread')}"
+    head = f"{results.spec['model']}, {results.tokens_per_step:,} tokens a step, {machine}"
+    blocks = [[head], _cost(results), _memory(results)]
+    if any(row.curves for row in results.rows):
+        blocks.append(_scores(results))
+    blocks.append(_notes(results))
+    return [line for number, block in enumerate(filter(None, blocks)) for line in ([""] if number else []) + block]
+
+
+def _cost(results: Results) -> list[str]:
+    head = ("method", "trained", "step s", "quartiles", "to floor", "to LoRA", "tokens/s", "J a step")
+    floor, lora = results.row(FLOOR), _lora(results)
+    rows = [
+        (
+            row.method,
+            _number(row.trained_values),
+            _median(row.seconds),
+            _quartiles(row.seconds),
+            _ratio(row, floor),
+            _ratio(row, lora),
+            f"{results.tokens_per_step / statistics.median(row.seconds):,.0f}" if row.seconds else NONE,
+            NONE if row.energy_joules is None else f"{row.energy_joules:.3g}",
+        )
+        for row in results.rows
+    ]
+    return align([head, *rows], right=range(1, len(head)))
+
+
+def _lora(results: Results) -> Row | None:
+    """The plain LoRA, else the first of several."""
+    found = [row for row in results.rows if row.method.partition(":")[0] == LORA]
+    return results.row(LORA) or (found[0] if found else None)
+
+
+def _memory(results: Results) -> list[str]:
+    head = ("method", "saved", "peak", "longest", "forward s", "quartiles", "memory", "merged")
+    rows = [
+        (
+            row.method,
+            _size(row.saved_bytes),
+            _size(row.peak_bytes),
+            f"{row.longest_tokens:,}" if row.longest_tokens is not None else NONE,
+            _median(row.inference_seconds),
+            _quartiles(row.inference_seconds),
+            _size(row.inference_bytes),
+            {True: "yes", False: "no", None: NONE}[row.merged],
+        )
+        for row in results.rows
+    ]
+    return align([head, *rows], right=range(1, len(head)))
+
+
+def _scores(results: Results) -> list[str]:
+    metric = results.metric
+    head = ("method", "learning rate", metric, "spread", "seeds", "last loss", "training s")
+    rows = []
+    for row in results.rows:
+        found = [curve.scores[metric] for curve in row.curves if metric in curve.scores]
+        last = [curve.losses[-1] for curve in row.curves if curve.losses]
+        rows.append(
+            (
+                row.method,
+                NONE if row.learning_rate is None else f"{row.learning_rate:g}",
+                f"{statistics.mean(found):.4f}" if found else NONE,
+                f"{statistics.stdev(found):.4f}" if len(found) > 1 else NONE,
+                f"{len(found)}",
+                f"{statistics.mean(last):.4f}" if last else NONE,
+                f"{statistics.mean(curve.seconds for curve in row.curves):.1f}" if row.curves else NONE,
+            )
+        )
+    return align([head, *rows], right=range(1, len(head)))
+
+
+def _notes(results: Results) -> list[str]:
+    """Each remark once, with the methods that it is about unless that is all of them."""
+    about: dict[str, list[str]] = {}
+    for row in results.rows:
+        for note in row.notes:
+            about.setdefault(note, []).append(row.method)
+    everyone = len(results.rows)
+    return [f"note: {n}" if len(m) == everyone else f"note: {', '.join(m)}: {n}" for n, m in about.items()]
+
+
+def _number(value: int | None) -> str:
+    return NONE if value is None else f"{value:,}"
+
+
+def _size(value: int | None) -> str:
+    return NONE if value is None else size_text(value)
+
+
+def _median(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.4g}" if seconds else NONE
+
+
+def _quartiles(seconds: Sequence[float]) -> str:
+    if len(seconds) < 2:
+        return NONE
+    _, low, high = quartiles(seconds)
+    return f"{low:.4g}-{high:.4g}"
+
+
+def _ratio(row: Row, other: Row | None) -> str:
+    """Round by round where both were measured in the same rounds."""
+    if other is None or len(row.seconds) != len(other.seconds) or len(row.seconds) < 2:
+        return NONE
+    return f"{ratios(row.seconds, other.seconds)[0]:.3f}"

@@ -98,7 +98,11 @@ def run_cases(folder: Path, model: Any, dtype: torch.dtype, files: Mapping[str, 
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    span = float((theirs.double().max() - theirs.double().min()).clamp_(min=1e-6))
+    """The largest difference, of the range of `theirs`. One number has no range: its size counts, 1 at least."""
+    if theirs.numel() == 1:
+        span = max(abs(float(theirs)), 1.0)
+    else:
+        span = float((theirs.double().max() - theirs.double().min()).clamp_(min=1e-6))
     return float((ours.double() - theirs.double()).abs().max()) / span
 
 

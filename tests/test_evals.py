@@ -167,6 +167,21 @@ def test_prompts_that_do_not_fit_lose_shots_from_the_front(tmp_path: Path) -> No
     assert left.notes[1] == "1 prompt did not fit even without shots: their beginning was cut off"
 
 
+def test_a_prompt_leaves_room_for_an_answer_of_several_tokens(tmp_path: Path) -> None:
+    """Of ` A` in two tokens the model reads the first: with it the row has as many tokens as there are positions."""
+    read: list[int] = []
+
+    def score(rows: Sequence[Tokens], answers: Sequence[Sequence[int]]) -> Array:
+        read.extend(len(row.ids) + max(map(len, answers)) - 1 for row in rows)
+        return np.zeros((len(rows), len(answers)))
+
+    pieces = lambda text: [ord(character) for character in text.replace(" B", "\u01b2")]
+    scores_of(
+        fake_scorer("decoder", score, pieces=pieces, positions=16), tmp_path, "mmlu", [question("anatomy", "fox", "A")]
+    )
+    assert read == [16]
+
+
 def test_an_encoder_s_prompt_that_does_not_fit_keeps_its_end_and_its_end_token(tmp_path: Path) -> None:
     """The question stands at the end, and the special tokens around it are not what goes."""
     read: list[tuple[int, ...]] = []
@@ -227,7 +242,7 @@ def test_gsm8k_leaves_room_for_the_answer(tmp_path: Path) -> None:
     """Shots go where they would take it; a question that does not fit by itself counts as wrong, and is not asked."""
     asked: list[str] = []
     scorer = fake_scorer(
-        "decoder", lambda rows, answers: np.zeros((1, 1)), positions=60,
+        "decoder", lambda rows, answers: np.zeros((1, 1)), positions=80,
         write=lambda prompt, tokens: (asked.append(prompt) or "#### 2", "end"),
     )  # fmt: skip
     rows = [SUMS[0], {"question": "long " * 20, "answer": "#### 2"}]
@@ -347,6 +362,8 @@ def test_several_files_are_scored_together_and_apart(tmp_path: Path) -> None:
         scorer, read_items(task, spec.data, spec, limit=None), read_items(task, (), spec, limit=None), spec
     )
     assert found.metrics["accuracy"].value == pytest.approx(5 / 6)
+    limited = read_items(task, spec.data, spec, limit=5).files
+    assert [Path(name).stem for name in limited] == ["matched"] * 4 + ["mismatched"]
     assert [(p.kind, Path(p.name).stem, p.rows, p.metrics["accuracy"].value) for p in found.parts] == [
         ("file", "matched", 4, 1.0),
         ("file", "mismatched", 2, 0.5),

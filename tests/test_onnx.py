@@ -30,7 +30,7 @@ import safetensors.torch
 
 import surgery
 from exporters import dense, onnx_folder, onnx_graph
-from exporters.onnx_check import unpassed_window
+from exporters.onnx_check import _difference, unpassed_window
 from surgery.cli import main
 from surgery.errors import CheckError, NotAModelError, RequestError, ResourceError, SurgeryError, UnsupportedError
 from surgery.recipe import DataSection, Recipe
@@ -1197,3 +1197,12 @@ def test_a_real_encoder_classifies_alike(made: Made, tmp_path: Path) -> None:
     for row, sentence in enumerate(sentences):
         alone = tokenizer(sentence, return_tensors="pt")
         assert graphs.difference(found[row], model(**alone).logits[0]) <= graphs.TOLERANCE
+
+
+def test_a_single_number_is_compared_by_its_size() -> None:
+    """It has no range of its own: rounding is no difference there, and a real difference is."""
+    number = torch.tensor([[0.1]])
+    assert _difference(number + 7e-9, number) < 1e-7
+    assert _difference(number + 1e-3, number) > 1e-4
+    assert _difference(number * 2000, number * 1000) > 0.5
+    assert _difference(torch.tensor([0.0, 1.5]), torch.tensor([0.0, 1.0])) == 0.5

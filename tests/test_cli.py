@@ -145,6 +145,7 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) 
         "settings": ["settings"],
         "generate": ["generate", "model", "--prompt", "a"],
         "plan": ["plan", "model", "--batch", "2"],
+        "report": ["report", "model-paca"],
         "patch": ["patch", "theirs/model.onnx", "model-paca", "-o", "patched"],
     }
     if name in ("verify", "undo"):
@@ -423,7 +424,9 @@ def test_train_takes_a_recipe_and_overrides_it(work: Path, run: Run) -> None:
 
 
 RECIPE = {"model": "model", "task": "seq2seq", "labels": ["x"], "data": {"train": ["a"]}, "train": {"max_steps": 9}}
-LIBRARY = {"apply": "surgery.operate", "train": "surgery.train", "verify": "surgery.verify"}
+LIBRARY = {
+    "apply": "surgery.operate", "train": "surgery.train", "verify": "surgery.verify", "report": "surgery.report.page",
+}  # fmt: skip
 REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         ("apply model -o new -r 4 --targets a --targets b,c --exclude d --rank-pattern e=1 --alpha 2 --select random "
@@ -489,6 +492,10 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"adapter": Path("a"), "base": "b", "prompts": ("p",), "numeric": False},
     ),
     ("undo model-paca -o again", {"out": Path("again")}),
+    (
+        "report model-paca model -o r.html --overwrite",
+        {"folders": (Path("model-paca"), Path("model")), "out": Path("r.html"), "overwrite": True},
+    ),
     (
         "run recipe.yaml max_steps=7 --overwrite --nproc 2",
         {"recipe": Recipe.model_validate({**RECIPE, "train": {"max_steps": 7}}), "overwrite": True, "nproc": 2},

@@ -32,7 +32,7 @@ from surgery.report import charts, drawing
 from surgery.report.bench_sections import bench_sections
 from surgery.report.commands import command_lines
 from surgery.report.curve import CURVE_FILE, draw_curve
-from surgery.report.curves import POINTS, curve, read_entries, step_seconds, thin
+from surgery.report.curves import POINTS, curve, read_entries, step_points, thin
 from surgery.report.movement import ROWS, Move, _folded, column_moves, relative_norm
 from surgery.report.page import build_page, render, report
 from surgery.report.parts import Figure, Page, Section, Table, Text, number, seconds, size, text
@@ -116,9 +116,9 @@ def test_step_times_leave_evaluations_and_restarts_out() -> None:
         {"step": 40, "seconds": 9.0, "loss": 1.0},
         {"step": 50, "seconds": 15.0, "loss": 1.0},
     ]
-    found = step_seconds(entries)
-    assert found.steps == (20, 30, 50)
-    assert found.values == pytest.approx((0.5, 0.5, 0.6))
+    steps, times = zip(*step_points(entries), strict=True)
+    assert steps == (20, 30, 50)
+    assert times == pytest.approx((0.5, 0.5, 0.6))
 
 
 def test_a_long_curve_keeps_its_mean_and_its_extremes() -> None:
@@ -314,7 +314,7 @@ def test_several_runs_are_compared(finished: Path, tmp_path: Path) -> None:
     assert page.title == "Comparison of model-paca and other"
     table = section(page, "Results").parts[-1]
     assert isinstance(table, Table)
-    assert table.head == ("", "model-paca", "other")
+    assert table.head == ("what", "model-paca", "other")
     assert {row[0]: row[1:] for row in table.rows}["trained values"] == ("1,792", "3,584")
     assert {r["run"] for r in rows_of(figures(page)["Loss"])} == {"model-paca", "other"}
     (differing,) = section(page, "What differs").parts
@@ -549,6 +549,8 @@ def test_headings_ids_and_links_are_in_order(finished: Path) -> None:
     boxes = [given for given in outline.all("div") if "scroll" in str(given.get("class"))]
     assert boxes
     assert all(given["tabindex"] == "0" and given["aria-label"] for given in boxes)
+    names = [given["aria-label"] for _, given in outline.elements if given.get("role") == "region"]
+    assert len(names) == len(set(names)) > len(boxes)
     for given in outline.all("figure"):
         assert given["aria-labelledby"] in outline.ids
 

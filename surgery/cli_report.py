@@ -29,9 +29,9 @@ def report_command(folders: tuple[Path, ...], *, out: Path, overwrite: bool, as_
     """  # noqa: D301  click reads \b as "keep these lines as they are"
     for folder in folders:
         require_folder(folder)
-    from surgery.report.page import write_report
+    from surgery.report.page import report
 
-    page = write_report(folders, out, overwrite=overwrite)
+    page = report(folders, out, overwrite=overwrite)
     size = out.stat().st_size
     document = {"out": str(out), "size_bytes": size, "title": page.title, "sections": [s.title for s in page.sections]}
     click.echo(json.dumps(document, indent=2) if as_json else f"Wrote {out}: {page.title}, {size / 1e6:.2f} MB")

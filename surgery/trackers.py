@@ -7,7 +7,7 @@ huggingface's cache). The variables that would send trackio's logs to a server a
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 
-from surgery.errors import UnsupportedError
+from surgery.errors import UnsupportedError, shorten
 
 FOLDER = "tensorboard"  # in the adapter folder, with a folder for each run
 PROJECT = "checkpoint-surgery"  # of trackio
@@ -35,11 +35,15 @@ class Tracked:
 
 
 def require(names: Sequence[str]) -> None:
-    """Every tracker's package is installed. Raises: UnsupportedError."""
+    """Every tracker's package is installed, and can be imported. Raises: UnsupportedError."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            is_missing = isinstance(error, ModuleNotFoundError) and error.name == name
+            found = f"{name} {'is not installed' if is_missing else f'does not import ({shorten(str(error), 160)})'}"
             fix = "pip install 'checkpoint-surgery[tracking]', or leave it out"
-            raise UnsupportedError("train.report_to", f"{name} is not installed", expected=f"{name}", fix=fix)
+            raise UnsupportedError("train.report_to", found, expected=name, fix=fix) from error
 
 
 def callbacks(names: Sequence[str], run: Tracked, arguments: Any) -> list[TrainerCallback]:

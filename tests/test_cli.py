@@ -147,6 +147,7 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) 
         "generate": ["generate", "model", "--prompt", "a"],
         "eval": ["eval", "model", "--task", "gsm8k", "--data", "sums.jsonl", "--max-new-tokens", "2"],
         "plan": ["plan", "model", "--batch", "2"],
+        "report": ["report", "model-paca"],
         "patch": ["patch", "theirs/model.onnx", "model-paca", "-o", "patched"],
         "recipes": ["recipes", "list"],
     }
@@ -426,7 +427,9 @@ def test_train_takes_a_recipe_and_overrides_it(work: Path, run: Run) -> None:
 
 
 RECIPE = {"model": "model", "task": "seq2seq", "labels": ["x"], "data": {"train": ["a"]}, "train": {"max_steps": 9}}
-LIBRARY = {"apply": "surgery.operate", "train": "surgery.train", "verify": "surgery.verify"}
+LIBRARY = {
+    "apply": "surgery.operate", "train": "surgery.train", "verify": "surgery.verify", "report": "surgery.report.page",
+}  # fmt: skip
 REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         ("apply model -o new -r 4 --targets a --targets b,c --exclude d --rank-pattern e=1 --alpha 2 --select random "
@@ -492,6 +495,10 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"adapter": Path("a"), "base": "b", "prompts": ("p",), "numeric": False},
     ),
     ("undo model-paca -o again", {"out": Path("again")}),
+    (
+        "report model-paca model -o r.html --overwrite",
+        {"folders": (Path("model-paca"), Path("model")), "out": Path("r.html"), "overwrite": True},
+    ),
     (
         "run recipe.yaml max_steps=7 --overwrite --nproc 2",
         {"recipe": Recipe.model_validate({**RECIPE, "train": {"max_steps": 7}}), "overwrite": True, "nproc": 2},

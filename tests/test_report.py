@@ -32,9 +32,9 @@ from surgery.report import charts, drawing
 from surgery.report.bench_sections import bench_sections
 from surgery.report.commands import command_lines
 from surgery.report.curve import CURVE_FILE, draw_curve
-from surgery.report.curves import POINTS, curve, read_entries, step_seconds, thin
+from surgery.report.curves import POINTS, curve, read_entries, step_points, thin
 from surgery.report.movement import ROWS, Move, _folded, column_moves, relative_norm
-from surgery.report.page import build_page, render, write_report
+from surgery.report.page import build_page, render, report
 from surgery.report.parts import Figure, Page, Section, Table, Text, number, seconds, size, text
 from surgery.report.reading import INTERRUPTED, RUNNING, UNTRAINED, read_run
 from surgery.runs import CHECKPOINTS, LOG_FILE, RUN_FILE
@@ -116,9 +116,9 @@ def test_step_times_leave_evaluations_and_restarts_out() -> None:
         {"step": 40, "seconds": 9.0, "loss": 1.0},
         {"step": 50, "seconds": 15.0, "loss": 1.0},
     ]
-    found = step_seconds(entries)
-    assert found.steps == (20, 30, 50)
-    assert found.values == pytest.approx((0.5, 0.5, 0.6))
+    steps, times = zip(*step_points(entries), strict=True)
+    assert steps == (20, 30, 50)
+    assert times == pytest.approx((0.5, 0.5, 0.6))
 
 
 def test_a_long_curve_keeps_its_mean_and_its_extremes() -> None:
@@ -314,7 +314,7 @@ def test_several_runs_are_compared(finished: Path, tmp_path: Path) -> None:
     assert page.title == "Comparison of model-paca and other"
     table = section(page, "Results").parts[-1]
     assert isinstance(table, Table)
-    assert table.head == ("", "model-paca", "other")
+    assert table.head == ("what", "model-paca", "other")
     assert {row[0]: row[1:] for row in table.rows}["trained values"] == ("1,792", "3,584")
     assert {r["run"] for r in rows_of(figures(page)["Loss"])} == {"model-paca", "other"}
     (differing,) = section(page, "What differs").parts
@@ -420,9 +420,9 @@ def test_a_folder_that_is_neither_is_an_error(tmp_path: Path, tiny_model: TinyMo
         with pytest.raises(
             NotAModelError, match=r"neither surgery\.json nor bench\.json, expected a run .* or a bench"
         ):
-            write_report([finished, folder], tmp_path / "r.html")
+            report([finished, folder], tmp_path / "r.html")
     with pytest.raises(NotAModelError, match="no such folder"):
-        write_report([tmp_path / "none"], tmp_path / "r.html")
+        report([tmp_path / "none"], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
     assert NotAModelError.exit_code == 2
 
@@ -432,7 +432,7 @@ def test_a_damaged_run_is_an_error(run: Path, file: str, tmp_path: Path) -> None
     """Exit code 4, and no page."""
     (run / file).write_bytes(b"{}\n" + (run / file).read_bytes()[: (run / file).stat().st_size // 2])
     with pytest.raises(DamagedError) as caught:
-        write_report([run], tmp_path / "r.html")
+        report([run], tmp_path / "r.html")
     assert file in caught.value.where
     assert not (tmp_path / "r.html").exists()
 
@@ -441,7 +441,7 @@ def test_a_damaged_bench_is_an_error(tmp_path: Path) -> None:
     """As a damaged run."""
     (tmp_path / RESULTS_FILE).write_text('{"schema_version": 1, "rows": 3}')
     with pytest.raises(DamagedError):
-        write_report([tmp_path], tmp_path / "r.html")
+        report([tmp_path], tmp_path / "r.html")
 
 
 def test_an_existing_file_is_replaced_only_when_asked(finished: Path, tmp_path: Path) -> None:
@@ -449,16 +449,16 @@ def test_an_existing_file_is_replaced_only_when_asked(finished: Path, tmp_path: 
     out = tmp_path / "r.html"
     out.write_text("mine")
     with pytest.raises(OutputExistsError, match="--overwrite"):
-        write_report([finished], out)
+        report([finished], out)
     with pytest.raises(NotAModelError):
-        write_report([tmp_path], out, overwrite=True)
+        report([tmp_path], out, overwrite=True)
     assert out.read_text() == "mine"
-    write_report([finished], out, overwrite=True)
+    report([finished], out, overwrite=True)
     assert out.read_text().startswith("<!DOCTYPE html>")
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputExistsError, match="a folder"):
-        write_report([finished], tmp_path / "folder", overwrite=True)
+        report([finished], tmp_path / "folder", overwrite=True)
 
 
 def test_without_the_extra_it_says_how_to_get_it(
@@ -468,7 +468,7 @@ def test_without_the_extra_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     monkeypatch.delitem(sys.modules, "surgery.report.drawing")
     with pytest.raises(UnsupportedError, match=r"pip install 'checkpoint-surgery\[report\]'"):
-        write_report([finished], tmp_path / "r.html")
+        report([finished], tmp_path / "r.html")
     assert draw_curve(finished).startswith("curve not drawn: surgery.report.drawing: vl_convert is not installed")
     assert not (finished / CURVE_FILE).exists()
 
@@ -549,6 +549,8 @@ def test_headings_ids_and_links_are_in_order(finished: Path) -> None:
     boxes = [given for given in outline.all("div") if "scroll" in str(given.get("class"))]
     assert boxes
     assert all(given["tabindex"] == "0" and given["aria-label"] for given in boxes)
+    names = [given["aria-label"] for _, given in outline.elements if given.get("role") == "region"]
+    assert len(names) == len(set(names)) > len(boxes)
     for given in outline.all("figure"):
         assert given["aria-labelledby"] in outline.ids
 

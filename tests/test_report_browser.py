@@ -17,7 +17,7 @@ import pytest
 from surgery.report import drawing
 from surgery.report.charts import PALETTE
 from surgery.report.curves import POINTS, read_entries
-from surgery.report.page import build_page, render, write_report
+from surgery.report.page import build_page, render, report
 from surgery.report.parts import Figure, Page
 from surgery.runs import LOG_FILE
 from tests.conftest import TinyModel
@@ -85,7 +85,7 @@ def reports(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> 
     (folder / "bench").mkdir()
     make_results().write(folder / "bench")
     for name, listed in PAGES.items():
-        write_report([folder / part for part in listed], folder / f"{name}.html")
+        report([folder / part for part in listed], folder / f"{name}.html")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -36,8 +37,11 @@ def ready(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A fresh adapter in `run`, its data, and trackio's database in a folder of the test's own; no network."""
     import trackio.utils
 
-    def refuse(self: socket.socket, address: Any) -> None:
-        raise AssertionError(f"a connection to {address}")
+    attempts: list[Any] = []
+
+    def refuse(_self: socket.socket, address: Any) -> None:
+        attempts.append(address)
+        raise ConnectionRefusedError(address)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     for name in ("TRACKIO_DIR", "MEDIA_DIR"):
@@ -46,6 +50,7 @@ def ready(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tmp_path / "trackio" == trackio.utils.TRACKIO_DIR
     apply(tiny_model(CASES[0].family), tmp_path / "run", PacaSpec(rank=4))
     yield CASES[0].write(tmp_path)
+    assert attempts == []
     assert not list(tmp_path.glob("runs"))
 
 
@@ -149,7 +154,7 @@ def test_trackio_stays_here_whatever_the_environment_says(
     ready: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Space, a server: neither is heard, and the variables are as they were."""
-    elsewhere = {"TRACKIO_SPACE_ID": "someone/space", "TRACKIO_SERVER_URL": "http://example.invalid/?write_token=x"}
+    elsewhere = {"TRACKIO_SPACE_ID": "someone/space", "TRACKIO_SERVER_URL": "http://127.0.0.1:9/?write_token=x"}
     for name, value in elsewhere.items():
         monkeypatch.setenv(name, value)
     train(tmp_path / "run", ready, settings(report_to=["trackio"]))
@@ -158,14 +163,26 @@ def test_trackio_stays_here_whatever_the_environment_says(
     assert "TRACKIO_PROJECT" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    (
+        (ModuleNotFoundError("No module named 'trackio'", name="trackio"), "trackio is not installed"),
+        (ImportError("cannot import name 'Volume'"), r"trackio does not import \(cannot import name 'Volume'\)"),
+    ),
+)
 def test_a_missing_package_is_said_before_anything_starts(
-    ready: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ready: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: ImportError, said: str
 ) -> None:
-    """Exit code 5 and the pip line; the adapter's folder is as it was."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else object())
-    with pytest.raises(
-        UnsupportedError, match=r"trackio is not installed.*pip install 'checkpoint-surgery\[tracking\]'"
-    ):
+    """Exit code 5 and the pip line, also for one that is broken; the adapter's folder is as it was."""
+    real = importlib.import_module
+
+    def load(name: str, package: str | None = None) -> object:
+        if name == "trackio":
+            raise error
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    with pytest.raises(UnsupportedError, match=said + r".*pip install 'checkpoint-surgery\[tracking\]'"):
         train(tmp_path / "run", ready, settings(report_to=BOTH))
     assert not (tmp_path / "run" / CHECKPOINTS).exists()
 

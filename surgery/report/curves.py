@@ -65,8 +65,8 @@ def score_names(entries: Iterable[Entry]) -> list[str]:
     return sorted(kept, key=lambda name: (name != "loss", name))
 
 
-def step_seconds(entries: Sequence[Entry]) -> Curve:
-    """The time of one step, between each entry and the one before it, so that evaluations do not count.
+def step_points(entries: Sequence[Entry]) -> list[tuple[int, float]]:
+    """(step, seconds of one step), between each entry and the one before it, so that evaluations do not count.
 
     Before the first entry a model was loaded, so it gives no time; nor does the first one of a resumed run, which
     counts its seconds anew.
@@ -77,7 +77,7 @@ def step_seconds(entries: Sequence[Entry]) -> Curve:
         steps, elapsed = after["step"] - before["step"], after["seconds"] - before["seconds"]
         if steps > 0 and elapsed > 0 and "loss" in after:
             found.append((after["step"], elapsed / steps))
-    return thin(found)
+    return found
 
 
 def thin(points: Sequence[tuple[int, float]], limit: int = POINTS) -> Curve:

@@ -34,7 +34,7 @@ DEFAULT_OUT = "report.html"
 BUNDLE = "surgery.report.drawing:bundle"
 
 
-def write_report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Page:
+def report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Page:
     """Write the page on these runs and benches; the file is whole or absent.
 
     Raises: OutputExistsError; NotAModelError, DamagedError, RequestError for a folder that is none of either;
@@ -59,7 +59,7 @@ def _require_free(out: Path, *, overwrite: bool) -> None:
 
 
 def build_page(folders: Sequence[Path]) -> Page:
-    """What the page says. Raises: as `write_report`."""
+    """What the page says. Raises: as `report`."""
     runs: list[Run] = []
     benches: list[tuple[str, Results]] = []
     for folder in folders:

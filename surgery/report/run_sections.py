@@ -12,7 +12,7 @@ from surgery.plan import SurgeryPlan
 from surgery.report import charts
 from surgery.report.charts import EVALUATION, TRAINING
 from surgery.report.commands import command_lines
-from surgery.report.curves import Curve, curve, score_names, step_seconds
+from surgery.report.curves import Curve, curve, score_names, step_points, thin
 from surgery.report.movement import Move, column_moves, side_norms
 from surgery.report.parts import NOTHING, Figure, Part, Section, Table, Text, number, pairs, seconds, size, text
 from surgery.report.reading import FINISHED, UNTRAINED, Run
@@ -106,7 +106,7 @@ def _results(runs: Sequence[Run]) -> Iterable[Part]:
     facts = [_outcome(run) for run in runs]
     names = list(dict.fromkeys(name for outcome in facts for name in outcome))
     rows = tuple((name, *(outcome.get(name, NOTHING) for outcome in facts)) for name in names)
-    yield Table("What came out", ("", *(run.name for run in runs)), rows, right=tuple(range(1, len(runs) + 1)))
+    yield Table("What came out", ("what", *(run.name for run in runs)), rows, right=tuple(range(1, len(runs) + 1)))
 
 
 def _outcome(run: Run) -> dict[str, str]:
@@ -114,7 +114,7 @@ def _outcome(run: Run) -> dict[str, str]:
     for name in sorted({*run.before, *run.after}, key=lambda name: (name != "loss", name)):
         for when, metrics in (("before", run.before), ("after", run.after)):
             found[f"{name.replace('_', ' ')} {when}"] = number(metrics.get(name))
-    times = step_seconds(run.entries).values
+    times = [elapsed for _, elapsed in step_points(run.entries)]
     found["training loss (mean)"] = number(run.training.get("loss"))
     found["time"] = seconds(run.training.get("seconds"))
     found["step (median)"] = seconds(statistics.median(times) if times else None)
@@ -156,7 +156,7 @@ def _figures(runs: Sequence[Run]) -> Iterable[Figure | None]:
         yield _figure(label[:1].upper() + label[1:], label, _scores(runs, name))
     rates = [(run, TRAINING, curve(run.entries, "learning_rate")) for run in runs]
     yield _figure("Learning rate", "learning rate", rates)
-    times = [(run, TRAINING, step_seconds(run.entries)) for run in runs]
+    times = [(run, TRAINING, thin(step_points(run.entries))) for run in runs]
     note = "Between two entries of the log, divided by the steps between them; evaluations are left out."
     yield _figure("Step time", "time of a step", times, note, "seconds")
 

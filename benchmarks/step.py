@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                       the figures of docs/performance.md
     python benchmarks/step.py --device cuda --shape llama-8b --dtype bf16 --batch 2 --tokens 2048
+    python benchmarks/step.py --shape small --write small-llama     a folder for `surgery bench`: config.json alone
 
 The variants hold the same weights and take turns step by step, in an order that changes every round, so that a noisy
 machine hurts all alike. The floor is a frozen forward with input gradients: what any method on a frozen model must do.
@@ -185,7 +186,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", choices=("both", "yes", "no"), default="both")
     parser.add_argument("--json", type=Path, help="write the raw figures there")
+    parser.add_argument("--write", type=Path, help="only write the shape's config.json to that folder")
     arguments = parser.parse_args()
+    if arguments.write:
+        LlamaConfig(**SHAPES[arguments.shape], architectures=["LlamaForCausalLM"]).save_pretrained(arguments.write)
+        return
     torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
     sizes = (

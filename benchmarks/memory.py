@@ -63,7 +63,7 @@ def measure(arguments: argparse.Namespace, method: str) -> tuple[int, int]:
             keep_inputs_frozen(model)  # as in our runs
     ids = torch.randint(0, config.vocab_size, (arguments.batch, arguments.tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    saved = saved_bytes(model, lambda: model(**batch).loss)
+    saved = saved_bytes(model, lambda model=model: model(**batch).loss)
     live = LiveBytes(model)
     with live.watching():
         model(**batch).loss.backward()

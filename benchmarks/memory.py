@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import DTYPES, SHAPES, as_full, as_lora, as_paca, saved_bytes
+from step import DTYPES, SHAPES, as_full, as_lora, as_paca
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.bench.measure import saved_bytes
 from surgery.compat import keep_inputs_frozen, set_checkpointing
 from surgery.memory import Run, open_subject, predict
 from surgery.methods.read import ReadSpec
@@ -62,7 +63,7 @@ def measure(arguments: argparse.Namespace, method: str) -> tuple[int, int]:
             keep_inputs_frozen(model)  # as in our runs
     ids = torch.randint(0, config.vocab_size, (arguments.batch, arguments.tokens))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    saved = saved_bytes(model, batch)
+    saved = saved_bytes(model, lambda model=model: model(**batch).loss)
     live = LiveBytes(model)
     with live.watching():
         model(**batch).loss.backward()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import json
 import platform
 import random
@@ -30,10 +29,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from step import SHAPES, as_floor, as_full, as_paca, optimizer_of, ratio, wait
+from step import SHAPES, as_floor, as_full, as_paca, optimizer_of, ratio
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from surgery.bench.measure import release, wait
 from surgery.compat import keep_inputs_frozen, set_checkpointing
 
 TURNS, ALONE = ("floor", "paca", "lora", "lora-fp32"), ("full",)
@@ -119,13 +119,6 @@ def build(arguments: argparse.Namespace, method: str) -> Setup:
     if arguments.compile:
         model.compile()
     return Setup(model, optimizer_of(model), arguments.device)
-
-
-def release() -> None:
-    """Give back what nobody holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # --- time

@@ -15,25 +15,26 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
+import functools
+import itertools
 import json
 import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from step import optimizer_of, ratio, saved_bytes, step
+from step import optimizer_of, ratio, step
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 import surgery
+from surgery.bench.measure import saved_bytes, take_turns
+from surgery.bench.peak import resident_bytes
 from surgery.planning import plan_model
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -91,12 +92,6 @@ VARIANTS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS, the process's resident set now, or VmHWM, its peak since that was reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
-
-
 def child(arguments: argparse.Namespace) -> None:
     """Three steps (or forwards) of one variant, and how far memory rose above the built model's."""
     model, batch = build(arguments.shape)
@@ -128,9 +123,9 @@ def measure_steps(arguments: argparse.Namespace) -> None:
     models = {name: VARIANTS[name](copy.deepcopy(base)).train() for name in arguments.variants}
     saved = {}
     for name, model in models.items():
-        saved[name] = saved_bytes(model, batch)
-        trim()
-    seconds = take_turns({n: _stepper(model, batch) for n, model in models.items()}, arguments)
+        saved[name] = saved_bytes(model, lambda one=model: one(**batch).loss)
+    steps = {name: functools.partial(step, model, optimizer_of(model)) for name, model in models.items()}
+    seconds = take_turns(steps, itertools.repeat(batch, arguments.warmup + arguments.rounds), warmup=arguments.warmup)
     print(HEADINGS)
     for name, model in models.items():
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -142,30 +137,6 @@ def measure_steps(arguments: argparse.Namespace) -> None:
         )
 
 
-def _stepper(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], None]:
-    optimizer = optimizer_of(model)
-    return lambda: step(model, optimizer, batch)
-
-
-def take_turns(functions: Mapping[str, Callable[[], Any]], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each call by name, interleaved."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    order = random.Random(0)
-    for round_number in range(arguments.warmup + arguments.rounds):
-        for name in order.sample(list(functions), len(functions)):
-            started = time.perf_counter()
-            functions[name]()
-            if round_number >= arguments.warmup:
-                seconds[name].append(time.perf_counter() - started)
-            trim()
-    return seconds
-
-
-def trim() -> None:
-    """Give freed memory back, so that one variant's does not stand in the way of another's."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def measure_inference(arguments: argparse.Namespace) -> None:
     """Latency and peak memory of a forward at batch 8 x 128, over the bare backbone."""
     base, batch = build(arguments.shape)
@@ -173,14 +144,13 @@ def measure_inference(arguments: argparse.Namespace) -> None:
     batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if arguments.shape == "t5" else {})
     models = {"bare": copy.deepcopy(base), "read-64": as_read(64)(copy.deepcopy(base)), "read-256": as_read(256)(base)}
 
-    def forward(model: Any) -> Callable[[], None]:
-        def run() -> None:
-            with torch.inference_mode():
-                model(**batch)
+    def forward(model: Any, inputs: Mapping[str, Tensor]) -> None:
+        with torch.inference_mode():
+            model(**inputs)
 
-        return run
-
-    seconds = take_turns({name: forward(model.eval()) for name, model in models.items()}, arguments)
+    forwards = {name: functools.partial(forward, model.eval()) for name, model in models.items()}
+    batches = itertools.repeat(batch, arguments.warmup + arguments.rounds)
+    seconds = take_turns(forwards, batches, warmup=arguments.warmup)
     for name, times in seconds.items():
         peak = risen(arguments, name, "inference") / 1e6
         print(f"{name:9} {statistics.median(times):.4f} s, to bare {ratio(times, seconds['bare'])}, peak {peak:.0f} MB")

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                       the figures of docs/performance.md
     python benchmarks/step.py --device cuda --shape llama-8b --dtype bf16 --batch 2 --tokens 2048
+    python benchmarks/step.py --shape small --write small-llama     a folder for `surgery bench`: config.json alone
 
 The variants hold the same weights and take turns step by step, in an order that changes every round, so that a noisy
 machine hurts all alike. The floor is a frozen forward with input gradients: what any method on a frozen model must do.
@@ -11,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
+import functools
+import itertools
 import json
 import platform
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.bench.measure import saved_bytes, take_turns
 from surgery.compat import set_checkpointing
 
 SHAPES = {
@@ -92,34 +93,6 @@ def step(model: Any, optimizer: torch.optim.Optimizer | None, batch: Mapping[str
         optimizer.zero_grad(set_to_none=True)
 
 
-def wait(device: str) -> None:
-    """Until the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def saved_bytes(model: Any, batch: Mapping[str, Tensor]) -> int:
-    """Bytes of distinct storages kept for backward that are neither parameters nor buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no storage is freed and its address used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    total = sum(kept.values())
-    alive.clear()
-    del loss
-    gc.collect()  # hooks and graph hold each other
-    return total
-
-
 def measure(arguments: argparse.Namespace, *, checkpointing: bool) -> dict[str, Any]:
     """Seconds a step by variant, taking turns."""
     device, dtype = arguments.device, DTYPES[arguments.dtype]
@@ -128,21 +101,15 @@ def measure(arguments: argparse.Namespace, *, checkpointing: bool) -> dict[str, 
     batch = {"input_ids": ids, "labels": ids}
     models = {name: VARIANTS[name](copy.deepcopy(base), arguments.rank).train() for name in arguments.variants}
     del base
-    result: dict[str, Any] = {"saved_bytes": {name: saved_bytes(model, batch) for name, model in models.items()}}
+    kept = {name: saved_bytes(model, lambda one=model: one(**batch).loss) for name, model in models.items()}
+    result: dict[str, Any] = {"saved_bytes": kept}
     for model in models.values():
         if checkpointing:
             set_checkpointing(model, on=True)
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    order = random.Random(0)
-    for round_number in range(arguments.warmup + arguments.rounds):
-        for name in order.sample(list(models), len(models)):
-            wait(device)
-            started = time.perf_counter()
-            step(models[name], optimizers[name], batch)
-            wait(device)
-            if round_number >= arguments.warmup:
-                seconds[name].append(time.perf_counter() - started)
+    steps = {name: functools.partial(step, model, optimizers[name]) for name, model in models.items()}
+    batches = itertools.repeat(batch, arguments.warmup + arguments.rounds)
+    seconds = take_turns(steps, batches, warmup=arguments.warmup, device=device)
     result["seconds"] = seconds
     result["trained"] = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}
     return result
@@ -185,7 +152,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", choices=("both", "yes", "no"), default="both")
     parser.add_argument("--json", type=Path, help="write the raw figures there")
+    parser.add_argument("--write", type=Path, help="only write the shape's config.json to that folder")
     arguments = parser.parse_args()
+    if arguments.write:
+        LlamaConfig(**SHAPES[arguments.shape], architectures=["LlamaForCausalLM"]).save_pretrained(arguments.write)
+        return
     torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
     sizes = (

@@ -20,7 +20,7 @@ from surgery.bench.methods import VARIANTS, Adapter, residual_layers, trained
 from surgery.bench.scores import learn
 from surgery.bench.sizes import count_values, nearest, settle
 from surgery.bench.spec import parse_methods, read_spec, split_methods
-from surgery.bench.subject import DTYPES, Feed, build, draw, enter, open_feed, open_subject, set_dropout
+from surgery.bench.subject import DTYPES, Contender, Feed, build, draw, enter, open_feed, open_subject, set_dropout
 from surgery.errors import RequestError, SurgeryError, UnsupportedError
 from surgery.memory import predict
 from surgery.saved import LiveBytes
@@ -180,6 +180,11 @@ def test_a_merged_model_is_plain_and_computes_the_same(method: str, tiny_model: 
 # --- what backward keeps
 
 
+def kept_by(contender: Contender) -> int:
+    """The bytes that a step keeps for backward."""
+    return saved_bytes(contender.model, lambda: contender.loss(draw(contender.subject, 0)))
+
+
 def test_bytes_saved_are_in_order(tiny_model: TinyModel) -> None:
     """The floor keeps least, PaCA hardly more, LoRA more; without gradients READ keeps less than the floor.
 
@@ -189,7 +194,7 @@ def test_bytes_saved_are_in_order(tiny_model: TinyModel) -> None:
     kept = {}
     for method in ("floor", "paca:r=4", "lora:r=4", "read:hidden=8", "full", "shira:r=2"):
         contender = contender_of(deep, method, sequence=64)
-        kept[method.partition(":")[0]] = saved_bytes(contender, draw(contender.subject, 0))
+        kept[method.partition(":")[0]] = kept_by(contender)
     assert kept["floor"] <= kept["paca"] <= kept["lora"]
     assert kept["read"] < kept["floor"] < kept["full"]
     assert kept["shira"] > kept["paca"]
@@ -199,7 +204,7 @@ def test_checkpointing_keeps_less(tiny_model: TinyModel) -> None:
     """For this package's methods and for PEFT's alike."""
     for method in ("paca", "lora", "full"):
         kept = [
-            saved_bytes(c, draw(c.subject, 0))
+            kept_by(c)
             for c in (contender_of(tiny_model("llama"), method, checkpointing=on, sequence=64) for on in (False, True))
         ]
         assert kept[1] < 0.7 * kept[0], method

@@ -24,7 +24,7 @@ from surgery.bench.energy import Meter
 from surgery.bench.methods import trained
 from surgery.bench.results import Row
 from surgery.bench.spec import Entry
-from surgery.bench.subject import Batch, Contender, Feed, Subject, enter, put_on
+from surgery.bench.subject import Batch, Feed, Subject, enter, put_on
 
 ENERGY_SECONDS = 3.0  # counters tick some ten times a second
 IN_TURNS = "timed in turns"
@@ -86,9 +86,11 @@ def take_turns(
     return seconds
 
 
-def saved_bytes(contender: Contender, batch: Batch) -> int:
-    """Bytes of distinct storages that a forward keeps for backward and that are neither parameters nor buffers."""
-    model = contender.model
+def saved_bytes(model: Any, forward: Callable[[], Tensor]) -> int:
+    """Bytes of distinct storages that a forward keeps for backward and that are neither parameters nor buffers.
+
+    forward: gives the loss.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no storage is freed and its address used again
@@ -102,7 +104,7 @@ def saved_bytes(contender: Contender, batch: Batch) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = contender.loss(batch)
+        loss = forward()
     total = sum(kept.values())
     alive.clear()
     del loss
@@ -146,7 +148,7 @@ def _measure_together(
     for name, contender in contenders.items():
         counts = trained(contender.model)
         rows[name].trained_values, rows[name].trained_names = sum(counts.values()), len(counts)
-        rows[name].saved_bytes = saved_bytes(contender, first)
+        rows[name].saved_bytes = saved_bytes(contender.model, lambda one=contender: one.loss(first))  # type: ignore[misc]
     steps = {name: contender.step for name, contender in contenders.items()}
     batches = feed.batches(0, spec.warmup + spec.rounds)
     seconds = take_turns(steps, batches, warmup=spec.warmup, device=subject.device)

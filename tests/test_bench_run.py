@@ -29,6 +29,7 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedError,
 )
+from surgery.recipe import DataSection
 from tests.benches import CLASSES, labelled_data, little, subject_of, text_data
 from tests.conftest import TinyModel
 
@@ -380,6 +381,38 @@ def test_command(tiny_model: TinyModel, tmp_path: Path) -> None:
     document = json.loads(again.stdout)
     assert document["rows"][0]["size"] == {"name": "r", "value": 4}
     assert Results.model_validate(document) == read_results(tmp_path / "out")
+
+
+def test_every_option_reaches_the_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Or, of those that say where and how, the run."""
+    seen: dict[str, Any] = {}
+
+    def seeing(spec: BenchSpec, folder: Path, **more: Any) -> None:
+        seen.update(more, spec=spec, folder=folder)
+        raise RequestError("x", "seen")
+
+    monkeypatch.setattr(running, "run", seeing)
+    line = (
+        "--methods paca,full --data a --eval-data b --task causal-lm --labels c,d --targets q --exclude e"
+        " --equal values --rank 3 --hidden 5 --batch 2 --sequence 16 --rounds 4 --warmup 2 --fit 1GB --checkpointing --dropout 0.1"
+        " --dtype bf16 --precision fp32 --device cpu --threads 1 --seeds 2 --steps 7 --epochs 0.5 --metric loss"
+        " --resume auto --overwrite --out"
+    )
+    rates = {"--lr paca=1e-3 --lr 1e-4": {"learning_rates": {"paca": 1e-3, "*": 1e-4}}}
+    rates["--tune 1e-4,1e-3 --tune-steps 6"] = {"tune": [1e-4, 1e-3], "tune_steps": 6}
+    data = DataSection(train=["a"], eval=["b"], max_length=16)
+    for words, chosen in rates.items():
+        bench(tmp_path, *line.split(), tmp_path / "out", *words.split())
+        wanted = BenchSpec(
+            model=str(tmp_path), methods=["paca", "full"], task="causal-lm", labels=["c", "d"], targets=["q"],
+            exclude=["e"], equal="values", rank=3, hidden=5, data=data, batch=2, sequence=16, rounds=4, warmup=2,
+            fit_bytes=10**9, checkpointing=True, dropout=0.1, dtype="bf16", precision="fp32", device="cpu", threads=1,
+            seeds=2, steps=7, epochs=0.5, metric="loss", **chosen,
+        )  # fmt: skip
+        assert seen.pop("spec") == wanted
+    assert (seen["folder"], seen["resume"], seen["overwrite"]) == (tmp_path / "out", True, True)
+    known = {option for parameter in cli.commands["bench"].params for option in parameter.opts if option[:2] == "--"}
+    assert known - {"--json"} == {word for word in f"{line} {' '.join(rates)}".split() if word.startswith("--")}
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,20 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) 
         "generate": ["generate", "model", "--prompt", "a"],
         "eval": ["eval", "model", "--task", "gsm8k", "--data", "sums.jsonl", "--max-new-tokens", "2"],
         "plan": ["plan", "model", "--batch", "2"],
+        "bench": [
+            "bench",
+            "model",
+            "--methods",
+            "floor,paca",
+            "--rounds",
+            2,
+            "--warmup",
+            1,
+            "--sequence",
+            8,
+            "--batch",
+            1,
+        ],
         "report": ["report", "model-paca"],
         "patch": ["patch", "theirs/model.onnx", "model-paca", "-o", "patched"],
         "recipes": ["recipes", "list"],
@@ -526,8 +540,8 @@ def test_every_option_reaches_the_library(
     assert {key: seen.get(key) for key in expected} == expected
 
 
-# test_generate.py, test_cli_plan.py and test_evals_command.py hold their own
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("eval", "generate", "plan")])
+# test_bench_run.py, test_cli_plan.py, test_evals_command.py and test_generate.py hold their own
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("bench", "eval", "generate", "plan")])
 def test_no_option_is_forgotten_above(name: str) -> None:
     """A new option needs a line that shows where it goes; what is printed is seen elsewhere."""
     said = {word for line, _ in REACHES if line.startswith(f"{name} ") for word in line.split()}

@@ -34,7 +34,7 @@ def _columns(_context: click.Context, _option: click.Parameter, values: Sequence
 @click.option("--limit", type=int, help="Only so many rows, the first.")
 @click.option("--column", "columns", multiple=True, metavar="ROLE=COLUMN", callback=_columns,
               help="A column of another name, or by number from 0 in a file without a header; repeatable.")  # fmt: skip
-@click.option("--batch", type=int, help="Rows at once. Default: 8. The scores are the same for any.")
+@click.option("--batch", type=int, help="Rows at once. Default: 8. Scores do not depend on it.")
 @click.option("--max-new-tokens", type=int, help="gsm8k: how long an answer may be. Default: 256.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--base", help="The base's folder or hub id, where it is not where it was.")

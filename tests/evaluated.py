@@ -24,7 +24,9 @@ SENTENCES = tuple(
     {"sentence": f"{'a user' if n % 2 else 'the quick fox'} {'so ' * n}asks", "label": n % 2} for n in range(17)
 )
 PAIRS = tuple({"sentence1": "the fox " * (1 + n % 4), "sentence2": ANIMALS[n % 4], "label": n % 2} for n in range(17))
-SIMILAR = tuple({**row, "label": (n % 6) - 0.25 * (n % 6 == 5)} for n, row in enumerate(PAIRS))
+SIMILAR = tuple(
+    {**row, "sentence1": "the fox" + " so" * n, "label": (n % 6) - 0.25 * (n % 6 == 5)} for n, row in enumerate(PAIRS)
+)
 BIG: Mapping[str, Mapping[str, object]] = {"llama": {"max_position_embeddings": 512}, "gpt2": {"n_positions": 512}}
 
 

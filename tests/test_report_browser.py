@@ -219,7 +219,7 @@ def test_each_chart_holds_its_data_and_its_table_says_the_same(reports: Path, br
 
 
 def test_bars_are_as_long_as_their_values(reports: Path, browse: Open) -> None:
-    """Bars begin where the axis has 0, and each is its value's part of the largest; lines reach from quartile to quartile."""
+    """Bars begin at the axis' 0, each is its value's part of the largest; lines reach from quartile to quartile."""
     opened = browse(reports / "bench-page.html")
     for title in ("Step time", "Saved for backward", "Peak memory", "Ratio to the floor"):
         rows, boxes = drawn_data(opened, title), marks(opened, title, "mark-rect")
@@ -364,7 +364,7 @@ def test_charts_take_the_width_of_a_window_that_changes(reports: Path, browse: O
 
 
 INTERACTIVE = """() => {
-    const all = [...document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']")];
+    const all = [...document.querySelectorAll("a[href], button, input, select, summary, .scroll, pre")];
     all.forEach((element, number) => { element.dataset.place = number; });
     return all.filter((element) => element.checkVisibility()).map((element) => element.dataset.place);
 }"""

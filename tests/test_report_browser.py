@@ -115,16 +115,15 @@ def marks(opened: Opened, title: str, kind: str) -> list[dict[str, float]]:
     return found
 
 
+CHART_TITLED = """(title) => {
+    const figure = [...document.querySelectorAll("figure")].find((f) => f.querySelector("h3").textContent === title);
+"""
+
+
 def drawn_data(opened: Opened, title: str) -> list[dict[str, Any]]:
     """What the chart's view holds as its data."""
-    found: list[dict[str, Any]] = opened.call(
-        """(title) => {
-            const figure = [...document.querySelectorAll("figure")].find(
-                (f) => f.querySelector("h3").textContent === title);
-            return JSON.parse(JSON.stringify(window.charts[figure.dataset.chart].data("rows")));
-        }""",
-        title,
-    )
+    data = "return JSON.parse(JSON.stringify(window.charts[figure.dataset.chart].data('rows')));"
+    found: list[dict[str, Any]] = opened.call(f"{CHART_TITLED} {data} }}", title)
     return found
 
 
@@ -220,11 +219,12 @@ def test_each_chart_holds_its_data_and_its_table_says_the_same(reports: Path, br
 
 
 def test_bars_are_as_long_as_their_values(reports: Path, browse: Open) -> None:
-    """Each bar's width is its value's part of the largest, within a pixel; lines reach from quartile to quartile."""
+    """Bars begin at the axis' 0, each is its value's part of the largest; lines reach from quartile to quartile."""
     opened = browse(reports / "bench-page.html")
     for title in ("Step time", "Saved for backward", "Peak memory", "Ratio to the floor"):
         rows, boxes = drawn_data(opened, title), marks(opened, title, "mark-rect")
         assert len(rows) == len(boxes) > 8
+        assert opened.call(f"{CHART_TITLED} return window.charts[figure.dataset.chart].scale('x')(0); }}", title) == 0
         most = max(row["value"] for row in rows)
         longest = max(box["width"] for box in boxes)
         for row, box in zip(rows, boxes, strict=True):
@@ -364,7 +364,7 @@ def test_charts_take_the_width_of_a_window_that_changes(reports: Path, browse: O
 
 
 INTERACTIVE = """() => {
-    const all = [...document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']")];
+    const all = [...document.querySelectorAll("a[href], button, input, select, summary, .scroll, pre")];
     all.forEach((element, number) => { element.dataset.place = number; });
     return all.filter((element) => element.checkVisibility()).map((element) => element.dataset.place);
 }"""

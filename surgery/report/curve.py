@@ -21,7 +21,7 @@ def draw_curve(adapter: Path) -> str:
         draw = resolve(PNG)
         figure = loss_figure([read_run(adapter)])
         if figure is None:
-            return "curve not drawn: the log has no loss"
+            return "curve not drawn: the log has fewer than two losses"
         replace_file(path, draw({**figure.spec, "title": f"Loss of {adapter.resolve().name}"}))
     except (SurgeryError, OSError, ValueError) as error:  # the last is what the drawing raises
         return f"curve not drawn: {error}"

@@ -43,7 +43,7 @@ def _settings(run: Run) -> list[str]:
 
 
 def _figure(found: Prediction) -> Figure:
-    names = {"columns": ADDED[found.method], "temporary": "temporary (at the peak)"}
+    names = {"columns": ADDED[found.method]}
     held = [(names.get(name, name), value, "held") for name, value in found.parts.items()]
     parts = [*held, *((name, value, ACTIVATIONS) for name, value in found.activations.items())]
     parts = [part for part in parts if part[1]]

@@ -36,6 +36,7 @@ from surgery.report.curves import POINTS, curve, read_entries, step_points, thin
 from surgery.report.movement import ROWS, Move, _folded, column_moves, relative_norm
 from surgery.report.page import build_page, render, report
 from surgery.report.parts import Figure, Page, Section, Table, Text, number, seconds, size, text
+from surgery.report.predicted import predicted_memory
 from surgery.report.reading import INTERRUPTED, RUNNING, UNTRAINED, read_run
 from surgery.runs import CHECKPOINTS, LOG_FILE, RUN_FILE
 from surgery.survey import TaskSpec
@@ -213,6 +214,15 @@ def test_memory_by_part_is_what_surgery_plan_says(finished: Path, capsys: pytest
     planned = json.loads(capsys.readouterr().out)
     wanted = {**planned["parts"], **planned["activations"]}
     assert found == {name: value for name, value in wanted.items() if value}
+
+
+def test_memory_is_predicted_for_the_length_that_the_tokenizer_allows(run: Path) -> None:
+    """A recipe's default of 1,024 tokens is no reason to predict nothing for a model of fewer positions."""
+    path = run / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 32}))
+    found = predicted_memory(replace(read_run(run), inputs={"max_length": 1024}))
+    assert isinstance(found, Figure)
+    assert " x 32 tokens" in found.summary
 
 
 def test_the_verification_is_that_of_the_export_beside_the_run(finished: Path, run: Path) -> None:

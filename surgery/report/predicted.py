@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from surgery.checkpoint import read_json
 from surgery.errors import SurgeryError
 from surgery.forecast import Question, forecast
 from surgery.memory import ADDED, Prediction
@@ -38,8 +39,16 @@ def _question(run: Run) -> Question:
 def _settings(run: Run) -> list[str]:
     section = {f"train.{name}": run.settings[name] for name in PREDICTED_BY if name in run.settings}
     if "max_length" in run.inputs:
-        section["data.max_length"] = run.inputs["max_length"]
+        section["data.max_length"] = _length(run)
     return [f"{key}={json.dumps(value)}" for key, value in section.items()]
+
+
+def _length(run: Run) -> int:
+    """The tokens of a row that training saw at most: a smaller limit of the tokenizer wins."""
+    path = (run.adapter or run.folder) / "tokenizer_config.json"
+    limit = read_json(path).get("model_max_length") if path.is_file() else None
+    wanted = int(run.inputs["max_length"])
+    return min(wanted, int(limit)) if isinstance(limit, (int, float)) else wanted
 
 
 def _figure(found: Prediction) -> Figure:

@@ -5,8 +5,6 @@ Results go to standard output, as text or with --json as one document; all else 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -29,6 +27,7 @@ from surgery.cli_plan import plan_command
 from surgery.cli_recipes import recipes_command
 from surgery.cli_report import report_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
+from surgery.terminal import say, show
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -50,28 +49,6 @@ def cli(context: click.Context, *, verbose: bool, quiet: bool) -> None:
     context.obj = {"verbose": verbose, "quiet": quiet}
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"
-
-
-def say(text: str) -> None:
-    """A remark for the person at the terminal."""
-    if not click.get_current_context().find_root().obj["quiet"]:
-        click.echo(text, err=True)
-
-
-def show(lines: Sequence[str], document: Any, *, as_json: bool) -> None:
-    """The result: lines for people, or one JSON document."""
-    click.echo(json.dumps(plain(document), indent=2) if as_json else "\n".join(lines))
-
-
-def plain(value: Any) -> Any:
-    """Records, paths and tuples as what JSON has."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from surgery.checkpoint import require_model
+from surgery.terminal import say, show
 
 SPEC_FILES = (".yaml", ".yml")
 
@@ -94,16 +94,6 @@ def bench_command(
         resume=resume == "auto",
         overwrite=overwrite,
         command=shlex.join(["surgery", *sys.argv[1:]]),
-        say=_say,
+        say=say,
     )
-    if as_json:
-        click.echo(json.dumps(results.model_dump(), indent=2))
-        return
-    click.echo("\n".join([*lines(results), "", f"Wrote {folder}."]))
-
-
-def _say(text: str) -> None:
-    """A remark for the person at the terminal."""
-    settings = click.get_current_context().find_root().obj or {}
-    if not settings.get("quiet"):
-        click.echo(text, err=True)
+    show([*lines(results), "", f"Wrote {folder}."], results.model_dump(), as_json=as_json)

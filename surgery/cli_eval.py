@@ -11,6 +11,7 @@ import click
 
 from surgery.checkpoint import require_model
 from surgery.errors import RequestError
+from surgery.terminal import show
 
 
 def _columns(_context: click.Context, _option: click.Parameter, values: Sequence[str]) -> dict[str, str]:
@@ -54,19 +55,13 @@ def eval_command(model: str, *, out: Path | None, overwrite: bool, as_json: bool
     surgery eval model-paca/ --task lm-eval:arc_easy --shots 5
     """  # noqa: D301  click reads \b as "keep these lines as they are"
     require_model(model)
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise RequestError("--out", str(out), expected="a file in a folder that is there")
-    if out is not None and out.exists() and not overwrite:
-        from surgery.errors import OutputExistsError
-
-        raise OutputExistsError(str(out), "it exists", expected="a new file", fix="--overwrite replaces it")
     from surgery.evals.run import evaluate
     from surgery.evals.task import EvalSpec
+    from surgery.writing import replace_file, require_new_file
 
-    result = evaluate(model, EvalSpec(**settings))
-    document = json.dumps(result.to_dict(), indent=2)
     if out is not None:
-        from surgery.writing import replace_file
-
-        replace_file(out, document + "\n")
-    click.echo(document if as_json else "\n".join([*result.lines(), *([f"Wrote {out}"] if out else [])]))
+        require_new_file(out, overwrite=overwrite)
+    result = evaluate(model, EvalSpec(**settings))
+    if out is not None:
+        replace_file(out, json.dumps(result.to_dict(), indent=2) + "\n")
+    show([*result.lines(), *([f"Wrote {out}"] if out else [])], result.to_dict(), as_json=as_json)

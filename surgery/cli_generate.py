@@ -12,6 +12,7 @@ import click
 
 from surgery.checkpoint import require_folder
 from surgery.errors import RequestError
+from surgery.terminal import say
 
 if TYPE_CHECKING:
     from surgery.generate import Answer, TorchModel
@@ -55,17 +56,17 @@ def generate_command(path: Path, *, prompts: tuple[str, ...], base: str | None, 
     texts = [_require_text(prompt) for prompt in prompts or (_read_prompt(),)]
     model = _open(path, base)
     for note in model.notes:
-        _say(f"Note: {note}")
+        say(f"Note: {note}")
     answers = []
     for text in texts:
         if len(texts) > 1 and not as_json:
-            _say(f"Prompt: {text}")
+            say(f"Prompt: {text}")
         answer = model.answer(text, spec, (lambda _: None) if as_json else _write)
         answers.append(answer)
         if not as_json:
             click.echo("\n".join(_score_lines(answer)))
         if answer.stopped == POSITIONS:
-            _say("Note: stopped where the model's positions end.")
+            say("Note: stopped where the model's positions end.")
     if as_json:
         document = {"path": str(path), "kind": model.kind, "runtime": model.runtime}
         click.echo(json.dumps({**document, "answers": [_plain(answer) for answer in answers]}, indent=2))
@@ -87,7 +88,7 @@ def _open(path: Path, base: str | None) -> OnnxModel | TorchModel:
 def _read_prompt() -> str:
     """Standard input, to its end, without the newline there."""
     if sys.stdin.isatty():
-        _say("Type the prompt; Ctrl-D on a line of its own ends it.")
+        say("Type the prompt; Ctrl-D on a line of its own ends it.")
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -105,13 +106,6 @@ def _require_text(prompt: str) -> str:
 
 def _write(text: str) -> None:
     click.echo(text, nl=False)
-
-
-def _say(text: str) -> None:
-    """A remark for the person at the terminal."""
-    settings = click.get_current_context().find_root().obj or {}
-    if not settings.get("quiet"):
-        click.echo(text, err=True)
 
 
 def _score_lines(answer: Answer) -> list[str]:

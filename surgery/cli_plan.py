@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from surgery.checkpoint import RECIPE_ENDINGS, require_model
 from surgery.errors import RequestError
+from surgery.terminal import show
 
 KEYS = {  # of a recipe, by option
     "batch": "train.batch_size",
@@ -72,4 +72,4 @@ def plan_command(path: str, *, settings: tuple[str, ...], fit: str | None, as_js
     given = overrides({key: options.pop(name) for name, key in KEYS.items()})
     question = Question(fit_bytes=fit_bytes, **options)
     found = forecast(path, question, (*settings, *given))
-    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else "\n".join(found.lines()))
+    show(found.lines(), found.to_dict(), as_json=as_json)

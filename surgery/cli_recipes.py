@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from surgery.errors import RequestError
+from surgery.terminal import show
 
 
 @click.command("recipes")
@@ -28,10 +27,10 @@ def recipes_command(action: str, name: str | None, *, as_json: bool) -> None:
     if name:
         recipe = library.find(name)
         text = recipe.path.read_text(encoding="utf-8")
-        click.echo(json.dumps({"name": name, "text": text}, indent=2) if as_json else text, nl=as_json)
+        show([text.removesuffix("\n")], {"name": name, "text": text}, as_json=as_json)
         return
     found = library.shipped()
     width = max(len(recipe.name) for recipe in found)
     lines = [f"{recipe.name:{width}}  {recipe.about}" for recipe in found]
     document = [{"name": r.name, "about": r.about, "variants": list(r.variants), "path": str(r.path)} for r in found]
-    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(lines))
+    show(lines, document, as_json=as_json)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from surgery.checkpoint import require_folder
+from surgery.terminal import show
 
 
 @click.command("report")
@@ -30,8 +30,9 @@ def report_command(folders: tuple[Path, ...], *, out: Path, overwrite: bool, as_
     for folder in folders:
         require_folder(folder)
     from surgery.report.page import report
+    from surgery.table import size_text
 
     page = report(folders, out, overwrite=overwrite)
     size = out.stat().st_size
     document = {"out": str(out), "size_bytes": size, "title": page.title, "sections": [s.title for s in page.sections]}
-    click.echo(json.dumps(document, indent=2) if as_json else f"Wrote {out}: {page.title}, {size / 1e6:.2f} MB")
+    show([f"Wrote {out}: {page.title}, {size_text(size)}"], document, as_json=as_json)

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ class Record:
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def versions() -> dict[str, str]:
-    """The versions of what matters for reproducing a run."""
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """The versions of Python and of packages: unless others are named, of what matters for reproducing a run."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

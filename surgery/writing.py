@@ -144,6 +144,17 @@ def replace_file(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def require_new_file(path: Path, *, overwrite: bool = False) -> None:
+    """Raises: OutputExistsError for a folder, or a file that is not to be replaced; RequestError without its folder."""
+    if path.is_dir():
+        raise OutputExistsError(str(path), "a folder", expected="a file", fix="Choose another with -o")
+    if os.path.lexists(path) and not overwrite:
+        fix = "Choose another with -o or give --overwrite"
+        raise OutputExistsError(str(path), "it exists", expected="a new file", fix=fix)
+    if not path.parent.is_dir():
+        raise RequestError(str(path), f"there is no folder {path.parent}", expected="a file in a folder that exists")
+
+
 def require_disk(
     folder: Path, needed_bytes: int, *, fix: str = "Free some space or choose another folder with -o"
 ) -> None:

@@ -266,6 +266,17 @@ def test_what_is_predicted(method: str, tiny_model: TinyModel) -> None:
     assert longest.predicted(subject, entry, 1 << 14) == 0
 
 
+@pytest.mark.parametrize(("fit_bytes", "is_noted"), ((1 << 30, True), (1 << 14, False)))
+def test_a_length_that_positions_bound_is_said_to_be_so(fit_bytes: int, is_noted: bool, tiny_model: TinyModel) -> None:
+    """128 tokens in 1 GB are the model's end, not the memory's."""
+    from surgery.bench.results import Row
+
+    subject, (entry,) = subject_of(tiny_model("bert"), "paca", **CLASSES, fit_bytes=fit_bytes)
+    row = Row(method=entry.name)
+    longest.measure_longest(subject, entry, None, row)
+    assert any("positions" in note for note in row.notes) is is_noted
+
+
 def test_what_is_not_predicted_says_so(tiny_model: TinyModel) -> None:
     """SHiRA draws from weights."""
     from surgery.bench.results import Row

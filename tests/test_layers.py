@@ -21,6 +21,7 @@ PACKAGES = ("surgery", "exporters")
 # A module may import modules of a lower rank only. Packages stand under their own names.
 RANKS = {
     "surgery.errors": 0,
+    "surgery.terminal": 0,
     "surgery.backends": 0,  # what a backend is, as a record
     "exporters": 0,  # a docstring: it makes the folder a package
     "surgery.arrow": 1,
@@ -156,6 +157,7 @@ LAZY = (
     "surgery.lookup",
     "surgery.ranks",
     "surgery.tensorfile",
+    "surgery.terminal",
 )
 HEAVY = frozenset({"torch", "transformers", "datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "numpy"})
 LOADED = "'loaded:', sorted({'torch', 'transformers'} & set(sys.modules))"  # in a process of its own

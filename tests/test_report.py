@@ -23,13 +23,14 @@ from safetensors.torch import load_file
 
 from surgery.adapter import open_adapter, update_adapter
 from surgery.bench.results import RESULTS_FILE, Results
+from surgery.bench.show import lines
 from surgery.cli import main
 from surgery.delta import require_columns
 from surgery.errors import DamagedError, InterruptedRunError, NotAModelError, OutputExistsError, UnsupportedError
 from surgery.methods.paca import PacaSpec
 from surgery.operate import apply
 from surgery.report import charts, drawing
-from surgery.report.bench_sections import bench_sections
+from surgery.report.bench_sections import bench_facts, bench_sections
 from surgery.report.commands import command_lines
 from surgery.report.curve import CURVE_FILE, draw_curve
 from surgery.report.curves import POINTS, curve, read_entries, step_points, thin
@@ -366,13 +367,44 @@ def test_the_page_of_a_bench_has_its_figures() -> None:
     points = {r["name"]: r for r in rows_of(drawn["Accuracy against memory"])}
     assert points["lora"]["x"] == lora.peak_bytes
     assert points["lora"]["y"] == pytest.approx(0.869)
-    table = found["Results"].parts[0]
-    assert isinstance(table, Table)
-    rows = {row[0]: dict(zip(table.head, row, strict=True)) for row in table.rows}
+    *tables, remarks = found["Results"].parts
+    rows: dict[str, dict[str, str]] = {}
+    for table in tables:
+        assert isinstance(table, Table)
+        for row in table.rows:
+            rows.setdefault(row[0], {}).update(zip(table.head, row, strict=True))
     assert rows["lora"]["energy a step"] == "not measured"
     assert rows["prompt"]["step (median)"] == "-"
     assert rows["lora"]["accuracy"] == "0.869 ± 0.004"
-    assert "prompt: out of memory at batch 32 x 2048" in found["Results"].parts[1].paragraphs  # type: ignore[union-attr]
+    assert (rows["lora"]["learning rate"], rows["lora"]["seeds"], rows["paca"]["merged"]) == ("0.001", "3", "yes")
+    assert remarks == Text(("prompt: out of memory at batch 32 x 2048",))
+
+
+def test_a_bench_says_what_its_command_says() -> None:
+    """Ratios to the first of several LoRAs, and a remark of all methods once."""
+    results = make_results()
+    lora = results.row("lora")
+    assert lora
+    lora.method = "lora:r=4"
+    for row in results.rows:
+        row.notes = ["energy is not measured: no counter"]
+    tables = {part.caption: part for part in bench_sections(results)[0].parts if isinstance(part, Table)}
+    steps = tables["What a training step costs"]
+    column = {row[0]: row[steps.head.index("to LoRA")] for row in steps.rows}
+    assert column["lora:r=4"] == "1.000"
+    printed = {words[0]: words for words in (line.split() for line in lines(results)[2:14])}
+    assert column["paca"] in printed["paca"]
+    assert bench_sections(results)[0].parts[-1] == Text(("energy is not measured: no counter",))
+
+
+def test_the_head_of_several_benches_is_what_they_share() -> None:
+    """One bench's model and methods are not said to be those of another."""
+    one = make_results()
+    other = one.model_copy(update={"spec": {"model": "another/"}, "tokens_per_step": 7})
+    assert dict(bench_facts([one]))["model"] == "model/"
+    assert "tokens a step" in dict(bench_facts([one, one]))
+    assert {"methods", "commit"} <= set(dict(bench_facts([one, other])))
+    assert not {"model", "tokens a step"} & set(dict(bench_facts([one, other])))
 
 
 def test_a_bench_of_costs_alone_draws_no_scores() -> None:

@@ -35,11 +35,19 @@ def measure_longest(subject: Subject, entry: Entry, base: Any, row: Row) -> None
     assert fit_bytes is not None  # noqa: S101
     if subject.device == "cuda":
         _by_running(subject, entry, base, row, fit_bytes)
-        return
-    try:
-        row.longest_tokens, row.longest_by = predicted(subject, entry, fit_bytes), "predicted"
-    except SurgeryError as error:
-        row.notes.append(f"the longest sequence is not predicted: {shorten(error.found, 120)}")
+    else:
+        try:
+            row.longest_tokens, row.longest_by = predicted(subject, entry, fit_bytes), "predicted"
+        except SurgeryError as error:
+            row.notes.append(f"the longest sequence is not predicted: {shorten(error.found, 120)}")
+    end, granule = _end(subject, entry), GRANULE_TOKENS if subject.device == "cuda" else 1
+    if row.longest_tokens is not None and row.longest_tokens == end // granule * granule < FURTHEST_TOKENS:
+        row.notes.append("the longest sequence is what the model has positions for: the memory would hold more")
+
+
+def _end(subject: Subject, entry: Entry) -> int:
+    """Where the model's positions end for a sequence."""
+    return (max_positions(subject.seen.config.to_dict()) or FURTHEST_TOKENS) - own_tokens(entry)
 
 
 def own_tokens(entry: Entry) -> int:
@@ -67,7 +75,7 @@ def _by_running(subject: Subject, entry: Entry, base: Any, row: Row, fit_bytes: 
     if total < fit_bytes:
         row.notes.append(f"the longest sequence is not measured: the device has {total / 1e9:.0f} GB")
         return
-    end = (max_positions(subject.seen.config.to_dict()) or FURTHEST_TOKENS) - own_tokens(entry)
+    end = _end(subject, entry)
     release()
     torch.cuda.set_per_process_memory_fraction(fit_bytes / total)
     try:

@@ -27,7 +27,6 @@ from surgery.bench.spec import Entry
 from surgery.bench.subject import Batch, Feed, Subject, enter, put_on
 
 ENERGY_SECONDS = 3.0  # counters tick some ten times a second
-IN_TURNS = "timed in turns"
 NO_MEMORY = "out of memory"
 STATE_COPIES = 4  # what full tuning holds of each value: weight, gradient and AdamW's two moments
 MEMORY_SHARE = 0.8

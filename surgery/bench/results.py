@@ -19,7 +19,7 @@ from surgery.writing import replace_file
 
 RESULTS_FILE = "bench.json"
 SCHEMA = 1
-FLOOR = "floor"
+FLOOR, LORA = "floor", "lora"
 
 
 class _Part(BaseModel):
@@ -112,6 +112,19 @@ class Results(_Part):
         """The row of a method, or None."""
         return next((row for row in self.rows if row.method == method), None)
 
+    def lora(self) -> Row | None:
+        """The plain LoRA, else the first of several, or None."""
+        return self.row(LORA) or next((row for row in self.rows if row.method.partition(":")[0] == LORA), None)
+
+    def remarks(self) -> list[str]:
+        """Each note once, with the methods that it is about unless that is all of them."""
+        about: dict[str, list[str]] = {}
+        for row in self.rows:
+            for note in row.notes:
+                about.setdefault(note, []).append(row.method)
+        everyone = len(self.rows)
+        return [note if len(names) == everyone else f"{', '.join(names)}: {note}" for note, names in about.items()]
+
     def write(self, folder: Path) -> None:
         """Replace the file, whole."""
         replace_file(folder / RESULTS_FILE, json.dumps(self.model_dump(), indent=2) + "\n")
@@ -138,6 +151,13 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
     """The median and the quartiles of the ratios round by round. At least two rounds each."""
     found = [a / b for a, b in zip(ours, theirs, strict=True)]
     return quartiles(found)
+
+
+def step_ratio(row: Row, other: Row | None) -> tuple[float, float, float] | None:
+    """Median and quartiles of a method's steps to another's, where both ran in the same rounds."""
+    if other is None or len(row.seconds) < 2 or len(row.seconds) != len(other.seconds):
+        return None
+    return ratios(row.seconds, other.seconds)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

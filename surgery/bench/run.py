@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from surgery.bench.sizes import settle, size_of
 from surgery.bench.spec import BenchSpec, Entry, learning_rate, parse_methods
 from surgery.bench.subject import Feed, Subject, build, open_feed, open_subject, tokens_of
 from surgery.errors import OutputExistsError, RequestError, require_known
+from surgery.manifest import versions
 from surgery.metrics import metric_names
 
 STEP, PEAK, LONGEST, INFERENCE, TUNE, SEED = PARTS = ("step", "peak", "longest", "inference", "tune", "seed")
@@ -159,7 +159,7 @@ def where(subject: Subject, command: str) -> Where:
         device=subject.device,
         device_name=torch.cuda.get_device_name() if subject.device == "cuda" else _processor(),
         threads=torch.get_num_threads(),
-        versions={"python": platform.python_version(), **{n: v for n in PACKAGES if (v := _version(n))}},
+        versions=versions(PACKAGES),
         command=command,
         commit=_commit(),
         started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -170,13 +170,6 @@ def _processor() -> str:
     lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _commit() -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from surgery.bench.results import FLOOR, Results, Row, quartiles, ratios
+from surgery.bench.results import FLOOR, Results, Row, Size, quartiles, step_ratio
 from surgery.errors import counted
 from surgery.table import align, size_text
 
 NONE = "-"
-LORA = "lora"
 
 
 def lines(results: Results) -> list[str]:
@@ -21,16 +20,17 @@ def lines(results: Results) -> list[str]:
     blocks = [[head], _cost(results), _memory(results)]
     if any(row.curves for row in results.rows):
         blocks.append(_scores(results))
-    blocks.append(_notes(results))
+    blocks.append([f"note: {remark}" for remark in results.remarks()])
     return [line for number, block in enumerate(filter(None, blocks)) for line in ([""] if number else []) + block]
 
 
 def _cost(results: Results) -> list[str]:
-    head = ("method", "trained", "step s", "quartiles", "to floor", "to LoRA", "tokens/s", "J a step")
-    floor, lora = results.row(FLOOR), _lora(results)
+    head = ("method", "size", "trained", "step s", "quartiles", "to floor", "to LoRA", "tokens/s", "J a step")
+    floor, lora = results.row(FLOOR), results.lora()
     rows = [
         (
             row.method,
+            _size_name(row.size),
             _number(row.trained_values),
             _median(row.seconds),
             _quartiles(row.seconds),
@@ -44,14 +44,10 @@ def _cost(results: Results) -> list[str]:
     return align([head, *rows], right=range(1, len(head)))
 
 
-def _lora(results: Results) -> Row | None:
-    """The plain LoRA, else the first of several."""
-    found = [row for row in results.rows if row.method.partition(":")[0] == LORA]
-    return results.row(LORA) or (found[0] if found else None)
-
-
 def _memory(results: Results) -> list[str]:
-    head = ("method", "saved", "peak", "longest", "forward s", "quartiles", "memory", "merged")
+    found_by = {row.longest_by for row in results.rows if row.longest_by}
+    longest = f"longest ({found_by.pop()})" if len(found_by) == 1 else "longest"
+    head = ("method", "saved", "peak", longest, "forward s", "quartiles", "forward peak", "merged")
     rows = [
         (
             row.method,
@@ -89,18 +85,12 @@ def _scores(results: Results) -> list[str]:
     return align([head, *rows], right=range(1, len(head)))
 
 
-def _notes(results: Results) -> list[str]:
-    """Each remark once, with the methods that it is about unless that is all of them."""
-    about: dict[str, list[str]] = {}
-    for row in results.rows:
-        for note in row.notes:
-            about.setdefault(note, []).append(row.method)
-    everyone = len(results.rows)
-    return [f"note: {n}" if len(m) == everyone else f"note: {', '.join(m)}: {n}" for n, m in about.items()]
-
-
 def _number(value: int | None) -> str:
     return NONE if value is None else f"{value:,}"
+
+
+def _size_name(size: Size | None) -> str:
+    return f"{size.name} {size.value:,}" if size else NONE
 
 
 def _size(value: int | None) -> str:
@@ -115,11 +105,9 @@ def _quartiles(seconds: Sequence[float]) -> str:
     if len(seconds) < 2:
         return NONE
     _, low, high = quartiles(seconds)
-    return f"{low:.4g}-{high:.4g}"
+    return f"{low:.3g} to {high:.3g}"
 
 
 def _ratio(row: Row, other: Row | None) -> str:
-    """Round by round where both were measured in the same rounds."""
-    if other is None or len(row.seconds) != len(other.seconds) or len(row.seconds) < 2:
-        return NONE
-    return f"{ratios(row.seconds, other.seconds)[0]:.3f}"
+    found = step_ratio(row, other)
+    return f"{found[0]:.3f}" if found else NONE

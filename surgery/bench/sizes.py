@@ -47,7 +47,7 @@ def _settle(subject: Subject, entry: Entry) -> tuple[Entry, list[str]]:
 
 def _rank_note(entry: Entry, spec: BenchSpec, size: int) -> list[str]:
     is_rank = entry.variant.size == "r" or entry.size is not None
-    return [] if is_rank or spec.equal == "values" else [f"{entry.variant.size} {size}, which is no rank"]
+    return [] if is_rank or spec.equal == "values" else [f"{entry.variant.size} {size} is its size, not a rank"]
 
 
 def with_size(entry: Entry, size: int) -> Entry:

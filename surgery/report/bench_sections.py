@@ -6,20 +6,26 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery.bench.results import FLOOR, Curve, Results, Row, quartiles, ratios
+from surgery.bench.results import FLOOR, Curve, Results, Row, quartiles, step_ratio
+from surgery.errors import counted
 from surgery.report import charts
 from surgery.report.curves import thin
 from surgery.report.parts import NOTHING, Figure, Part, Section, Table, Text, number, pairs, seconds, size
 
-LORA = "lora"
+
+def bench_facts(benches: Sequence[Results]) -> list[tuple[str, str]]:
+    """What stands at the head of a page on one bench; on several, what they share."""
+    first, *rest = [_facts(results) for results in benches]
+    return [fact for fact in first if fact[1] and all(fact in others for others in rest)]
 
 
-def bench_facts(results: Results) -> list[tuple[str, str]]:
-    """What stands at the head of the page."""
+def _facts(results: Results) -> list[tuple[str, str]]:
     where = results.where
     return [
+        ("model", str(results.spec.get("model", ""))),
+        ("task", results.task),
         ("methods", ", ".join(row.method for row in results.rows)),
-        ("device", f"{where.device_name or where.device}, {where.threads} threads"),
+        ("device", f"{where.device_name or where.device}, {counted(where.threads, 'thread')}"),
         ("tokens a step", f"{results.tokens_per_step:,}"),
         ("started", where.started.replace("T", " ").replace("+00:00", " UTC")),
         ("commit", where.commit[:12]),
@@ -44,14 +50,6 @@ def _middle(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _ratio(results: Results, row: Row, to: str) -> tuple[float, float, float] | None:
-    """Median and quartiles of the rounds' ratios to another method, where both ran the same rounds."""
-    other = results.row(to)
-    if other is None or len(row.seconds) < 2 or len(row.seconds) != len(other.seconds):
-        return None
-    return ratios(row.seconds, other.seconds)
-
-
 def score_names(results: Results) -> list[str]:
     """The scores of any method, the loss last."""
     names = {name for row in results.rows for curve in row.curves for name in curve.scores}
@@ -70,30 +68,46 @@ def _score_text(values: Sequence[float]) -> str:
 
 
 def _table(results: Results) -> Iterable[Part]:
+    """The tables that `surgery bench` prints, with the same words written out."""
     scores = score_names(results)
-    head = (
-        "method", "size", "trained values", "tensors", "step (median)", "ratio to floor", "ratio to LoRA", "tokens/s",
-        "saved for backward", "peak memory", "longest", "energy a step", *scores, "inference", "inference memory",
-    )  # fmt: skip
-    rows = tuple(_row(results, row, scores) for row in results.rows)
-    yield Table("Methods side by side", head, rows, right=tuple(range(2, len(head))))
-    notes = tuple(f"{row.method}: {note}" for row in results.rows for note in row.notes)
-    if notes:
-        yield Text(notes)
+    step = ("method", "size", "trained values", "step (median)", "to floor", "to LoRA", "tokens/s", "energy a step")
+    rows = tuple(_step_row(results, row) for row in results.rows)
+    yield Table("What a training step costs", step, rows, right=tuple(range(2, len(step))))
+    memory = ("method", "saved for backward", "peak", "longest", "forward (median)", "forward peak", "merged")
+    rows = tuple(_memory_row(row) for row in results.rows)
+    yield Table("Memory, and what inference costs", memory, rows, right=tuple(range(1, len(memory) - 1)))
+    if any(row.curves for row in results.rows):
+        gain = ("method", "learning rate", *scores, "seeds")
+        rows = tuple(_score_row(row, scores) for row in results.rows)
+        yield Table("Scores after training", gain, rows, right=tuple(range(1, len(gain))))
+    if remarks := results.remarks():
+        yield Text(tuple(remarks))
 
 
-def _row(results: Results, row: Row, scores: Sequence[str]) -> tuple[str, ...]:
+def _step_row(results: Results, row: Row) -> tuple[str, ...]:
     step = _middle(row.seconds)
-    ratio = [_ratio(results, row, to) for to in (FLOOR, LORA)]
-    longest = f"{row.longest_tokens:,} ({row.longest_by})" if row.longest_tokens is not None else NOTHING
+    ratio = [step_ratio(row, other) for other in (results.row(FLOOR), results.lora())]
     energy = "not measured" if row.energy_joules is None else f"{number(row.energy_joules, 3)} J"
     return (
         row.method, f"{row.size.name} {row.size.value:,}" if row.size else NOTHING, number(row.trained_values),
-        number(row.trained_names), seconds(step), *(number(r[0] if r else None) for r in ratio),
-        number(round(results.tokens_per_step / step)) if step else NOTHING, size(row.saved_bytes), size(row.peak_bytes),
-        longest, energy, *(_score_text(_scores(row, name)) for name in scores),
-        seconds(_middle(row.inference_seconds)), size(row.inference_bytes),
+        seconds(step), *(f"{found[0]:.3f}" if found else NOTHING for found in ratio),
+        number(round(results.tokens_per_step / step)) if step else NOTHING, energy,
     )  # fmt: skip
+
+
+def _memory_row(row: Row) -> tuple[str, ...]:
+    longest = f"{row.longest_tokens:,} tokens ({row.longest_by})" if row.longest_tokens is not None else NOTHING
+    merged = {True: "yes", False: "no", None: NOTHING}[row.merged]
+    return (
+        row.method, size(row.saved_bytes), size(row.peak_bytes), longest, seconds(_middle(row.inference_seconds)),
+        size(row.inference_bytes), merged,
+    )  # fmt: skip
+
+
+def _score_row(row: Row, scores: Sequence[str]) -> tuple[str, ...]:
+    rate = NOTHING if row.learning_rate is None else f"{row.learning_rate:g}"
+    seeds = sum(bool(curve.scores) for curve in row.curves)
+    return (row.method, rate, *(_score_text(_scores(row, name)) for name in scores), f"{seeds}")
 
 
 # --- charts
@@ -127,7 +141,8 @@ def _costs(results: Results) -> Iterable[Figure | None]:
     timed = [(row.method, quartiles(row.seconds)) for row in results.rows if len(row.seconds) > 1]
     note = "Bars are medians over the measured steps, lines reach from the lower to the upper quartile."
     yield _bars("Step time", "seconds", [_bar(n, m, seconds(m), lo, hi) for n, (m, lo, hi) in timed], note, "seconds")
-    found = [(row.method, _ratio(results, row, FLOOR)) for row in results.rows if row.method != FLOOR]
+    floor = results.row(FLOOR)
+    found = [(row.method, step_ratio(row, floor)) for row in results.rows if row.method != FLOOR]
     rows = [_bar(name, r[0], f"{r[0]:.3f}", r[1], r[2]) for name, r in found if r]
     yield _bars("Ratio to the floor", "ratio", rows, "Of each round's step times; the floor is 1. Lines are quartiles.")
     saved = [_bar(r.method, r.saved_bytes, size(r.saved_bytes)) for r in results.rows if r.saved_bytes is not None]
@@ -220,6 +235,3 @@ def _reproduction(results: Results) -> Iterable[Part]:
     facts |= {"commit": where.commit, "started": where.started, "energy by": results.energy_by or "not measured"}
     yield pairs("Where it ran", [*facts.items(), *where.versions.items()])
     yield pairs("What was asked for", list(results.spec.items()), ("setting", "value"))
-    rates = [(row.method, row.learning_rate) for row in results.rows if row.learning_rate is not None]
-    if rates:
-        yield pairs("Learning rates", rates, ("method", "learning rate"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -88,8 +87,3 @@ def side_norms(delta: SideDelta) -> list[tuple[str, str, float]]:
         stack, tensor = (parts[at + 1], ".".join(parts[at + 2 :])) if at >= 0 else ("joiner", parts[-1])
         found.append((stack, tensor, float(values.double().square().mean().sqrt())))
     return found
-
-
-def targets_by_kind(moves: Sequence[Move]) -> Counter[str]:
-    """How many targets each row of the map has."""
-    return Counter(move.projection for move in moves)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,6 @@ from jinja2 import Environment, StrictUndefined
 
 from surgery.bench.results import RESULTS_FILE, Results, read_results
 from surgery.checkpoint import require_folder
-from surgery.errors import OutputExistsError, RequestError
 from surgery.lookup import resolve
 from surgery.manifest import versions
 from surgery.report.bench_sections import bench_facts, bench_sections
@@ -28,9 +26,8 @@ from surgery.report.parts import Figure, Page, Section, Table, Text
 from surgery.report.predicted import predicted_memory
 from surgery.report.reading import Run, read_run
 from surgery.report.run_sections import head_facts, run_sections
-from surgery.writing import replace_file
+from surgery.writing import replace_file, require_new_file
 
-DEFAULT_OUT = "report.html"
 BUNDLE = "surgery.report.drawing:bundle"
 
 
@@ -40,22 +37,12 @@ def report(folders: Sequence[Path], out: Path, *, overwrite: bool = False) -> Pa
     Raises: OutputExistsError; NotAModelError, DamagedError, RequestError for a folder that is none of either;
     UnsupportedError where the extra `report` is missing.
     """
-    _require_free(out, overwrite=overwrite)
+    require_new_file(out, overwrite=overwrite)
     script = resolve(BUNDLE)()
     page = build_page(folders)
     html = render(page, script)
-    if not out.parent.is_dir():
-        raise RequestError(str(out), f"there is no folder {out.parent}", expected="a file in a folder that exists")
     replace_file(out, html)
     return page
-
-
-def _require_free(out: Path, *, overwrite: bool) -> None:
-    if os.path.lexists(out) and (not overwrite or out.is_dir()):
-        expected = "a file" if out.is_dir() else "a new file"
-        found = "a folder" if out.is_dir() else "it exists"
-        fix = "Choose another with -o" + ("" if out.is_dir() else " or give --overwrite")
-        raise OutputExistsError(str(out), found, expected=expected, fix=fix)
 
 
 def build_page(folders: Sequence[Path]) -> Page:
@@ -73,7 +60,7 @@ def build_page(folders: Sequence[Path]) -> Page:
     for name, results in benches:
         sections += bench_sections(results, f"{name}: " if len(folders) > 1 else "")
     names = [*(run.name for run in runs), *(name for name, _ in benches)]
-    facts = head_facts(runs) if runs else bench_facts(benches[0][1])
+    facts = [] if runs and benches else head_facts(runs) if runs else bench_facts([found for _, found in benches])
     what = "Report on" if len(names) == 1 else "Comparison of"
     return Page(f"{what} {_listed(names)}", tuple(facts), tuple(sections))
 

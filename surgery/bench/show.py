@@ -98,14 +98,14 @@ def _size(value: int | None) -> str:
 
 
 def _median(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):.4g}" if seconds else NONE
+    return f"{statistics.median(seconds):.3g}" if seconds else NONE
 
 
 def _quartiles(seconds: Sequence[float]) -> str:
     if len(seconds) < 2:
         return NONE
     _, low, high = quartiles(seconds)
-    return f"{low:.3g} to {high:.3g}"
+    return f"{low:.3g}-{high:.3g}"
 
 
 def _ratio(row: Row, other: Row | None) -> str:

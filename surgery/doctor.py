@@ -44,6 +44,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     },
     "bnb": {"bitsandbytes": ">=0.46,<1"},
     "deepspeed": {"deepspeed": ">=0.17,<1"},
+    "energy": {"nvidia-ml-py": ">=12"},
     "eval": {"lm-eval": ">=0.4.13,<0.5"},
     "gaudi": {"optimum-habana": "==1.21.2"},
     "images": {"pillow": ">=10,<14"},

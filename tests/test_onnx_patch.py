@@ -236,7 +236,7 @@ def run(file: Path, inputs: Mapping[str, Tensor]) -> np.ndarray[Any, Any]:
 
 def refuse(error: type[SurgeryError], code: int, match: str, file: Path, adapter: Path, **options: Any) -> None:
     """`patch` raises this error with this exit code, and changes nothing on the disk."""
-    root = file.parent.parent
+    root = adapter.parent
     before = digest_folder(root)
     with pytest.raises(error, match=match) as caught:
         patch(file, adapter, root / "patched", **options)

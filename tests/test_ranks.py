@@ -117,7 +117,8 @@ def test_no_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kept_states_take_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks would write one file."""
     monkeypatch.setitem(_open_features.__globals__, "count", lambda: 2)
-    job: Any = SimpleNamespace(settings=TrainSection(cache_features="states"))
+    adapter = SimpleNamespace(plan=SimpleNamespace(task="causal-lm"))
+    job: Any = SimpleNamespace(adapter=adapter, settings=TrainSection(cache_features="states"))
     with pytest.raises(UnsupportedError, match="--cache-features: with 2 processes, expected one process"):
         _open_features(job, None, "fp32")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -45,6 +44,7 @@ from surgery.errors import (
     counted,
     shorten,
 )
+from surgery.lookup import require_extra
 from surgery.manifest import PATCHED, Check
 from surgery.plan import SurgeryPlan
 from surgery.runs import notes_of
@@ -114,7 +114,7 @@ def patch(
     """
     path, opened, out = Path(onnx), open_adapter(adapter), Path(out)
     delta = require_columns(opened.delta, "surgery patch")
-    _require_onnx()
+    require_extra("surgery patch", "onnx")
     root = find_base(opened.record, opened.folder, base)
     checkpoint = Checkpoint.open(root)
     require_targets(checkpoint, opened.plan)
@@ -132,12 +132,6 @@ def patch(
         record = replace(record, manifest=replace(record.manifest, checks=(held,)))
         write_file(writer.path / RECORD_FILE, record.to_json())
     return PatchResult(out, out / path.name, blocks, notes_of(opened))
-
-
-def _require_onnx() -> None:
-    if find_spec("onnx") is None:
-        raise UnsupportedError("surgery patch", "the package onnx is not installed",
-                               fix="pip install 'checkpoint-surgery[onnx]'")  # fmt: skip
 
 
 def _require_old_heads(checkpoint: Checkpoint, delta: ColumnDelta) -> None:

@@ -9,10 +9,8 @@ from typing import Any
 
 import click
 
-from surgery.checkpoint import require_model
+from surgery.checkpoint import RECIPE_ENDINGS, require_model
 from surgery.terminal import say, show
-
-SPEC_FILES = (".yaml", ".yml")
 
 
 @click.command("bench")
@@ -79,7 +77,7 @@ def bench_command(
     surgery bench model/ --data train.jsonl --eval-data eval.jsonl --tune 1e-4,1e-3,1e-2 --steps 200
     surgery bench model/ --equal values --out run/ --resume auto
     """  # noqa: D301  click reads \b as "keep these lines as they are"
-    if not model.endswith(SPEC_FILES):
+    if not model.endswith(RECIPE_ENDINGS):
         require_model(model)
     from surgery.bench import run as running
     from surgery.bench.show import lines
@@ -87,7 +85,8 @@ def bench_command(
 
     options = {name: value for name, value in given.items() if value not in (None, ())}
     spec = read_spec(model, options, settings)
-    folder = out or Path(f"{Path(model).with_suffix('') if model.endswith(SPEC_FILES) else model.rstrip('/')}-bench")
+    stem = Path(model).with_suffix("") if model.endswith(RECIPE_ENDINGS) else model.rstrip("/")
+    folder = out or Path(f"{stem}-bench")
     results = running.run(
         spec,
         folder,

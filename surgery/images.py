@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import DataError, RequestError, UnsupportedError, shorten
+from surgery.errors import DataError, RequestError, shorten
 from surgery.examples import Cells, Pictured
+from surgery.lookup import require_extra
 from surgery.rows import image_files
 
 if TYPE_CHECKING:
@@ -26,11 +27,7 @@ PROCESSOR_FILE = "preprocessor_config.json"
 
 def require_pillow() -> None:
     """Raises: UnsupportedError."""
-    try:
-        import PIL  # noqa: F401  asked for, not used
-    except ModuleNotFoundError as error:
-        fix = "pip install 'checkpoint-surgery[images]'"
-        raise UnsupportedError("images", "Pillow is not installed", expected="the extra images", fix=fix) from error
+    require_extra("images", "PIL")
 
 
 def read_processor(folder: Path) -> Any:

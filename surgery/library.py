@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.checkpoint import RECIPE_ENDINGS
 from surgery.errors import RequestError, closest
 from surgery.recipe import VARIANTS, parse_yaml
 
 FOLDER = Path(__file__).with_name("recipes")
-SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ def locate(recipe: str) -> tuple[Path, Path | None]:
 
     Raises: RequestError.
     """
-    if Path(recipe).exists() or recipe.endswith(SUFFIXES):
+    if Path(recipe).exists() or recipe.endswith(RECIPE_ENDINGS):
         return Path(recipe), None
     return find(recipe).path, Path.cwd()

@@ -29,8 +29,11 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "lm_eval": "eval",
+    "peft": "lora",
+    "PIL": "images",
     "vl_convert": "report",
 }  # by what is imported
+CALLED = {"PIL": "Pillow"}  # where a package is imported by another name than it is known by
 
 
 def resolve(reference: str) -> Any:
@@ -41,11 +44,20 @@ def resolve(reference: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        extra = EXTRAS[error.name]
-        fix = f"pip install 'checkpoint-surgery[{extra}]'"
-        raise UnsupportedError(
-            module, f"{error.name} is not installed", expected=f"the extra {extra}", fix=fix
-        ) from error
+        raise _not_installed(module, error.name, EXTRAS[error.name]) from error
+
+
+def require_extra(where: str, package: str) -> None:
+    """A package of `EXTRAS` can be imported. where: begins the message. Raises: UnsupportedError."""
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise _not_installed(where, error.name or package, EXTRAS[package]) from error
+
+
+def _not_installed(where: str, package: str, extra: str) -> UnsupportedError:
+    found, fix = f"{CALLED.get(package, package)} is not installed", f"pip install 'checkpoint-surgery[{extra}]'"
+    return UnsupportedError(where, found, expected=f"the extra {extra}", fix=fix)
 
 
 def load(table: Mapping[str, str], name: str, kind: str) -> Any:

@@ -42,6 +42,7 @@ from surgery.generate import (
     scores_of,
     softmax,
 )
+from surgery.lookup import require_extra
 from surgery.tensorfile import header_sha256
 
 PAST, PRESENT = "past_key_values.", "present."
@@ -250,13 +251,9 @@ def is_onnx(folder: Path) -> bool:
 
 def _open_session(folder: Path, name: str) -> Any:
     """A graph, ready to run. OMP_NUM_THREADS counts, as it does for torch. Raises: UnsupportedError, DamagedError."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        fix = "pip install 'checkpoint-surgery[onnx]'"
-        raise UnsupportedError(
-            str(folder), "onnxruntime is not installed", expected="the extra onnx", fix=fix
-        ) from error
+    require_extra(str(folder), "onnxruntime")
+    import onnxruntime
+
     if not (folder / name).is_file():
         raise DamagedError(str(folder), f"no {name}", expected=f"both {ENCODER_FILE} and {DECODER_FILE}")
     options = onnxruntime.SessionOptions()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -242,10 +243,14 @@ def environment(**settings: str) -> Iterator[None]:
 
 
 def hand_over(error: SurgeryError) -> bool:
-    """Leave an error to the launcher that collects them, if there is one: the first says why a run ended."""
+    """Leave an error to the launcher that collects them, if there is one: the first says why a run ended.
+
+    The launcher asks all to stop when one has ended; a process that gets here is about to, and no longer listens.
+    """
     folder = os.environ.get(ERRORS)
     if not folder:
         return False
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     is_stop = isinstance(error, InterruptedRunError)
     order = FOLLOWED if error.found == PEER_ENDED else STOPPED if is_stop else FAILED
     said = RankError(rank(), time.time(), error.exit_code, str(error), order)

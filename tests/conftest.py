@@ -17,6 +17,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,8 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+
+    from tests.console import Console
 
 PROJECT = Path(__file__).resolve().parent.parent
 collect_ignore = ["gaudi"]  # `make test-gaudi` runs them: they have an environment of their own
@@ -102,6 +105,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
     yield build
     changed = [str(folder) for folder, digest in built.values() if digest_folder(folder) != digest]
     assert not changed, f"a test wrote into shared tiny models: {changed}"
+
+
+@pytest.fixture
+def console(capfd: pytest.CaptureFixture[str]) -> Console:
+    """`console("export", folder)`: what the console script does with these arguments."""
+    from tests.console import call
+
+    return partial(call, capfd)
 
 
 def digest_folder(folder: Path) -> str:

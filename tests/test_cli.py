@@ -14,8 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from hypothesis import strategies as st
 
 from surgery import operate
 from surgery.adapter import open_adapter
-from surgery.cli import cli, main
+from surgery.cli import cli
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import RequestError, shorten
 from surgery.methods.paca import PacaSpec
@@ -38,43 +36,18 @@ from surgery.methods.read import ReadSpec
 from surgery.recipe import DataSection, Recipe, TrainSection
 from surgery.survey import TaskSpec
 from tests.conftest import TinyModel, digest_folder
+from tests.console import Console
 from tests.examples import TEXTS
 from tests.trained import make_adapter
 
 COMMANDS = tuple(sorted(cli.commands))
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Call the console script's function, as the script does; what reaches either stream is seen, by any means."""
-    handler = signal.getsignal(signal.SIGTERM)
+def run(console: Console, monkeypatch: pytest.MonkeyPatch) -> Console:
+    """The console script, with progress bars as a user sees them."""
     monkeypatch.setenv("TQDM_DISABLE", "0")
-
-    def call(*arguments: object) -> Ended:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        found = capfd.readouterr()
-        return Ended(code, found.out, found.err)
-
-    return call
+    return console
 
 
 @pytest.fixture
@@ -113,7 +86,7 @@ def test_the_commands_are_those_promised() -> None:
     assert {"apply", "train", "export", "verify", "undo", "inspect", "diff", "run", "doctor"} <= set(COMMANDS)
 
 
-def test_help_of_the_whole(run: Run) -> None:
+def test_help_of_the_whole(run: Console) -> None:
     """Every command is listed, -h is --help, and the version is the package's."""
     ended = run("-h")
     assert ended.code == 0
@@ -125,7 +98,7 @@ def test_help_of_the_whole(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) -> None:
+def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Console) -> None:
     """On standard output, for every command; a second `json.loads` would find nothing left."""
     recipe = {
         "model": "model", "adapter": "run-adapter", "data": {"train": ["text.txt"], "max_length": 32},
@@ -176,13 +149,13 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Run) 
     assert ended.out == json.dumps(document, indent=2) + "\n"
 
 
-def test_json_of_a_failure_is_empty(work: Path, run: Run) -> None:
+def test_json_of_a_failure_is_empty(work: Path, run: Console) -> None:
     """Whoever parses standard output looks at the exit code first."""
     ended = run("verify", "model-paca", "--json")
     assert (ended.code, ended.out) == (2, "")
 
 
-def test_json_holds_what_the_text_says(work: Path, run: Run) -> None:
+def test_json_holds_what_the_text_says(work: Path, run: Console) -> None:
     """Numbers as numbers."""
     document = json.loads(run("train", "model-paca", "--data", "text.txt", *QUICK, "--json").out)
     assert (document["steps"], document["device"]) == (2, "cpu")
@@ -235,7 +208,7 @@ ERRORS: tuple[tuple[int, str, str], ...] = (
 
 @pytest.mark.parametrize(("code", "line", "begins"), ERRORS, ids=lambda value: str(value).replace(" ", "_")[:40])
 def test_an_error_is_one_line_and_its_exit_code(
-    code: int, line: str, begins: str, work: Path, run: Run, tiny_model: TinyModel
+    code: int, line: str, begins: str, work: Path, run: Console, tiny_model: TinyModel
 ) -> None:
     """On standard error, without a traceback; standard output stays empty, and so does the folder."""
     if "cuda" in line:
@@ -253,7 +226,7 @@ def test_an_error_is_one_line_and_its_exit_code(
     assert digest_folder(work) == before
 
 
-def test_what_the_hub_says_is_cut_at_a_word(run: Run) -> None:
+def test_what_the_hub_says_is_cut_at_a_word(run: Console) -> None:
     """Its message is longer than a line should be: the part that is shown ends in a whole word and two dots."""
     with pytest.raises(LocalEntryNotFoundError) as caught:
         snapshot_download("nobody/nothing")
@@ -278,7 +251,7 @@ def test_a_shortened_text_is_whole_words_of_it(text: str, limit: int) -> None:
         assert whole.startswith(f"{kept} ") or " " not in kept
 
 
-def test_a_check_that_does_not_hold_is_exit_code_3(work: Path, run: Run) -> None:
+def test_a_check_that_does_not_hold_is_exit_code_3(work: Path, run: Console) -> None:
     """A merged folder with one bit turned over."""
     assert run("export", "--merge").code == 0
     path = work / "model-paca-merged" / "model.safetensors"
@@ -291,7 +264,7 @@ def test_a_check_that_does_not_hold_is_exit_code_3(work: Path, run: Run) -> None
     assert ended.err.count("\n") == 1
 
 
-def test_a_damaged_adapter_is_exit_code_4(work: Path, run: Run) -> None:
+def test_a_damaged_adapter_is_exit_code_4(work: Path, run: Console) -> None:
     """It is refused before anything is written."""
     damage(work)
     ended = run("export", "--merge")
@@ -299,7 +272,7 @@ def test_a_damaged_adapter_is_exit_code_4(work: Path, run: Run) -> None:
     assert not (work / "model-paca-merged").exists()
 
 
-def test_the_unexpected_is_exit_code_1_and_one_line(work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unexpected_is_exit_code_1_and_one_line(work: Path, run: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     """Newlines in foreign messages do not break the line; -v shows where."""
 
     def fail(*_: object, **__: object) -> None:
@@ -315,7 +288,7 @@ def test_the_unexpected_is_exit_code_1_and_one_line(work: Path, run: Run, monkey
     assert ended.err.rstrip().splitlines()[-1].startswith("Error: surgery: ZeroDivisionError")
 
 
-def test_an_error_of_the_system_names_the_file(work: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_system_names_the_file(work: Path, run: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the operating system says, as it says it."""
 
     def fail(*_: object, **__: object) -> None:
@@ -329,7 +302,7 @@ def test_an_error_of_the_system_names_the_file(work: Path, run: Run, monkeypatch
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt, click.Abort))
 def test_ctrl_c_is_exit_code_130(
-    error: type[BaseException], work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    error: type[BaseException], work: Path, run: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it comes."""
 
@@ -342,7 +315,7 @@ def test_ctrl_c_is_exit_code_130(
     assert ended.err.lstrip("\n") == "Error: surgery: interrupted.\n", "below what the terminal shows of the key"
 
 
-def test_verbose_shows_a_traceback_and_the_same_last_line(work: Path, run: Run) -> None:
+def test_verbose_shows_a_traceback_and_the_same_last_line(work: Path, run: Console) -> None:
     """And the same exit code."""
     plain, verbose = run("verify", "model-paca"), run("-v", "verify", "model-paca")
     assert plain.code == verbose.code == 2
@@ -354,7 +327,7 @@ def test_verbose_shows_a_traceback_and_the_same_last_line(work: Path, run: Run) 
 # --- quiet
 
 
-def test_quiet_is_silent_on_standard_error(work: Path, run: Run) -> None:
+def test_quiet_is_silent_on_standard_error(work: Path, run: Console) -> None:
     """No bar, no remark, no line of transformers'; the result is still printed, and an error still is said."""
     for arguments in (
         ("apply", "model", "-o", "new"), ("train", "model-paca", "--data", "text.txt", *QUICK),
@@ -382,7 +355,7 @@ def test_quiet_is_silent_on_a_terminal(work: Path, project_root: Path) -> None:
     os.close(shown)
 
 
-def test_a_result_is_all_that_standard_output_gets(work: Path, run: Run) -> None:
+def test_a_result_is_all_that_standard_output_gets(work: Path, run: Console) -> None:
     """With a bar on a terminal or without: nothing of it is on standard output."""
     ended = run("train", "model-paca", "--data", "text.txt", *QUICK)
     assert ended.code == 0
@@ -391,13 +364,13 @@ def test_a_result_is_all_that_standard_output_gets(work: Path, run: Run) -> None
     assert "Next: surgery export model-paca --merge" in ended.out
 
 
-def test_without_a_terminal_the_end_of_training_is_a_line(work: Path, run: Run) -> None:
+def test_without_a_terminal_the_end_of_training_is_a_line(work: Path, run: Console) -> None:
     """Whoever redirects standard error still sees that something happens."""
     lines = run("train", "model-paca", "--data", "text.txt", *QUICK).err.splitlines()
     assert len([line for line in lines if re.fullmatch(r"step 2/2, loss \d+\.\d{4}", line)]) == 1
 
 
-def test_a_run_that_was_finished_before_says_so(work: Path, run: Run) -> None:
+def test_a_run_that_was_finished_before_says_so(work: Path, run: Console) -> None:
     """In one line above the same figures, and in the document; the run that did it says neither."""
     line = ("train", "model-paca", "--data", "text.txt", *QUICK, "--resume", "auto")
     first, again, document = run(*line), run(*line), json.loads(run(*line, "--json").out)
@@ -410,7 +383,7 @@ def test_a_run_that_was_finished_before_says_so(work: Path, run: Run) -> None:
 # --- apply --plan and the rest
 
 
-def test_a_plan_touches_nothing(work: Path, run: Run) -> None:
+def test_a_plan_touches_nothing(work: Path, run: Console) -> None:
     """It prints layers, values and needs; the folder is as it was, with an output that exists already, too."""
     before = digest_folder(work)
     text, document = run("apply", "model", "--plan"), run("apply", "model", "--plan", "--json")
@@ -421,7 +394,7 @@ def test_a_plan_touches_nothing(work: Path, run: Run) -> None:
     assert set(json.loads(document.out)) == {"plan", "need", "step_memory"}
 
 
-def test_apply_takes_lists_patterns_and_ranks(work: Path, run: Run) -> None:
+def test_apply_takes_lists_patterns_and_ranks(work: Path, run: Console) -> None:
     """Commas, repetition and `re:` patterns, whose commas are their own."""
     targets = ("--targets", "*.q_proj, *.k_proj", "--targets", "re:.*(v|o)_proj{1,1}", "--exclude", "model.layers.1.*")
     ended = run("apply", "model", "-o", "new", "-r", "4", *targets, "--rank-pattern", "*.v_proj=2", "--json")
@@ -430,7 +403,7 @@ def test_apply_takes_lists_patterns_and_ranks(work: Path, run: Run) -> None:
     assert planned == {f"model.layers.0.self_attn.{n}_proj": 2 if n == "v" else 4 for n in "qkvo"}
 
 
-def test_train_takes_a_recipe_and_overrides_it(work: Path, run: Run) -> None:
+def test_train_takes_a_recipe_and_overrides_it(work: Path, run: Console) -> None:
     """Flags over the recipe, `key=value` over flags."""
     document = {"model": "model", "data": {"train": ["text.txt"], "max_length": 32}, "train": {"max_steps": 9}}
     (work / "recipe.yaml").write_text(yaml.safe_dump(document))
@@ -522,7 +495,7 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @pytest.mark.parametrize(("line", "expected"), REACHES, ids=[line[:20] for line, _ in REACHES])
 def test_every_option_reaches_the_library(
-    line: str, expected: dict[str, Any], work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    line: str, expected: dict[str, Any], work: Path, run: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is given on the command line is what the function is called with."""
     (work / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
@@ -549,14 +522,14 @@ def test_no_option_is_forgotten_above(name: str) -> None:
     assert {option for option, words in options.items() if said.isdisjoint(words)} <= {"as_json", "plan_only"}
 
 
-def test_settings_lists_every_key(run: Run) -> None:
+def test_settings_lists_every_key(run: Console) -> None:
     """Keys with defaults; what a recipe may say."""
     lines = run("settings").out.splitlines()
     assert any(line.split()[:2] == ["paca.rank", "16"] for line in lines)
     assert any(line.split()[:2] == ["train.learning_rate", "0.001"] for line in lines)
 
 
-def test_from_apply_to_undo(work: Path, run: Run) -> None:
+def test_from_apply_to_undo(work: Path, run: Console) -> None:
     """Every step by the names that the one before it suggested."""
     shutil.rmtree(work / "model-paca")
     assert "Next: surgery train model-paca --data FILE" in run("apply", "model", "-r", "4").out

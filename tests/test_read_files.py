@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import surgery
 from surgery import PacaSpec, ReadSpec, TaskSpec, stacks
 from surgery.adapter import Adapter, open_adapter, update_adapter
 from surgery.checkpoint import Checkpoint
-from surgery.cli import main
 from surgery.delta import ADAPTER_FILE, SideDelta, adapter_names
 from surgery.errors import (
     BaseMismatchError,
@@ -38,6 +36,7 @@ from surgery.side import NAME
 from surgery.tensorfile import file_sha256
 from surgery.verify import own_class
 from tests.conftest import TinyModel
+from tests.console import Console
 from tests.reading import SPEC, WIDTH, depth_of, keeping, move, side_gradients
 from tests.tiny import FAMILIES, build_model, sample_inputs
 
@@ -511,22 +510,6 @@ def test_a_model_with_its_own_code_trains_as_ours_does(family: str, tiny_model: 
 # --- the command line
 
 
-@pytest.fixture
-def command() -> Iterator[Callable[..., int]]:
-    """The console script's function with arguments of ours; returns the exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: str | Path) -> int:
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-
-
 @pytest.mark.parametrize(("arguments", "match"), (
     (["--method", "read", "--rank", "3"], "--rank: method read has no such setting"),
     (["--method", "read", "--targets", "q_proj"], "--targets: method read has no such setting"),
@@ -537,24 +520,22 @@ def command() -> Iterator[Callable[..., int]]:
     (["--method", "raed"], "The closest is 'read'"),
 ), ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_the_command_refuses_what_the_method_has_not(
-    arguments: list[str], match: str, tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    command: Callable[..., int],
+    arguments: list[str], match: str, tiny_model: TinyModel, tmp_path: Path, console: Console,
 ) -> None:  # fmt: skip
     """Exit code 2, one line on standard error, nothing written."""
-    assert command("apply", tiny_model("llama"), "-o", tmp_path / "out", *arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
+    shown = console("apply", tiny_model("llama"), "-o", tmp_path / "out", *arguments)
+    assert (shown.code, shown.out) == (2, "")
     assert match in shown.err
     assert shown.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_applies_read(tiny_model: TinyModel, tmp_path: Path, command: Callable[..., int]) -> None:
+def test_the_command_applies_read(tiny_model: TinyModel, tmp_path: Path, console: Console) -> None:
     """Every option of the method reaches the spec."""
     given = ["--cell", "lstm", "--hidden", str(WIDTH), "--recurrent-layers", "2", "--bidirectional", "--initial",
              "embedding", "--reduce", "mean", "--output-norm", "--scale", "0.5", "--layers", "last:1", "--joiner",
              "mean", "--seed", "3"]  # fmt: skip
-    assert command("apply", tiny_model("t5"), "--method", "read", "-o", tmp_path / "out", *given) == 0
+    assert console("apply", tiny_model("t5"), "--method", "read", "-o", tmp_path / "out", *given).code == 0
     assert ReadSpec(**open_adapter(tmp_path / "out").plan.spec) == FULL
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import surgery
 from surgery import ReadSpec
 from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import Checkpoint
-from surgery.cli import main
 from surgery.data import inspect_labels
 from surgery.delta import ADAPTER_FILE, require_side
 from surgery.errors import InterruptedRunError, OutputExistsError, RecipeError, RequestError, UnsupportedError
@@ -35,6 +33,7 @@ from surgery.train import LOG_FILE, TrainResult, train
 from surgery.trainer import STATE_FILE
 from surgery.workflow import run
 from tests.conftest import TinyModel, digest_folder
+from tests.console import Console
 from tests.examples import CASES, LABELLED, Case, fast, write_rows
 from tests.reading import SPEC
 from tests.test_train import Killed, same_adapter, stop_at
@@ -363,45 +362,17 @@ def test_a_recipe_goes_on_after_a_signal(recipe: Path, monkeypatch: pytest.Monke
 # --- the command line
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ended]]:
-    """The console script's function."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> Ended:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        found = capfd.readouterr()
-        return Ended(code, found.out, found.err)
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-
-
 def test_a_plan_is_printed_and_nothing_written(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Ended]
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
     """Which stacks are read, how many values train, and what it will need; as JSON the plan itself."""
     monkeypatch.chdir(tmp_path)
     base = tiny_model("t5")
-    shown = command("apply", base, "--method", "read", "--hidden", "8", "--plan")
+    shown = console("apply", base, "--method", "read", "--hidden", "8", "--plan")
     assert shown.code == 0
     for part in ("encoder.block", "decoder.block", "export --format remote-code writes"):
         assert part in shown.out
-    document = json.loads(command("apply", base, "--method", "read", "--hidden", "8", "--plan", "--json").out)
+    document = json.loads(console("apply", base, "--method", "read", "--hidden", "8", "--plan", "--json").out)
     assert document["plan"]["spec"]["hidden"] == 8
     assert [stack["name"] for stack in document["plan"]["stacks"]] == ["encoder", "decoder"]
     assert [stack["read"] for stack in document["plan"]["stacks"]] == [[0, 1], [0, 1]]
@@ -411,29 +382,29 @@ def test_a_plan_is_printed_and_nothing_written(
 
 
 def test_the_commands_go_all_the_way(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Ended]
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
     """apply, train with a cache, inspect, export, verify, each by its command."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model("llama"), tmp_path / "model")
     data = LEARNERS[5].case.write(tmp_path)
-    applied = json.loads(command("apply", "model", "--method", "read", "--hidden", "8", "--json").out)
+    applied = json.loads(console("apply", "model", "--method", "read", "--hidden", "8", "--json").out)
     assert applied["adapter"] == "model-read"
-    said = command("inspect", "model-read").out
+    said = console("inspect", "model-read").out
     for part in ("read, gru 8 wide", "not yet", "0 of 1 target"):
         assert part in said
-    ended = command("train", "model-read", "--data", data.train[0], "--cache-features", "cache", "--cache-bytes", "9MB",
+    ended = console("train", "model-read", "--data", data.train[0], "--cache-features", "cache", "--cache-bytes", "9MB",
                     "max_steps=4", "max_length=64", "learning_rate=0.02", "--json")  # fmt: skip
     assert (ended.code, json.loads(ended.out)["steps"]) == (0, 4)
     assert (tmp_path / "cache" / "states.bin").is_file()
-    document = json.loads(command("inspect", "model-read", "--json").out)
+    document = json.loads(console("inspect", "model-read", "--json").out)
     assert (document["kind"], document["adapter"]["moved"], document["adapter"]["targets"]) == ("adapter", 1, 1)
     assert document["plan"]["stacks"][0]["read"] == [0, 1]
-    exported = json.loads(command("export", "model-read", "--format", "remote-code", "--json").out)
+    exported = json.loads(console("export", "model-read", "--format", "remote-code", "--json").out)
     assert exported["out"] == "model-read-remote-code"
     assert exported["verification"]["max_logit_difference"] == 0
-    assert command("verify", "model-read-remote-code").code == 0
-    assert command("train", "model-read", "--data", data.train[0], "max_steps=4", "max_length=64",
+    assert console("verify", "model-read-remote-code").code == 0
+    assert console("train", "model-read", "--data", data.train[0], "max_steps=4", "max_length=64",
                    "learning_rate=0.02", "--resume", "auto").code == 0  # fmt: skip
 
 
@@ -469,7 +440,7 @@ BAD = (
 @pytest.mark.parametrize(("code", "line", "match"), BAD, ids=[line for _, line, _ in BAD])
 def test_what_is_wrong_ends_with_its_code(
     code: int, line: str, match: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    command: Callable[..., Ended],
+    console: Console,
 ) -> None:  # fmt: skip
     """One line on standard error, nothing on standard output, nothing left behind."""
     monkeypatch.chdir(tmp_path)
@@ -481,7 +452,7 @@ def test_what_is_wrong_ends_with_its_code(
     if " paca" in line:
         surgery.apply("model", "paca", surgery.PacaSpec(rank=2))
     before = digest_folder(tmp_path)
-    ended = command(*line.split(), *(["max_length=32"] if line.startswith("train") else []))
+    ended = console(*line.split(), *(["max_length=32"] if line.startswith("train") else []))
     assert ended.code == code
     assert match in ended.err
     assert ended.out == ""

@@ -6,7 +6,6 @@ import inspect as introspection
 import json
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ import surgery
 from surgery import PacaSpec, ReadSpec, TaskSpec, side, workflow
 from surgery.adapter import Adapter
 from surgery.checkpoint import INDEX_FILE, RECORD_FILE, WEIGHTS_FILE, Checkpoint
-from surgery.cli import main
 from surgery.errors import (
     BaseMismatchError,
     CheckError,
@@ -41,6 +39,7 @@ from surgery.operate import align
 from surgery.verify import own_class
 from surgery.workflow import default_export_folder
 from tests.conftest import TinyModel, digest_folder
+from tests.console import Console
 from tests.reading import SPEC
 from tests.tiny import sample_inputs
 from tests.trained import make_adapter, make_read_adapter
@@ -497,21 +496,9 @@ def test_there_is_nothing_to_undo(plain: Exported, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
-    """The console script's function; returns the exit code and standard error."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: object) -> tuple[int, str]:
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        return code, capfd.readouterr().err
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
+def command(console: Console) -> Callable[..., tuple[int, str]]:
+    """The console script: its exit code, and what it wrote to standard error."""
+    return lambda *arguments: console(*arguments)[::2]
 
 
 @contextmanager

@@ -104,21 +104,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         tokenizer="encoder",
     ),
-    "t5": Family(
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {
-            "vocab_size": VOCABULARY,
-            "d_model": 32,
-            "d_kv": 12,
-            "d_ff": 48,
-            "num_layers": 2,
-            "num_heads": 4,
-            "decoder_start_token_id": PAD,
-        },
-        tokenizer="seq2seq",
-        ids={"pad_token_id": PAD, "eos_token_id": EOS},
-    ),
+    "t5": tiny.FAMILIES["t5"],
     "bart": Family(
         "BartConfig",
         "BartForConditionalGeneration",

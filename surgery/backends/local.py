@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -129,14 +130,19 @@ def _run_torchrun(options: Any) -> RankError | None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import run
 
+    def is_killed(failure: Any) -> bool:
+        return bool(failure.exitcode < 0) and failure.exitcode != -signal.SIGTERM  # by which torchrun ends the others
+
+    def order(failed: tuple[int, Any]) -> tuple[bool, bool, int]:
+        return not is_killed(failed[1]), failed[1].exitcode < 0, failed[1].timestamp
+
     try:
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        number, failure = min(error.failures.items(), key=lambda entry: (entry[1].exitcode >= 0, entry[1].timestamp))
-        is_killed = failure.exitcode < 0
-        how = failure.signal_name() if is_killed else f"exit code {failure.exitcode}"
+        number, failure = min(error.failures.items(), key=order)
+        how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         text = str(SurgeryError("train", f"rank {number} ended with {how}", fix="Go on with --resume auto"))
-        return RankError(number, 0.0, SurgeryError.exit_code, text, KILLED if is_killed else FOLLOWED)
+        return RankError(number, 0.0, SurgeryError.exit_code, text, KILLED if is_killed(failure) else FOLLOWED)
     except SignalException as error:
         stopped = InterruptedRunError("train", f"stopped by {error.sigval.name}", fix="Go on with --resume auto")
         return RankError(0, math.inf, stopped.exit_code, str(stopped), STOPPED)

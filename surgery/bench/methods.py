@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import RequestError, UnsupportedError
+from surgery.lookup import require_extra
 from surgery.operate import attach_plan, detach
 from surgery.plan import Stored
 from surgery.planning import make_spec, plan_model
@@ -110,15 +111,7 @@ def merge_paca(model: Any) -> Any:
 
 def require_peft() -> None:
     """Raises: UnsupportedError where PEFT is not installed."""
-    try:
-        import peft  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "--methods",
-            f"{error.name} is not installed",
-            expected="the extra lora",
-            fix="pip install 'checkpoint-surgery[lora]'",
-        ) from error
+    require_extra("--methods", "peft")
 
 
 def attach_lora(model: Any, shared: Shared, settings: Settings) -> Any:

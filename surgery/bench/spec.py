@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.bench.methods import VARIANTS, Variant, require_peft
+from surgery.checkpoint import RECIPE_ENDINGS
 from surgery.errors import RecipeError, RequestError, closest, require_known, shorten
 from surgery.metrics import metric_names
 from surgery.recipe import DataSection, apply_override, check, parse_yaml
@@ -24,7 +25,6 @@ from surgery.writing import parse_size
 DEFAULT_METHODS = ("floor", "paca", "read", "lora", "full")
 VALUES = "values"
 OPTION = "--methods"
-YAML = (".yaml", ".yml")
 ANY = "*"  # all methods that have no learning rate of their own
 DEFAULT_SEQUENCE = 128
 
@@ -81,7 +81,7 @@ def read_spec(model: str, options: Mapping[str, Any], settings: Sequence[str] = 
 
     Raises: RequestError, RecipeError.
     """
-    document: dict[str, Any] = _read_document(Path(model)) if model.endswith(YAML) else {"model": model}
+    document: dict[str, Any] = _read_document(Path(model)) if model.endswith(RECIPE_ENDINGS) else {"model": model}
     data = document.setdefault("data", None) or {}
     section: dict[str, Any] = {"model": document.get("model", ""), "data": data}
     for text in settings:
@@ -97,7 +97,7 @@ def read_spec(model: str, options: Mapping[str, Any], settings: Sequence[str] = 
         (data if name in ("train", "eval") else document)[name] = parse(value)
     if data:
         document["data"] = {**data, "max_length": document.get("sequence", DEFAULT_SEQUENCE)}
-    return make_spec(document, model if model.endswith(YAML) else "bench")
+    return make_spec(document, model if model.endswith(RECIPE_ENDINGS) else "bench")
 
 
 def _read_document(path: Path) -> dict[str, Any]:

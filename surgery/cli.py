@@ -621,9 +621,10 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 def _explain_usage(error: click.ClickException) -> None:
     """One line, with the way to the help; the help itself for a command line that names no command."""
     text = error.format_message()
-    if "\n" in text:
+    if text.startswith("Usage:"):
         click.echo(text, err=True)
         return
+    text = " ".join(text.split())
     context = error.ctx if isinstance(error, click.UsageError) else None
     name = context.command_path if context else "surgery"
     click.echo(f"Error: {name}: {text.rstrip('.?')}{'?' if text.endswith('?') else '.'} See `{name} --help`.", err=True)

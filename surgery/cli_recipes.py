@@ -31,6 +31,10 @@ def recipes_command(action: str, name: str | None, *, as_json: bool) -> None:
         return
     found = library.shipped()
     width = max(len(recipe.name) for recipe in found)
-    lines = [f"{recipe.name:{width}}  {recipe.about}" for recipe in found]
+    lines = []
+    for recipe in found:
+        lines.append(f"{recipe.name:{width}}  {recipe.about}")
+        if recipe.variants:
+            lines.append(f"{'':{width}}  variant={', '.join(recipe.variants)}")
     document = [{"name": r.name, "about": r.about, "variants": list(r.variants), "path": str(r.path)} for r in found]
     show(lines, document, as_json=as_json)

@@ -196,6 +196,7 @@ ERRORS: tuple[tuple[int, str, str], ...] = (
     (2, "export --merge --nonsense", "Error: surgery export: No such option '--nonsense'"),
     (2, "verify", "Error: surgery verify: Missing argument 'MERGED'. See `surgery verify --help`."),
     (2, "verify model", "Error: model: no surgery.json"),
+    (2, "recipes", "Error: surgery recipes: Missing argument '{list|show}'. Choose from: list, show. See `surgery"),
     (2, "nonsense", "Error: surgery: No such command 'nonsense'"),
     (2, "run nothing.yaml", "Error: nothing.yaml: it cannot be read"),
     (2, "undo model-paca -o x", "Error: model-paca: a folder of kind 'adapter'"),

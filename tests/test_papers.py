@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from surgery import library
-from surgery.cli import main
 from surgery.manifest import read_document
 from surgery.recipe import Recipe, parse_yaml, read_recipe
 from surgery.rows import read_rows
 from surgery.workflow import run
+from tests.console import Console
 
 PAPERS = Path(__file__).resolve().parent.parent / "recipes" / "papers"
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax")
@@ -156,12 +156,12 @@ def test_a_recipe_s_smoke_runs_from_model_to_verified_export(name: str, variant:
 
 @pytest.mark.slow
 def test_a_recipe_runs_by_name_and_on_several_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console
 ) -> None:
     """`surgery run papers/..` writes below the folder that one is in."""
     monkeypatch.chdir(tmp_path)
-    main(["run", "papers/paca-mmlu", "variant=llama3-8b", "smoke=true", "--nproc", "2", "batch_size=1", "--json"])
-    result = json.loads(capfd.readouterr().out)
+    settings = ("variant=llama3-8b", "smoke=true", "batch_size=1")
+    result = json.loads(console("run", "papers/paca-mmlu", *settings, "--nproc", 2, "--json").out)
     assert result["adapter"] == str(tmp_path / "build/papers/paca-mmlu/llama3-8b/smoke/adapter")
     assert {check["result"] for check in result["verification"]["checks"]} == {"passed"}
     assert (tmp_path / "build/papers/paca-mmlu/llama3-8b/smoke/merged/model.safetensors").is_file()
@@ -199,16 +199,23 @@ def test_the_rows_of_the_smoke_runs_have_the_columns_of_the_real_files() -> None
         (["run", "papers/paca-mmul"], "no recipe of that name"),
     ),
 )
-def test_a_recipe_that_is_not_there_is_named(words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_that_is_not_there_is_named(words: list[str], message: str, console: Console) -> None:
     """Exit code 2, with the nearest name."""
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 2
-    error = capfd.readouterr().err
-    assert re.search(message, error), error
+    ended = console(*words)
+    assert ended.code == 2
+    assert re.search(message, ended.err), ended.err
 
 
-def test_show_prints_the_file_as_it_stands(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_list_says_what_each_recipe_is_and_which_variants_it_has(console: Console) -> None:
+    """A line for each, and one for its variants where it has some."""
+    lines = console("recipes", "list").out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("papers/paca-mmlu "))
+    assert lines[at].split(maxsplit=1)[1].startswith("PaCA on MMLU")
+    assert lines[at + 1].split() == ["variant=llama2-7b,", "llama2-13b,", "llama3-8b"]
+    assert lines[at + 2].startswith("papers/paca-oasst1 ")
+    assert lines[at + 3].startswith("papers/read-glue ")
+
+
+def test_show_prints_the_file_as_it_stands(console: Console) -> None:
     """So that it can be written to a file and changed."""
-    main(["recipes", "show", "papers/read-glue"])
-    assert capfd.readouterr().out == (PAPERS / "read-glue.yaml").read_text("utf-8")
+    assert console("recipes", "show", "papers/read-glue").out == (PAPERS / "read-glue.yaml").read_text("utf-8")

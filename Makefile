@@ -7,7 +7,7 @@ READY := $(VENV)/.complete
 PASSIVE := OMP_WAIT_POLICY=PASSIVE
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PASSIVE)
 TESTS ?= tests
-IN_TWO := -n 2 --dist loadfile --durations 20
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 GAUDI_VENV := .venv-gaudi
 GAUDI_READY := $(GAUDI_VENV)/.complete

@@ -373,8 +373,8 @@ class StopWhenAsked(TrainerCallback):  # type: ignore[misc]
         self.interruption = interruption
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self.interruption.requested = any_rank(self.interruption.requested)  # all stop at the same step
-        if self.interruption.requested:
+        if any_rank(self.interruption.requested):  # all stop at the same step; who is asked meanwhile, at the next
+            self.interruption.requested = True
             control.should_save = control.should_training_stop = True
             if not args.load_best_model_at_end:  # else this evaluation is one of those that decide
                 control.should_evaluate = False

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tests.console import Console
 
 PROJECT = Path(__file__).resolve().parent.parent
+LONGEST = ("test_real.py", "test_readme.py", "test_distributed.py", "test_faults.py", "test_packaging.py")
 collect_ignore = ["gaudi"]  # `make test-gaudi` runs them: they have an environment of their own
 
 
@@ -44,6 +45,11 @@ class TinyModel(Protocol):
         seed: int = 0,
         overrides: Mapping[str, object] | None = None,
     ) -> Path: ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: of two workers neither is left alone with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -542,9 +542,12 @@ def test_a_launcher_that_is_asked_to_stop_lets_all_save(bench: Bench) -> None:
     command = [sys.executable, "-m", "surgery.cli", "train", str(folder), data, *own]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    wait_for_lines(folder / "training_log.jsonl", 3)
-    process.terminate()
-    error = process.communicate(timeout=100)[1]
+    try:
+        wait_for_lines(folder / "training_log.jsonl", 3)
+        process.terminate()
+        error = process.communicate(timeout=100)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130
     stopped = re.fullmatch(r"Error: train: stopped at step (\d+), checkpoint-\1 is whole.*", error.splitlines()[-1])
     assert stopped

@@ -42,7 +42,7 @@ from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.train import CHECKPOINTS, LOG_FILE, RUN_FILE, TrainResult, train
-from surgery.trainer import STATE_FILE, Progress
+from surgery.trainer import STATE_FILE, Interruption, Progress, StopWhenAsked
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import ANIMALS, CASES, LABELLED, SCORED, Case, fast, write_rows
@@ -877,6 +877,23 @@ def test_every_setting_reaches_the_trainer(tmp_path: Path) -> None:
     assert {key: getattr(made, renamed.get(key, key)) for key in given} == given
     assert (made.max_steps, made.data_seed) == (7, 5)
     assert getattr(made, checkpointing_name(type(made))) is True
+
+
+def test_who_is_asked_while_the_ranks_agree_stops_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes after this rank's vote, and before the others' is known, is not forgotten."""
+    interruption, control = Interruption(), SimpleNamespace(should_save=False, should_training_stop=False)
+    stop = StopWhenAsked(interruption)
+
+    def agree(vote: bool) -> bool:
+        interruption.requested = True
+        return vote
+
+    monkeypatch.setattr("surgery.trainer.any_rank", agree)
+    arguments = SimpleNamespace(load_best_model_at_end=True)
+    stop.on_step_end(arguments, None, control)
+    assert (interruption.requested, control.should_training_stop) == (True, False)
+    stop.on_step_end(arguments, None, control)
+    assert (control.should_save, control.should_training_stop) == (True, True)
 
 
 def test_signals_are_given_back(plain: Setting, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,13 @@ HELD_OUT_CHARACTERS = 42_000  # some 100 blocks of 256 tokens
 WRITTEN = 24  # tokens that each prompt is continued by
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def two_threads() -> Iterator[None]:
     """These are the tests that compute; the others share cores."""
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def needed(path: Path) -> Path:
@@ -67,7 +71,6 @@ def shakespeare(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         eval_batch_size=10,
     )  # fmt: skip
     apply(needed(shared_data / "models" / "stories260K"), root / "adapter", PacaSpec(rank=16))
-    torch.set_num_threads(2)
     return root, data, train(root / "adapter", data, settings)
 
 
@@ -164,7 +167,6 @@ def sentiment(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     )  # fmt: skip
     task = TaskSpec("sequence-classification")
     apply(model, root / "adapter", PacaSpec(rank=16), task=TaskSpec(task.name, ("0", "1")))
-    torch.set_num_threads(2)
     return root, folder / "dev.tsv", train(root / "adapter", data, settings, task=task)
 
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from functools import partialmethod
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from transformers.utils import logging
 
 from surgery import acceleration
 from surgery.adapter import open_adapter
@@ -33,6 +35,7 @@ assert open_adapter, train  # imported for the forked processes, which use them 
 
 
 FAILURE = "the disk is on fire"
+REMARK = "the disk is warm"
 NOTHING_COMPILED = 99  # an exit code
 
 
@@ -40,7 +43,7 @@ NOTHING_COMPILED = 99  # an exit code
 class Job:
     """One command, in `nproc` processes (0: without a launcher).
 
-    at: {rank: [step, signal or FAILURE]}; has_standin: the CPU stands in for the devices that DeepSpeed needs;
+    at: {rank: [step, signal, FAILURE or REMARK]}; has_standin: the CPU stands in for the devices that DeepSpeed needs;
     compiles_quickly: torch.compile runs its graphs' operators one by one, and a break in a graph is an error.
     """
 
@@ -71,13 +74,16 @@ def free_port() -> int:
 
 
 def happen_at(step: int, what: str) -> None:
-    """At the end of a step send ourselves a signal, or fail."""
+    """At the end of a step send ourselves a signal, fail, or remark on something."""
     original = StopWhenAsked.on_step_end
 
     def on_step_end(self: StopWhenAsked, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step and what == FAILURE:
             raise RuntimeError(FAILURE)
-        if state.global_step == step:
+        if state.global_step == step and what == REMARK:
+            warnings.warn(REMARK, stacklevel=1)
+            logging.get_logger("transformers.trainer").warning(REMARK)
+        elif state.global_step == step:
             os.kill(os.getpid(), signal.Signals[what])
         original(self, args, state, control, **kwargs)
 

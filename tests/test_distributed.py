@@ -36,7 +36,7 @@ from surgery.verify import verify
 from surgery.zero import require_deepspeed
 from tests.conftest import PROJECT, TinyModel, digest_folder
 from tests.examples import LABELLED, QUESTIONS, mostly_long, write_rows
-from tests.forking import FAILURE, Job, Outcome
+from tests.forking import FAILURE, REMARK, Job, Outcome
 
 pytestmark = pytest.mark.slow
 
@@ -193,7 +193,8 @@ def bench(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory, reque
     for variant in variants:
         made.add(variant, f"{variant.name}-one", 0)
         for strategy in variant.strategies:
-            made.add(variant, f"{variant.name}-{strategy}", 2, settings={"strategy": strategy})
+            remarks = {str(rank): [2, REMARK] for rank in range(2)} if variant == VARIANTS[0] else {}
+            made.add(variant, f"{variant.name}-{strategy}", 2, settings={"strategy": strategy}, at=remarks)
     made.add(VARIANTS[0], "compiled-ddp", 2, settings={"compile": True}, compiles_quickly=True)
     for strategy in STRATEGIES:
         if is_long or strategy == "fsdp2":
@@ -284,12 +285,13 @@ def test_an_adapter_of_two_processes_merges_to_what_was_trained(strategy: str, b
 
 
 def test_rank_0_alone_speaks(bench: Bench) -> None:
-    """The other ranks print nothing at all, whatever the model, method, task and strategy."""
+    """The other ranks print nothing at all, whatever the model, method, task, strategy and remark."""
     ran = [name for name in (f"{variant.name}-{strategy}" for variant, strategy in CASES) if name in bench.outcomes]
     assert len(ran) >= len(STRATEGIES)
     for done in (bench.outcomes[name] for name in ran):
         assert "steps on cpu" in done.outputs[0]
         assert (done.outputs[1], done.errors[1]) == ("", "")
+    assert all(bench.outcomes[f"plain-{strategy}"].errors[0].count(REMARK) == 2 for strategy in STRATEGIES)
 
 
 def test_the_log_has_each_step_once(bench: Bench) -> None:

@@ -26,7 +26,7 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
-    from tests.console import Console
+    from tests.console import Command, Console
 
 PROJECT = Path(__file__).resolve().parent.parent
 LONGEST = ("test_real.py", "test_readme.py", "test_distributed.py", "test_faults.py", "test_packaging.py")
@@ -119,6 +119,12 @@ def console(capfd: pytest.CaptureFixture[str]) -> Console:
     from tests.console import call
 
     return partial(call, capfd)
+
+
+@pytest.fixture
+def command(console: Console) -> Command:
+    """The console script: its exit code, and what it wrote to standard error."""
+    return lambda *arguments: console(*arguments)[::2]
 
 
 def digest_folder(folder: Path) -> str:

@@ -20,6 +20,7 @@ class Ended(NamedTuple):
 
 
 Console: TypeAlias = Callable[..., Ended]
+Command: TypeAlias = Callable[..., tuple[int, str]]  # the same without what it printed on standard output
 
 
 def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> Ended:

@@ -21,7 +21,7 @@ import torch
 
 from exporters.dense import export
 from surgery.adapter import find_base, open_adapter
-from surgery.cli import cli, main
+from surgery.cli import cli
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
 from surgery.errors import RequestError, UnsupportedError
 from surgery.methods.paca import PacaSpec
@@ -35,6 +35,7 @@ from surgery.trainer import STATE_FILE
 from surgery.verify import verify
 from surgery.zero import require_deepspeed
 from tests.conftest import PROJECT, TinyModel, digest_folder
+from tests.console import Console
 from tests.examples import LABELLED, QUESTIONS, mostly_long, write_rows
 from tests.forking import FAILURE, REMARK, Job, Outcome
 
@@ -584,15 +585,14 @@ def test_what_is_asked_wrongly_is_refused(
     message: str,
     tiny_model: TinyModel,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    console: Console,
 ) -> None:
     """The documented error and exit code, and the adapter is untouched."""
     apply(tiny_model("llama"), tmp_path / "adapter", PACA)
     before = digest_folder(tmp_path / "adapter")
-    with pytest.raises(SystemExit) as end:
-        main(["train", str(tmp_path / "adapter"), "--data=nope", "--device=cpu", *arguments])
-    assert end.value.code == code
-    assert f"Error: {message}" in capfd.readouterr().err
+    ended = console("train", tmp_path / "adapter", "--data=nope", "--device=cpu", *arguments)
+    assert ended.code == code
+    assert f"Error: {message}" in ended.err
     assert digest_folder(tmp_path / "adapter") == before
 
 

@@ -14,7 +14,6 @@ import torch
 from surgery import compat
 from surgery.backends import gaudi
 from surgery.backends.gaudi import FITTING, Installation, environment, require_mode, shortcomings
-from surgery.cli import main
 from surgery.compat import settle_rope
 from surgery.errors import RecipeError, RequestError, UnsupportedError
 from surgery.methods.paca import PacaSpec
@@ -23,6 +22,7 @@ from surgery.paca_layers import SharedGather, open_layer
 from surgery.recipe import DataSection, TrainSection
 from surgery.train import train
 from tests.conftest import TinyModel
+from tests.console import Console
 from tests.examples import CASES
 
 WHOLE = Installation("1.24.0.695", "1.21.2", "2.11.0+hpu.1.24.0.695.git1a2b3c4", "4.55.4")
@@ -77,17 +77,15 @@ def test_the_mode_s_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("more", ((), ("--nproc", "2")))
 def test_without_the_plugin_training_is_refused(
-    more: tuple[str, ...], tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: tuple[str, ...], tiny_model: TinyModel, tmp_path: Path, console: Console
 ) -> None:
     """Exit code 5, one line on standard error, and the adapter as it was."""
     apply(tiny_model("llama"), tmp_path / "adapter", PacaSpec(rank=4))
     before = (tmp_path / "adapter" / "surgery.json").read_bytes()
     (tmp_path / "data.txt").write_text("a text")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(tmp_path / "adapter"), "--data", str(tmp_path / "data.txt"), "--device", "hpu", *more])
-    assert ended.value.code == 5
-    said = capsys.readouterr().err
+    ended = console("train", tmp_path / "adapter", "--data", tmp_path / "data.txt", "--device", "hpu", *more)
+    assert ended.code == 5
+    said = ended.err
     assert said.startswith("Error: --device hpu: habana-torch-plugin is not installed")
     assert len(said.splitlines()) == 1
     assert (tmp_path / "adapter" / "surgery.json").read_bytes() == before

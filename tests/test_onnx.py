@@ -35,7 +35,7 @@ from surgery.recipe import DataSection, Recipe
 from surgery.workflow import export_checkpoint, run, undo
 from tests import graphs
 from tests.conftest import TinyModel, digest_folder
-from tests.console import Console
+from tests.console import Command
 from tests.examples import TEXTS, fast
 from tests.graphs import Graph, Stored, too_large
 from tests.tiny import FAMILIES, draw_parameters, sample_inputs
@@ -86,15 +86,6 @@ def made(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Mad
         return done[key]
 
     return export
-
-
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def command(console: Console) -> Command:
-    """The console script: its exit code, and what it wrote to standard error."""
-    return lambda *arguments: console(*arguments)[::2]
 
 
 def assert_nothing_left(folder: Path, *, but: tuple[str, ...] = ()) -> None:

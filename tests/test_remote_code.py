@@ -39,7 +39,7 @@ from surgery.operate import align
 from surgery.verify import own_class
 from surgery.workflow import default_export_folder
 from tests.conftest import TinyModel, digest_folder
-from tests.console import Console
+from tests.console import Command
 from tests.reading import SPEC
 from tests.tiny import sample_inputs
 from tests.trained import make_adapter, make_read_adapter
@@ -452,7 +452,7 @@ BARE = r"a model with a side network, which would be lost, expected a plain or m
 
 
 @pytest.mark.parametrize("spec", (PacaSpec(rank=2), SPEC), ids=("paca", "read"))
-def test_it_is_no_base(spec: PacaSpec | ReadSpec, copied: Exported, command: Callable[..., tuple[int, str]]) -> None:
+def test_it_is_no_base(spec: PacaSpec | ReadSpec, copied: Exported, command: Command) -> None:
     """Transformers would load its backbone alone. Without our record its configuration still says so."""
     out = copied.folder.parent / "new"
     for _ in range(2):
@@ -495,12 +495,6 @@ def test_there_is_nothing_to_undo(plain: Exported, tmp_path: Path) -> None:
 # --- refused
 
 
-@pytest.fixture
-def command(console: Console) -> Callable[..., tuple[int, str]]:
-    """The console script: its exit code, and what it wrote to standard error."""
-    return lambda *arguments: console(*arguments)[::2]
-
-
 @contextmanager
 def nothing_written(folder: Path) -> Iterator[None]:
     """Every name and byte below a folder stays."""
@@ -514,7 +508,7 @@ WAYS_OUT = r"Write --format onnx, .* or --format remote-code, which transformers
 
 @pytest.mark.parametrize("arguments", (("--merge",), ("--format", "lora")), ids=" ".join)
 def test_a_side_network_is_not_merged(
-    arguments: tuple[str, ...], tiny_model: TinyModel, tmp_path: Path, command: Callable[..., tuple[int, str]]
+    arguments: tuple[str, ...], tiny_model: TinyModel, tmp_path: Path, command: Command
 ) -> None:
     """On the command line and in Python: exit code 5, why, and what to do instead; nothing is written."""
     adapter = make_read_adapter(tiny_model("llama"), tmp_path / "adapter")
@@ -578,9 +572,7 @@ def test_an_export_whose_check_fails_does_not_appear(
         surgery.export(adapter.folder, tmp_path / "out", format=REMOTE_CODE)
 
 
-def test_the_command_exports_and_verifies(
-    tiny_model: TinyModel, tmp_path: Path, command: Callable[..., tuple[int, str]]
-) -> None:
+def test_the_command_exports_and_verifies(tiny_model: TinyModel, tmp_path: Path, command: Command) -> None:
     """Without --merge; the second time the folder is there already."""
     adapter = make_read_adapter(tiny_model("llama"), tmp_path / "adapter")
     assert command("export", adapter.folder, "--format", "remote-code", "-o", tmp_path / "out") == (0, "")

@@ -1,0 +1,205 @@
+"""A mixture's experts as a plan sees them: what they are called, where each lies on disk and in memory.
+
+In memory a parameter holds all experts of a layer, `gate_up_proj` (e, 2 i, h) and `down_proj` (e, h, i). On disk most
+families keep a tensor for each expert and projection, others one for all experts. A target is a tensor on disk:
+`model.layers.0.mlp.experts.3.up_proj` where each has its own, `model.layers.0.mlp.experts.gate_up_proj` where one
+holds all. The first is no module: `holder` and `place` of its target say where in memory it lies.
+
+Shape suffixes: e experts, o outputs, r columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.compat import Place, is_experts, usual_parts
+from surgery.errors import DamagedError, SelectorError, UnsupportedError
+from surgery.paca_experts import OWN, first_parameter
+from surgery.plan import Stored, Target
+from surgery.select import LinearSite
+
+Parts = Mapping[str, Sequence[tuple[Stored, Place]]]
+_PROJECTIONS = {("gate_up_proj", 2): ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True)
+class ExpertSite:
+    """A tensor of experts that could train. `site`: its name and sizes; place: None where it holds all experts."""
+
+    site: LinearSite
+    holder: str
+    parameter: str
+    place: Place | None
+    stored: Stored
+    sizes: tuple[int, ...] = ()
+
+
+def part_name(holder: str, parameter: str, place: Place) -> str:
+    """What the tensor of one expert and projection is called: the name of its layer where experts are layers."""
+    names = _PROJECTIONS.get((parameter, place.parts), (parameter,) * place.parts)
+    return f"{holder}.{place.expert}.{names[place.part]}"
+
+
+def holders(model: nn.Module) -> dict[str, Any]:
+    """The modules that hold a layer's experts, by name."""
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
+
+
+def find_experts(model: nn.Module, stored: Mapping[str, Stored], parts: Parts) -> tuple[ExpertSite, ...]:
+    """Every tensor of experts that could train. stored, parts: where parameters, and experts of one, lie.
+
+    Raises: DamagedError where a checkpoint lacks some experts of a layer.
+    """
+    found: list[ExpertSite] = []
+    for holder, module in holders(model).items():
+        for parameter in (first_parameter(module), "down_proj"):
+            name = f"{holder}.{parameter}"
+            if name in stored:
+                found.append(_all_in_one(holder, parameter, module, stored[name]))
+            elif name in parts and not module.is_transposed:
+                found += _one_by_one(holder, parameter, module, parts[name])
+    return tuple(found)
+
+
+def _all_in_one(holder: str, parameter: str, module: Any, stored: Stored) -> ExpertSite:
+    shape = tuple(module.get_parameter(parameter).shape)
+    axis = 1 if module.is_transposed else 2
+    site = LinearSite(f"{holder}.{parameter}", shape[0] * shape[3 - axis], shape[axis], axis, is_expert=True)
+    return ExpertSite(site, holder, parameter, None, stored, shape)
+
+
+def _one_by_one(
+    holder: str, parameter: str, module: Any, parts: Sequence[tuple[Stored, Place]]
+) -> Iterable[ExpertSite]:
+    experts, outputs, inputs = module.get_parameter(parameter).shape
+    count = parts[0][1].parts
+    wanted = {Place(expert, part, count) for expert in range(experts) for part in range(count)}
+    if {place for _, place in parts} != wanted or len(parts) != len(wanted) or outputs % count:
+        found = f"{len(parts)} tensors of experts for {holder}.{parameter}"
+        raise DamagedError("checkpoint", found, expected=f"{len(wanted)}", fix="Fetch the checkpoint again")
+    for stored, place in parts:
+        site = LinearSite(part_name(holder, parameter, place), outputs // count, inputs, 1, is_expert=True)
+        yield ExpertSite(site, holder, parameter, place, stored)
+
+
+def usual_experts(model: nn.Module, dtype_of: Callable[[Tensor], str]) -> Parts:
+    """Where the experts of a model in memory usually lie on disk, for a plan that is made without files.
+
+    The keys are those parameters of experts for which a checkpoint has a tensor for each expert.
+    """
+    found: dict[str, list[tuple[Stored, Place]]] = {}
+    for holder, module in holders(model).items():
+        for parameter in (first_parameter(module), "down_proj"):
+            name, weight = f"{holder}.{parameter}", module.get_parameter(parameter)
+            count = usual_parts(model, name)
+            if not count or module.is_transposed:
+                continue
+            shape = (weight.shape[1] // count, weight.shape[2])
+            places = [Place(expert, part, count) for expert in range(weight.shape[0]) for part in range(count)]
+            found[name] = [(Stored(part_name(holder, parameter, p), dtype_of(weight), shape), p) for p in places]
+    return found
+
+
+def require_whole(chosen: Sequence[ExpertSite], known: Sequence[ExpertSite], ranks: Mapping[str, int]) -> None:
+    """A parameter's experts train all or none, with one rank: in memory they are one. Raises: SelectorError."""
+    groups: dict[tuple[str, str], list[ExpertSite]] = {}
+    for entry in chosen:
+        groups.setdefault((entry.holder, entry.parameter), []).append(entry)
+    for (holder, parameter), members in groups.items():
+        whole = [entry for entry in known if (entry.holder, entry.parameter) == (holder, parameter)]
+        if len(members) != len(whole):
+            found = f"{len(members)} of the {len(whole)} tensors that make {holder}.{parameter}"
+            fix = "Name them with a * for the expert, and gate_proj and up_proj together"
+            raise SelectorError("--targets", found, expected="all of them: in memory they are one parameter", fix=fix)
+        found_ranks = sorted({ranks[entry.site.module] for entry in members})
+        if len(found_ranks) > 1:
+            raise SelectorError(
+                "--rank-pattern",
+                f"ranks {', '.join(map(str, found_ranks))} in {holder}.{parameter}",
+                expected="one rank for all experts of a parameter",
+                fix="Name its experts with a *",
+            )
+
+
+def expert_group(entry: ExpertSite, experts: str, groups: Mapping[str, str]) -> str:
+    """The name from which a tensor's columns are drawn; those of one name have the same.
+
+    groups: what feeds each holder, by name. Raises: UnsupportedError.
+    """
+    is_first = entry.parameter != "down_proj"
+    if experts != OWN:
+        return groups[entry.holder] if is_first else f"{entry.holder}.{entry.parameter}"
+    if entry.place is None:
+        raise UnsupportedError(
+            "--experts own",
+            f"{entry.stored.weight} holds all experts in one tensor",
+            expected="a checkpoint with a tensor for each expert",
+            fix="Let the experts share their columns (--experts shared)",
+        )
+    return f"{entry.holder}.{entry.place.expert}.{entry.parameter}"
+
+
+def by_parameter(targets: Sequence[Target]) -> dict[tuple[str, str], list[Target]]:
+    """The targets that are experts', by (holder, parameter)."""
+    found: dict[tuple[str, str], list[Target]] = {}
+    for target in targets:
+        if target.holder:
+            found.setdefault((target.holder, target.parameter), []).append(target)
+    return found
+
+
+def take(values_eor: Tensor, target: Target) -> Tensor:
+    """A target's part of values of all experts: (e, o, r) -> (out, r), copied."""
+    if not target.place:
+        return values_eor.reshape(-1, values_eor.shape[-1]).clone()
+    expert, part, parts = target.place
+    return values_eor[expert].chunk(parts)[part].clone()
+
+
+def join(targets: Sequence[Target], values: Mapping[str, Tensor], experts: int) -> Tensor:
+    """The inverse: of all targets of a parameter, by module, (out, r) -> (e, o, r)."""
+    first = targets[0]
+    if not first.place:
+        return values[first.module].reshape(experts, -1, first.rank)
+    outputs = first.out_features * first.place[2]
+    result = values[first.module].new_empty((experts, outputs, first.rank))
+    for target in targets:
+        expert, part, parts = target.place
+        result[expert].chunk(parts)[part].copy_(values[target.module])
+    return result
+
+
+def join_columns(targets: Sequence[Target], columns: Mapping[str, Tensor], experts: int) -> Tensor:
+    """The columns of all targets of a parameter: (r,) where all have the same, else (e, r).
+
+    Raises: DamagedError where the parts of one expert have different ones.
+    """
+    first = columns[targets[0].module]
+    if len({target.group for target in targets}) == 1:
+        _require_equal(targets, columns, lambda _target: first)
+        return first
+    result = torch.zeros((experts, targets[0].rank), dtype=first.dtype)
+    for target in targets:
+        result[target.place[0]] = columns[target.module]
+    _require_equal(targets, columns, lambda target: result[target.place[0]])
+    return result
+
+
+def _require_equal(
+    targets: Sequence[Target], columns: Mapping[str, Tensor], wanted: Callable[[Target], Tensor]
+) -> None:
+    for target in targets:
+        if not torch.equal(columns[target.module], wanted(target)):
+            found = f"columns that are not those of the rest of {target.holder}.{target.parameter}"
+            raise DamagedError(f"adapter, {target.module}", found, expected="the same: in memory they are one")
+
+
+def columns_of(columns: Tensor, target: Target) -> Tensor:
+    """A target's columns among those of a parameter: (r,), copied to the CPU."""
+    own = columns if columns.dim() == 1 else columns[target.place[0]]
+    return own.to("cpu", copy=True)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -28,8 +28,7 @@ TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5.0")
 _LEGACY_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor on disk goes in a parameter of experts: which expert's, and which of equal parts of its outputs.
 
     `part` of `parts`: 0 of 2 is `gate` and 1 of 2 `up` in `gate_up_proj`.

@@ -11,13 +11,12 @@ Shape suffixes: e experts, o outputs, r columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.compat import Place, is_experts, usual_parts
+from surgery.compat import MemoryName, Place, is_experts, usual_parts
 from surgery.errors import DamagedError, SelectorError, UnsupportedError
 from surgery.paca_experts import OWN, first_parameter
 from surgery.plan import Stored, Target
@@ -27,20 +26,12 @@ Parts = Mapping[str, Sequence[tuple[Stored, Place]]]
 _PROJECTIONS = {("gate_up_proj", 2): ("gate_proj", "up_proj")}
 
 
-@dataclass(frozen=True)
-class ExpertSite:
-    """A tensor of experts that could train. `site`: its name and sizes; place: None where it holds all experts."""
+def expert_name(name: str, place: Place) -> str:
+    """What the tensor of one expert and projection is called: the name of its layer where experts are layers.
 
-    site: LinearSite
-    holder: str
-    parameter: str
-    place: Place | None
-    stored: Stored
-    sizes: tuple[int, ...] = ()
-
-
-def part_name(holder: str, parameter: str, place: Place) -> str:
-    """What the tensor of one expert and projection is called: the name of its layer where experts are layers."""
+    name: of the parameter that holds all experts.
+    """
+    holder, _, parameter = name.rpartition(".")
     names = _PROJECTIONS.get((parameter, place.parts), (parameter,) * place.parts)
     return f"{holder}.{place.expert}.{names[place.part]}"
 
@@ -50,32 +41,33 @@ def holders(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
-def find_experts(model: nn.Module, stored: Mapping[str, Stored], parts: Parts) -> tuple[ExpertSite, ...]:
-    """Every tensor of experts that could train. stored, parts: where parameters, and experts of one, lie.
+def find_experts(model: nn.Module, stored: Mapping[str, Stored], parts: Parts) -> list[tuple[LinearSite, Stored]]:
+    """Every tensor of experts that could train, and where it lies.
 
+    stored, parts: where whole parameters lie, and the experts of one.
     Raises: DamagedError where a checkpoint lacks some experts of a layer.
     """
-    found: list[ExpertSite] = []
+    found: list[tuple[LinearSite, Stored]] = []
     for holder, module in holders(model).items():
         for parameter in (first_parameter(module), "down_proj"):
             name = f"{holder}.{parameter}"
             if name in stored:
-                found.append(_all_in_one(holder, parameter, module, stored[name]))
+                found.append((_all_in_one(holder, parameter, module), stored[name]))
             elif name in parts and not module.is_transposed:
                 found += _one_by_one(holder, parameter, module, parts[name])
-    return tuple(found)
+    return found
 
 
-def _all_in_one(holder: str, parameter: str, module: Any, stored: Stored) -> ExpertSite:
+def _all_in_one(holder: str, parameter: str, module: Any) -> LinearSite:
     shape = tuple(module.get_parameter(parameter).shape)
     axis = 1 if module.is_transposed else 2
-    site = LinearSite(f"{holder}.{parameter}", shape[0] * shape[3 - axis], shape[axis], axis, is_expert=True)
-    return ExpertSite(site, holder, parameter, None, stored, shape)
+    sizes = (shape[0] * shape[3 - axis], shape[axis], axis)
+    return LinearSite(f"{holder}.{parameter}", *sizes, parameter=parameter, sizes=shape, holder=holder)
 
 
 def _one_by_one(
     holder: str, parameter: str, module: Any, parts: Sequence[tuple[Stored, Place]]
-) -> Iterable[ExpertSite]:
+) -> Iterable[tuple[LinearSite, Stored]]:
     experts, outputs, inputs = module.get_parameter(parameter).shape
     count = parts[0][1].parts
     wanted = {Place(expert, part, count) for expert in range(experts) for part in range(count)}
@@ -83,8 +75,21 @@ def _one_by_one(
         found = f"{len(parts)} tensors of experts for {holder}.{parameter}"
         raise DamagedError("checkpoint", found, expected=f"{len(wanted)}", fix="Fetch the checkpoint again")
     for stored, place in parts:
-        site = LinearSite(part_name(holder, parameter, place), outputs // count, inputs, 1, is_expert=True)
-        yield ExpertSite(site, holder, parameter, place, stored)
+        name = expert_name(f"{holder}.{parameter}", place)
+        sizes = (outputs // count, inputs, 1)
+        yield LinearSite(name, *sizes, parameter=parameter, holder=holder, place=tuple(place)), stored
+
+
+def expert_parts(names: Mapping[str, MemoryName], stored: Mapping[str, Stored]) -> Parts:
+    """Where the tensors lie that are put together to parameters of experts, by the parameter's name.
+
+    names: what tensors on disk are called in memory; stored: where they lie.
+    """
+    found: dict[str, list[tuple[Stored, Place]]] = {}
+    for disk, memory in names.items():
+        if memory.place:
+            found.setdefault(memory.name, []).append((stored[disk], memory.place))
+    return found
 
 
 def usual_experts(model: nn.Module, dtype_of: Callable[[Tensor], str]) -> Parts:
@@ -101,55 +106,55 @@ def usual_experts(model: nn.Module, dtype_of: Callable[[Tensor], str]) -> Parts:
                 continue
             shape = (weight.shape[1] // count, weight.shape[2])
             places = [Place(expert, part, count) for expert in range(weight.shape[0]) for part in range(count)]
-            found[name] = [(Stored(part_name(holder, parameter, p), dtype_of(weight), shape), p) for p in places]
+            found[name] = [(Stored(expert_name(name, p), dtype_of(weight), shape), p) for p in places]
     return found
 
 
-def require_whole(chosen: Sequence[ExpertSite], known: Sequence[ExpertSite], ranks: Mapping[str, int]) -> None:
+def require_whole(chosen: Sequence[LinearSite], known: Sequence[LinearSite], ranks: Mapping[str, int]) -> None:
     """A parameter's experts train all or none, with one rank: in memory they are one. Raises: SelectorError."""
-    groups: dict[tuple[str, str], list[ExpertSite]] = {}
-    for entry in chosen:
-        groups.setdefault((entry.holder, entry.parameter), []).append(entry)
-    for (holder, parameter), members in groups.items():
-        whole = [entry for entry in known if (entry.holder, entry.parameter) == (holder, parameter)]
-        if len(members) != len(whole):
-            found = f"{len(members)} of the {len(whole)} tensors that make {holder}.{parameter}"
+    groups: dict[str, list[LinearSite]] = {}
+    for site in chosen:
+        if site.holder:
+            groups.setdefault(site.name, []).append(site)
+    for name, members in groups.items():
+        whole = sum(site.name == name for site in known)
+        if len(members) != whole:
+            found = f"{len(members)} of the {whole} tensors that make {name}"
             fix = "Name them with a * for the expert, and gate_proj and up_proj together"
             raise SelectorError("--targets", found, expected="all of them: in memory they are one parameter", fix=fix)
-        found_ranks = sorted({ranks[entry.site.module] for entry in members})
+        found_ranks = sorted({ranks[site.module] for site in members})
         if len(found_ranks) > 1:
             raise SelectorError(
                 "--rank-pattern",
-                f"ranks {', '.join(map(str, found_ranks))} in {holder}.{parameter}",
+                f"ranks {', '.join(map(str, found_ranks))} in {name}",
                 expected="one rank for all experts of a parameter",
                 fix="Name its experts with a *",
             )
 
 
-def expert_group(entry: ExpertSite, experts: str, groups: Mapping[str, str]) -> str:
+def expert_group(site: LinearSite, experts: str, groups: Mapping[str, str]) -> str:
     """The name from which a tensor's columns are drawn; those of one name have the same.
 
     groups: what feeds each holder, by name. Raises: UnsupportedError.
     """
-    is_first = entry.parameter != "down_proj"
     if experts != OWN:
-        return groups[entry.holder] if is_first else f"{entry.holder}.{entry.parameter}"
-    if entry.place is None:
+        return site.name if site.parameter == "down_proj" else groups[site.holder]
+    if not site.place:
         raise UnsupportedError(
             "--experts own",
-            f"{entry.stored.weight} holds all experts in one tensor",
-            expected="a checkpoint with a tensor for each expert",
+            f"the checkpoint holds all experts of {site.name} in one tensor",
+            expected="one with a tensor for each expert",
             fix="Let the experts share their columns (--experts shared)",
         )
-    return f"{entry.holder}.{entry.place.expert}.{entry.parameter}"
+    return f"{site.holder}.{site.place[0]}.{site.parameter}"
 
 
-def by_parameter(targets: Sequence[Target]) -> dict[tuple[str, str], list[Target]]:
-    """The targets that are experts', by (holder, parameter)."""
-    found: dict[tuple[str, str], list[Target]] = {}
+def by_parameter(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """The targets that are experts', by the name of the parameter that holds them."""
+    found: dict[str, list[Target]] = {}
     for target in targets:
         if target.holder:
-            found.setdefault((target.holder, target.parameter), []).append(target)
+            found.setdefault(target.name, []).append(target)
     return found
 
 
@@ -195,7 +200,7 @@ def _require_equal(
 ) -> None:
     for target in targets:
         if not torch.equal(columns[target.module], wanted(target)):
-            found = f"columns that are not those of the rest of {target.holder}.{target.parameter}"
+            found = f"columns that are not those of the rest of {target.name}"
             raise DamagedError(f"adapter, {target.module}", found, expected="the same: in memory they are one")
 
 

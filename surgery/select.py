@@ -23,7 +23,8 @@ class LinearSite:
 
     `input_axis` is the axis of the weight that the inputs run along: 1 for `nn.Linear` (out, in), 0 for GPT-2's
     `Conv1D` (in, out). `is_head`: it makes the model's output. `tied_with`: another module holding the same storage.
-    `is_expert`: it is no layer but a tensor of a mixture's experts (`surgery.experts`).
+    `parameter` and `sizes` are as a `Target` has them.
+    A tensor of a mixture's experts is no layer: of it `holder` and `place` are as a `Target` has them, too.
     """
 
     module: str
@@ -32,7 +33,15 @@ class LinearSite:
     input_axis: int
     is_head: bool = False
     tied_with: str = ""
-    is_expert: bool = False
+    parameter: str = "weight"
+    sizes: tuple[int, ...] = ()
+    holder: str = ""
+    place: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.holder or self.module}.{self.parameter}"
 
 
 def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite, ...]:
@@ -76,7 +85,7 @@ def matches(pattern: str, name: str) -> bool:
 
 def means(pattern: str, site: LinearSite) -> bool:
     """Whether a pattern means a site. `experts` means all tensors of experts."""
-    return site.is_expert if pattern == EXPERTS else matches(pattern, site.module)
+    return bool(site.holder) if pattern == EXPERTS else matches(pattern, site.module)
 
 
 def check_pattern(pattern: str, option: str) -> None:
@@ -129,7 +138,7 @@ def resolve(
 def _select_one(sites: Sequence[LinearSite], selector: str) -> list[LinearSite]:
     check_pattern(selector, "--targets")
     if selector == ALL_LINEAR:
-        return [site for site in sites if not site.is_head and not site.tied_with and not site.is_expert]
+        return [site for site in sites if not site.is_head and not site.tied_with and not site.holder]
     hit = [site for site in sites if means(selector, site)]
     if not hit:
         raise _nothing_matches(selector, "--targets", sites)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from surgery.compat import MemoryName, Place, is_experts, usual_parts
 from surgery.errors import DamagedError, SelectorError, UnsupportedError
 from surgery.paca_experts import OWN, first_parameter
-from surgery.plan import Stored, Target
+from surgery.plan import Parts, Stored, Target
 from surgery.select import LinearSite
 
-Parts = Mapping[str, Sequence[tuple[Stored, Place]]]
 _PROJECTIONS = {("gate_up_proj", 2): ("gate_proj", "up_proj")}
 
 
@@ -66,16 +65,16 @@ def _all_in_one(holder: str, parameter: str, module: Any) -> LinearSite:
 
 
 def _one_by_one(
-    holder: str, parameter: str, module: Any, parts: Sequence[tuple[Stored, Place]]
+    holder: str, parameter: str, module: Any, parts: Sequence[tuple[Stored, tuple[int, ...]]]
 ) -> Iterable[tuple[LinearSite, Stored]]:
     experts, outputs, inputs = module.get_parameter(parameter).shape
-    count = parts[0][1].parts
+    count = Place(*parts[0][1]).parts
     wanted = {Place(expert, part, count) for expert in range(experts) for part in range(count)}
     if {place for _, place in parts} != wanted or len(parts) != len(wanted) or outputs % count:
         found = f"{len(parts)} tensors of experts for {holder}.{parameter}"
         raise DamagedError("checkpoint", found, expected=f"{len(wanted)}", fix="Fetch the checkpoint again")
     for stored, place in parts:
-        name = expert_name(f"{holder}.{parameter}", place)
+        name = expert_name(f"{holder}.{parameter}", Place(*place))
         sizes = (outputs // count, inputs, 1)
         yield LinearSite(name, *sizes, parameter=parameter, holder=holder, place=tuple(place)), stored
 

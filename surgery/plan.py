@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -135,6 +135,10 @@ class Stored:
     weight: str
     dtype: str
     shape: tuple[int, ...]
+
+
+# by the name of a parameter of experts: the tensors that are put together to it, and the place of each in it
+Parts = Mapping[str, Sequence[tuple[Stored, tuple[int, ...]]]]
 
 
 @dataclass(frozen=True)

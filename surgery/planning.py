@@ -14,12 +14,12 @@ from torch import nn
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import base_prefix, memory_names
 from surgery.errors import DamagedError, RequestError, UnsupportedError
-from surgery.experts import Parts, expert_parts
+from surgery.experts import expert_parts
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import read_document
 from surgery.methods import PlanRequest
-from surgery.plan import Stored, SurgeryPlan, WholeTarget
+from surgery.plan import Parts, Stored, SurgeryPlan, WholeTarget
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorInfo
 

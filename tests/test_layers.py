@@ -32,6 +32,8 @@ RANKS = {
     "surgery.paca_layers": 1,
     "surgery.side": 1,
     "surgery.ranks": 1,
+    "surgery.paca_experts": 2,
+    "surgery.experts": 3,
     "surgery.zero": 2,
     "surgery.sharding": 3,
     "surgery.metrics": 1,

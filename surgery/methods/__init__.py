@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.experts import Parts
-from surgery.plan import Stored, WholeTarget
+from surgery.plan import Parts, Stored, WholeTarget
 
 
 @dataclass(frozen=True)

@@ -243,8 +243,6 @@ def _read_patch_columns(model: nn.Module, target: Target, columns: Tensor) -> Te
     if target.place:
         expert, part, parts = target.place
         weight = weight[expert].chunk(parts)[part]
-    elif target.holder:
-        weight = weight if weight.shape == target.shape else weight.transpose(1, 2)
     return read_columns(weight, columns.to(weight.device), target.input_axis)
 
 

@@ -23,6 +23,7 @@ from surgery.adapter import Adapter, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, require_base, require_columns
 from surgery.errors import RequestError
+from surgery.experts import require_layers
 from surgery.manifest import Base, Record, relative_path, versions
 from surgery.plan import SurgeryPlan
 from surgery.tensorfile import build_header, file_sha256, tensor_bytes, tensor_to_bytes
@@ -144,6 +145,7 @@ def export(
     Raises: RequestError for settings that mean nothing here; BaseMismatchError, OutputExistsError, ResourceError.
     """
     _refuse_settings(dtype, max_shard_bytes)
+    require_layers(adapter.plan, "--format lora")
     require_apart(out, [adapter.folder])
     recorded, name = _locate(adapter, out, base)
     plan, rank = adapter.plan, padded_rank(max(target.rank for target in adapter.plan.targets))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from surgery.compat import MemoryName, Place, is_experts, usual_parts
 from surgery.errors import DamagedError, SelectorError, UnsupportedError
 from surgery.paca_experts import OWN, first_parameter
-from surgery.plan import Parts, Stored, Target
+from surgery.plan import Parts, Stored, SurgeryPlan, Target
 from surgery.select import LinearSite
 
 _PROJECTIONS = {("gate_up_proj", 2): ("gate_proj", "up_proj")}
@@ -148,6 +148,18 @@ def expert_group(site: LinearSite, experts: str, groups: Mapping[str, str]) -> s
     return f"{site.holder}.{site.place[0]}.{site.parameter}"
 
 
+def require_layers(plan: SurgeryPlan, where: str) -> None:
+    """All targets are layers, as PEFT takes them: an expert is none in transformers 5. Raises: UnsupportedError."""
+    experts = [target.module for target in plan.targets if target.holder]
+    if experts:
+        raise UnsupportedError(
+            where,
+            f"{len(experts)} tensors of experts, first {experts[0]}",
+            expected="targets that are layers",
+            fix="Leave the experts out",
+        )
+
+
 def by_parameter(targets: Sequence[Target]) -> dict[str, list[Target]]:
     """The targets that are experts', by the name of the parameter that holds them."""
     found: dict[str, list[Target]] = {}
@@ -179,26 +191,19 @@ def join(targets: Sequence[Target], values: Mapping[str, Tensor], experts: int) 
 
 
 def join_columns(targets: Sequence[Target], columns: Mapping[str, Tensor], experts: int) -> Tensor:
-    """The columns of all targets of a parameter: (r,) where all have the same, else (e, r).
-
-    Raises: DamagedError where the parts of one expert have different ones.
-    """
-    first = columns[targets[0].module]
+    """The columns of all targets of a parameter: (r,) where all have the same, else (e, r)."""
     if len({target.group for target in targets}) == 1:
-        _require_equal(targets, columns, lambda _target: first)
-        return first
-    result = torch.zeros((experts, targets[0].rank), dtype=first.dtype)
+        return columns[targets[0].module]
+    result = torch.zeros((experts, targets[0].rank), dtype=torch.int64)
     for target in targets:
         result[target.place[0]] = columns[target.module]
-    _require_equal(targets, columns, lambda target: result[target.place[0]])
     return result
 
 
-def _require_equal(
-    targets: Sequence[Target], columns: Mapping[str, Tensor], wanted: Callable[[Target], Tensor]
-) -> None:
+def require_joined(targets: Sequence[Target], columns: Mapping[str, Tensor], joined: Tensor) -> None:
+    """All parts of an expert have the same columns. Raises: DamagedError."""
     for target in targets:
-        if not torch.equal(columns[target.module], wanted(target)):
+        if not torch.equal(columns[target.module], columns_of(joined, target)):
             found = f"columns that are not those of the rest of {target.name}"
             raise DamagedError(f"adapter, {target.module}", found, expected="the same: in memory they are one")
 

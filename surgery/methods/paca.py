@@ -25,6 +25,7 @@ from surgery.experts import (
     holders,
     join,
     join_columns,
+    require_joined,
     require_whole,
     take,
 )
@@ -224,6 +225,8 @@ def _attach_experts(
     columns = {t.module: patches[t.module].columns if delta else planned_columns(plan, t) for t in targets}
     count = len(model.get_parameter(first.name))
     joined = join_columns(targets, columns, count)
+    if delta:
+        require_joined(targets, columns, joined)
     part = open_experts(
         holder,
         first.parameter,

@@ -56,8 +56,16 @@ class ExpertColumns(PacaLayer):
         """Write the trained columns into the weight."""
         weight, original, delta = self.rows()
         values = combine(original, delta, self.paca_scale).to(self.paca_storage).to(weight.dtype)
-        write_experts(weight.data, self.paca_columns.to(weight.device), values, self.input_axis)
+        write_experts(weight.data, self._columns_here().to(weight.device), values, self.input_axis)
         self.paca_pending, self.paca_seen = False, self._signs()
+
+    def _columns_here(self) -> Tensor:
+        """Of experts' own columns those of the experts that this rank holds: the first ranks have as many as can be."""
+        if self.paca_columns.dim() == 1 or not self.paca_is_sharded:
+            return self.paca_columns
+        mesh = self.weight.device_mesh
+        most = -(-len(self.paca_columns) // mesh.size())
+        return self.paca_columns[most * mesh.get_local_rank() :][:most]
 
     def keep(self, x: Tensor, ids: Tensor | int) -> Tensor:
         """The channels of x (n, i) whose weights train in the experts that its rows go to: (n, r), outside autograd."""
@@ -369,6 +377,9 @@ def open_experts(
         experts.__class__ = _opened_class(type(experts))
         experts.paca_parts = {}
     weight = experts._parameters[parameter]  # noqa: SLF001  by name, as the class has it
+    if weight.dim() != 3 or not weight.is_floating_point():  # noqa: PLR2004
+        found = f"{parameter} of type {weight.dtype} {tuple(weight.shape)} in memory"
+        raise UnsupportedError("experts", found, expected="floating point with an axis for the experts")
     part = ExpertColumns()
     part.paca_owner, part.paca_parameter = (experts,), parameter
     part.input_axis = 1 if experts.is_transposed else 2

@@ -105,7 +105,7 @@ def usual_experts(model: nn.Module, dtype_of: Callable[[Tensor], str]) -> Parts:
                 continue
             shape = (weight.shape[1] // count, weight.shape[2])
             places = [Place(expert, part, count) for expert in range(weight.shape[0]) for part in range(count)]
-            found[name] = [(Stored(expert_name(name, p), dtype_of(weight), shape), p) for p in places]
+            found[name] = [(Stored(f"{expert_name(name, p)}.weight", dtype_of(weight), shape), p) for p in places]
     return found
 
 

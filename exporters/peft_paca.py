@@ -146,7 +146,7 @@ def require_linear(plan: SurgeryPlan, rank: int) -> None:
     """PEFT trains columns of nn.Linear alone, as many in each. Raises: UnsupportedError."""
     where = f"--format {PEFT_PACA}"
     for target in plan.targets:
-        if target.input_axis != 1:
+        if target.input_axis != 1 or target.sizes or target.parameter != "weight":
             found = (
                 f"{target.module}, whose weight is {list(target.shape)} with the inputs along axis {target.input_axis}"
             )

@@ -14,6 +14,7 @@ from surgery.side import Stack
 from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
+_TARGET_DEFAULTS = {"parameter": "weight", "sizes": []}  # left out, so that plans of matrices read as they always did
 _OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256")
 
 T = TypeVar("T")
@@ -41,6 +42,9 @@ class Target:
     `module` is its dotted path in the model, `weight` its key in the checkpoint. `dtype` is the file's (safetensors'
     name). `group` names the layers fed by the same tensor: they share one set of columns. `sha256` is the digest of
     the weight's bytes in the base, empty while no file has been read.
+
+    `parameter` is the module's attribute that holds the weight. Of a weight that is no matrix `sizes` is the shape, and
+    `out_features` the values of one column: the product of the other axes.
     """
 
     module: str
@@ -52,21 +56,32 @@ class Target:
     rank: int
     group: str
     sha256: str = ""
+    parameter: str = "weight"
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.input_axis not in (0, 1) or not 1 <= self.rank <= self.in_features or self.out_features < 1:
+        where, shape = f"target {self.module}", self.shape
+        if not 0 <= self.input_axis < len(shape) or not 1 <= self.rank <= self.in_features or self.out_features < 1:
             raise DamagedError(
-                f"target {self.module}",
+                where,
                 f"rank {self.rank} of {self.in_features} inputs, input axis {self.input_axis}",
-                expected="a rank within the width and an axis of 0 or 1",
+                expected="a rank within the width and an axis of the weight",
             )
+        if shape[self.input_axis] != self.in_features or math.prod(shape) != self.out_features * self.in_features:
+            expected = f"{self.in_features} along axis {self.input_axis} and {self.out_features} values of each column"
+            raise DamagedError(where, f"sizes {list(shape)}", expected=expected)
         _require_float(self.module, self.dtype)
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def name(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
         """The weight's shape as stored."""
-        sizes = (self.out_features, self.in_features)
-        return sizes if self.input_axis == 1 else (sizes[1], sizes[0])
+        pair = (self.out_features, self.in_features)
+        return self.sizes or (pair if self.input_axis == 1 else pair[::-1])
 
     @property
     def trained_values(self) -> int:
@@ -187,6 +202,10 @@ class SurgeryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and text. A method's own fields are left out where they are empty."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        plain["targets"] = [
+            {name: value for name, value in entry.items() if value != _TARGET_DEFAULTS.get(name, ...)}
+            for entry in plain["targets"]
+        ]
         return {name: value for name, value in plain.items() if value or name not in _OWN_FIELDS}
 
     @classmethod
@@ -202,7 +221,8 @@ class SurgeryPlan:
             )
         try:
             parts = dict(document)
-            parts["targets"] = tuple(from_json(Target, entry) for entry in document["targets"])
+            targets = ({**entry, "sizes": tuple(entry.get("sizes", ()))} for entry in document["targets"])
+            parts["targets"] = tuple(from_json(Target, entry) for entry in targets)
             whole = ({**entry, "shape": tuple(entry["shape"])} for entry in document["whole"])
             parts["whole"] = tuple(from_json(WholeTarget, entry) for entry in whole)
             parts["untouched"] = tuple(from_json(Untouched, entry) for entry in document["untouched"])

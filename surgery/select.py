@@ -22,6 +22,7 @@ class LinearSite:
 
     `input_axis` is the axis of the weight that the inputs run along: 1 for `nn.Linear` (out, in), 0 for GPT-2's
     `Conv1D` (in, out). `is_head`: it makes the model's output. `tied_with`: another module holding the same storage.
+    `parameter` and `sizes` are as a `Target` has them.
     """
 
     module: str
@@ -30,6 +31,13 @@ class LinearSite:
     input_axis: int
     is_head: bool = False
     tied_with: str = ""
+    parameter: str = "weight"
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.module}.{self.parameter}"
 
 
 def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite, ...]:

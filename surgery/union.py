@@ -203,8 +203,8 @@ def _still_untouched(
     plan: SurgeryPlan, targets: Sequence[Target], whole: Mapping[str, WholeTarget]
 ) -> tuple[Untouched, ...]:
     """What one plan leaves alone, less what the others train of it."""
-    own = {f"{target.module}.weight" for target in plan.targets} | {target.parameter for target in plan.whole}
-    names = ({f"{target.module}.weight" for target in targets} | set(whole)) - own
+    own = {target.name for target in plan.targets} | {target.parameter for target in plan.whole}
+    names = ({target.name for target in targets} | set(whole)) - own
     gone = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
     left = [replace(entry, count=entry.count - gone[entry.pattern]) for entry in plan.untouched]
     return tuple(entry for entry in left if entry.count > 0)

@@ -28,6 +28,7 @@ from surgery.delta import (
     ColumnPatch,
     backbone_sha256,
     bits,
+    columns_here,
     require_backbone,
     require_columns,
     require_side,
@@ -390,28 +391,21 @@ def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Ten
     kind = _dtype_of(sides, sides.base[target.weight])
     written = torch.empty((target.out_features, target.rank), dtype=torch_dtype(kind))
     picked, wanted = bits(written), columns.numpy()
-    planned = np.zeros(target.in_features, bool)
-    planned[wanted] = True
     differs = False
     for first, ours, theirs in _chunk_pairs(sides, target.weight):
-        base_rows = np.frombuffer(ours, picked.dtype).reshape(-1, target.shape[1])
-        rows = np.frombuffer(theirs, picked.dtype).reshape(-1, target.shape[1])
-        unequal = rows != base_rows
+        rows = np.frombuffer(theirs, picked.dtype)
+        unequal = rows != np.frombuffer(ours, picked.dtype)
         differs = differs or bool(unequal.any())
-        here = slice(first, first + len(rows))
-        stray = unequal[:, ~planned] if target.input_axis == 1 else unequal[~planned[here]]
-        if stray.any():
+        here = columns_here(target, wanted, first, rows.size)
+        here.read(rows, picked)
+        unequal.reshape(here.shape)[:, here.lines] = False
+        if unequal.any():
             raise CheckError(
                 target.weight,
                 "columns outside the plan differ from the base",
                 expected=f"only its {target.rank} planned columns to differ",
                 fix="Export again",
             )
-        if target.input_axis == 1:
-            picked[here] = rows[:, wanted]
-        else:
-            inside = np.flatnonzero(planned[here])
-            picked[:, np.searchsorted(wanted, inside + first)] = rows[inside].T
     return written, differs
 
 

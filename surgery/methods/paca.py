@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from surgery.columns import choose_columns, refuse_stored, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
 from surgery.methods import Method, PlanRequest
-from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, watch_optimizers
+from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, read_columns, watch_optimizers
 from surgery.plan import Stored, SurgeryPlan, Target
 from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
 from surgery.sharding import whole as gathered
@@ -70,14 +70,14 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     sites = find_sites(model, request.heads)
     groups = trace_groups(model, sites)
     whole = {target.parameter: target for target in request.whole}
-    candidates = [s for s in sites if f"{s.module}.weight" in stored and f"{s.module}.weight" not in whole]
+    candidates = [site for site in sites if site.name in stored and site.name not in whole]
     chosen = resolve(candidates, spec.targets, exclude=spec.exclude)
     ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
-    targets = tuple(_target(site, stored[f"{site.module}.weight"], ranks[site.module], groups) for site in chosen)
-    touched = {f"{t.module}.weight": t for t in targets} | whole
-    reasons = dict(request.converted) | {f"{s.module}.weight": "output head" for s in sites if s.is_head}
-    reasons |= {f"{s.module}.weight": f"tied with {s.tied_with}" for s in sites if s.tied_with}
-    reasons |= {f"{s.module}.weight": "not selected" for s in candidates if not s.is_head and not s.tied_with}
+    targets = tuple(_target(site, stored[site.name], ranks[site.module], groups) for site in chosen)
+    touched = {target.name: target for target in targets} | whole
+    reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
+    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with}
+    reasons |= {site.name: "not selected" for site in candidates if not site.is_head and not site.tied_with}
     return {"targets": targets, "untouched": list_untouched(model, touched, reasons)}
 
 
@@ -89,8 +89,18 @@ def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, st
             expected=f"one of {', '.join(FLOAT_DTYPES)}",
             fix=f"Leave it out with --exclude {site.module}",
         )
-    sizes = (site.out_features, site.in_features, site.input_axis)
-    target = Target(site.module, stored.weight, *sizes, stored.dtype, rank, groups[site.module])
+    target = Target(
+        site.module,
+        stored.weight,
+        site.out_features,
+        site.in_features,
+        site.input_axis,
+        stored.dtype,
+        rank,
+        groups[site.module],
+        parameter=site.parameter,
+        sizes=site.sizes,
+    )
     if stored.shape != target.shape:
         raise DamagedError(stored.weight, f"shape {stored.shape}", expected=f"{target.shape}, by config.json")
     return target
@@ -147,9 +157,8 @@ def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
     columns = {}
     for module, patch in delta.patches.items():
         columns[module] = patch.columns
-        weight = cast("Tensor", model.get_submodule(module).weight)
-        here = weight.detach().index_select(patch.target.input_axis, patch.columns.to(weight.device))
-        here = here if patch.target.input_axis == 1 else here.t()
+        weight = model.get_parameter(patch.target.name)
+        here = read_columns(weight, patch.columns.to(weight.device), patch.target.input_axis)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
             raise BaseMismatchError(
                 f"adapter, {module}",
@@ -190,7 +199,7 @@ def bind(
 
 
 def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, str]) -> ColumnPatch:
-    weight = disk.get(f"{patch.target.module}.weight", "")
+    weight = disk.get(patch.target.name, "")
     if not weight or checkpoint[weight].shape != patch.target.shape:
         raise BaseMismatchError(
             str(checkpoint.root),

@@ -400,7 +400,9 @@ def open_experts(
 
 def close_experts(experts: nn.Module, *, merge: bool) -> None:
     """The plain module again, in place: with the trained columns (`merge`) or with the base's."""
-    for name, part in [(name, experts.get_submodule(name)) for name in cast("PacaExperts", experts).paca_parts.values()]:
+    for name, part in [
+        (name, experts.get_submodule(name)) for name in cast("PacaExperts", experts).paca_parts.values()
+    ]:
         opened = cast("ExpertColumns", part)
         if merge:
             opened.refresh()

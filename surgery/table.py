@@ -106,7 +106,9 @@ def _layers(count: int) -> str:
 
 def target_lines(plan: SurgeryPlan) -> list[str]:
     """The table of the layers whose columns train."""
-    sharing = "same columns" if any(target.holder for target in plan.targets) else "same input"  # experts' inputs differ
+    sharing = (
+        "same columns" if any(target.holder for target in plan.targets) else "same input"
+    )  # experts' inputs differ
     head = ("layers", "count", "out x in", "dtype", "rank", sharing, "trained values")
     rows = [head]
     for row in target_rows(plan.targets):

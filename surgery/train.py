@@ -180,7 +180,9 @@ def train(
         if checkpoint == FINISHED:
             return result_of(adapter)
         run = replace(run, started=_when_started(adapter, checkpoint))
-        if settings.strategy == "zero3":  # which puts together what a module holds itself, and experts' columns lie below
+        if (
+            settings.strategy == "zero3"
+        ):  # which puts together what a module holds itself, and experts' columns lie below
             require_layers(plan, "train.strategy=zero3")
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)

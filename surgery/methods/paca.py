@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.columns import choose_columns, require_strategy
+from surgery.columns import choose_columns, refuse_stored, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError, require_known
 from surgery.experts import (
@@ -91,6 +91,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
 
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
+    refuse_stored(spec.select)
     model, stored = request.model, request.stored
     sites = find_sites(model, request.heads)
     experts = find_experts(model, stored, request.parts)
@@ -173,24 +174,29 @@ def fresh(checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePa
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
-    """Open the plan's targets in a frozen model, in place. `delta` gives the columns' values."""
+    """Open the plan's targets in a frozen model, in place. `delta` gives the columns and their values.
+
+    A group's layers share one gathered input where their columns are equal: an adapter may bring other ones for each.
+    """
     spec = PacaSpec(**plan.spec)
     watch_optimizers()
-    shared = _shared_gathers(plan)
-    if delta:
-        _require_originals(model, delta)
+    columns = _own_columns(model, delta) if delta else {t.module: planned_columns(plan, t) for t in plan.targets}
+    shared: dict[tuple[str, bytes], SharedGather] = {}
+    keys = {t.module: (t.group, columns[t.module].numpy().tobytes()) for t in plan.targets}
+    for name in _gathering(plan, keys):
+        shared.setdefault(keys[name], SharedGather(0)).members += 1
     for targets in by_parameter(plan.targets).values():
-        _attach_experts(model, plan, targets, delta, shared)
+        _attach_experts(model, spec, targets, columns, delta, shared[keys[targets[0].module]])
     for target in plan.targets:
         if target.holder:
             continue
         patch = delta.patches[target.module] if delta else None
         layer = open_layer(
             model.get_submodule(target.module),
-            patch.columns if patch else planned_columns(plan, target),
+            columns[target.module],
             input_axis=target.input_axis,
             storage=torch_dtype(target.dtype),
-            shared=shared[target.group, target.rank],
+            shared=shared[keys[target.module]],
             scale=spec.scale(target.rank),
         )
         if patch:
@@ -198,31 +204,24 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
             layer.refresh()
 
 
-def _shared_gathers(plan: SurgeryPlan) -> dict[tuple[str, int], SharedGather]:
-    """One for each group and rank; all experts of a layer gather once."""
-    shared: dict[tuple[str, int], SharedGather] = {}
-    seen: set[tuple[str, str]] = set()
-    for target in plan.targets:
-        gather = shared.setdefault((target.group, target.rank), SharedGather(0))
-        is_new = not target.holder or (target.group, target.name) not in seen
-        seen.add((target.group, target.name))
-        gather.members += is_new
-    return shared
+def _gathering(plan: SurgeryPlan, keys: Mapping[str, object]) -> list[str]:
+    """The targets that gather an input: of experts that share their columns one for each parameter."""
+    found = {(keys[t.module], t.name if t.holder else t.module): t.module for t in reversed(plan.targets)}
+    return list(found.values())
 
 
 def _attach_experts(
     model: nn.Module,
-    plan: SurgeryPlan,
+    spec: PacaSpec,
     targets: Sequence[Target],
+    columns: Mapping[str, Tensor],
     delta: ColumnDelta | None,
-    shared: Mapping[tuple[str, int], SharedGather],
+    shared: SharedGather,
 ) -> None:
     """Open one parameter of experts: all its targets together."""
     first, holder = targets[0], model.get_submodule(targets[0].holder)
     if len({target.dtype for target in targets}) > 1:
         raise UnsupportedError(first.name, "experts of several dtypes", expected="one dtype for all")
-    patches = {t.module: delta.patches[t.module] for t in targets} if delta else {}
-    columns = {t.module: patches[t.module].columns if delta else planned_columns(plan, t) for t in targets}
     count = len(model.get_parameter(first.name))
     joined = join_columns(targets, columns, count)
     if delta:
@@ -232,11 +231,11 @@ def _attach_experts(
         first.parameter,
         joined,
         storage=torch_dtype(first.dtype),
-        shared=shared[first.group, first.rank] if joined.dim() == 1 else SharedGather(1),
-        scale=PacaSpec(**plan.spec).scale(first.rank),
+        shared=shared if joined.dim() == 1 else SharedGather(1),
+        scale=spec.scale(first.rank),
     )
     if delta:
-        part.start_from(join(targets, {module: patch.values for module, patch in patches.items()}, count))
+        part.start_from(join(targets, {t.module: delta.patches[t.module].values for t in targets}, count))
         part.refresh()
 
 
@@ -249,9 +248,11 @@ def _read_patch_columns(model: nn.Module, target: Target, columns: Tensor) -> Te
     return read_columns(weight, columns.to(weight.device), target.input_axis)
 
 
-def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
-    """The model holds, in the planned columns, what the adapter's base held there."""
+def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
+    """The adapter's columns by module, in which the model holds what the adapter's base held there."""
+    columns = {}
     for module, patch in delta.patches.items():
+        columns[module] = patch.columns
         weight = model.get_parameter(patch.target.name)
         here = _read_patch_columns(model, patch.target, patch.columns)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
@@ -261,6 +262,7 @@ def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
                 expected="the base this adapter was made for",
                 fix="Name the right base with --base",
             )
+    return columns
 
 
 def trainable_names(plan: SurgeryPlan) -> set[str]:

@@ -126,7 +126,7 @@ def _place(name: str, pattern: str, converters: Iterable[Any]) -> Place | None:
 
 
 def _parts(converter: Any) -> int:
-    """Of how many equal parts a converter puts an expert together, out of tensors of their own; 0: it does otherwise."""
+    """Of how many equal parts, tensors of their own, a converter puts an expert together; 0: it does otherwise."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     operations = list(converter.operations)
@@ -165,7 +165,8 @@ def grouped_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -
     if x.dtype == torch.float64:
         exact: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)
         return exact
-    return moe._grouped_mm(x, weight, offs=ends)  # noqa: SLF001  which kernel it picks decides the last bit
+    product: torch.Tensor = moe._grouped_mm(x, weight, offs=ends)  # noqa: SLF001  its choice decides the last bit
+    return product
 
 
 def base_prefix(model: nn.Module) -> str:

@@ -77,7 +77,7 @@ class ExpertColumns(PacaLayer):
 
 def read_experts(weight_eoi: Tensor, columns: Tensor, input_axis: int) -> Tensor:
     """The columns of all experts as (e, o, r), copied. columns: (r,) or (e, r)."""
-    weight_eoi = weight_eoi.detach() if input_axis == 2 else weight_eoi.detach().transpose(1, 2)  # noqa: PLR2004
+    weight_eoi = weight_eoi.detach() if input_axis == 2 else weight_eoi.detach().transpose(1, 2)
     if columns.dim() == 1:
         return weight_eoi.index_select(2, columns)
     return weight_eoi.gather(2, _along_outputs(columns, weight_eoi))
@@ -85,7 +85,7 @@ def read_experts(weight_eoi: Tensor, columns: Tensor, input_axis: int) -> Tensor
 
 def write_experts(weight_eoi: Tensor, columns: Tensor, values_eor: Tensor, input_axis: int) -> None:
     """Replace the columns of all experts by values (e, o, r) of the weight's dtype. columns: (r,) or (e, r)."""
-    weight_eoi = weight_eoi if input_axis == 2 else weight_eoi.transpose(1, 2)  # noqa: PLR2004
+    weight_eoi = weight_eoi if input_axis == 2 else weight_eoi.transpose(1, 2)
     if columns.dim() == 1:
         weight_eoi.index_copy_(2, columns, values_eor)
     else:
@@ -103,7 +103,8 @@ _Product = Callable[[Tensor, Tensor, "Tensor | None", bool], Tensor]
 
 def _one(x: Tensor, weight: Tensor, _rows: Tensor | None, transposed: bool) -> Tensor:  # noqa: FBT001
     """All rows by one expert's weight."""
-    return x @ weight if transposed else nn.functional.linear(x, weight)
+    result: Tensor = x @ weight if transposed else nn.functional.linear(x, weight)
+    return result
 
 
 def _batched(x: Tensor, weight: Tensor, ids: Tensor | None, transposed: bool) -> Tensor:  # noqa: FBT001
@@ -147,7 +148,8 @@ def _gradient(kept_nr: Tensor, dy_no: Tensor, rows: Tensor | None, product: _Pro
     if product is _batched:
         rows, order = torch.sort(rows)
         kept_nr, dy_no, rows = kept_nr[order], dy_no[order], ends_of(rows, experts)
-    return _by_expert(kept_nr, dy_no.contiguous(), rows).transpose(1, 2)
+    gradient: Tensor = _by_expert(kept_nr, dy_no.contiguous(), rows)
+    return gradient.transpose(1, 2)
 
 
 def ends_of(sorted_ids: Tensor, experts: int) -> Tensor:
@@ -170,6 +172,7 @@ class _Call:
     part: ExpertColumns | None
 
     def weight(self) -> Tensor:
+        """All experts' weights (e, ..), or the one's."""
         weight: Tensor = self.experts._parameters[self.parameter].detach()  # noqa: SLF001  that the class reads itself
         return weight if self.expert is None else weight[self.expert]
 
@@ -222,9 +225,10 @@ class PacaExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (t, h), top_k_index and top_k_weights (t, k) -> (t, h)."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _uncompiled(self, hidden_states, top_k_index, top_k_weights)
-        return self.run(hidden_states, top_k_index, top_k_weights)
+        compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        run = torch.compiler.disable(self.run) if compiles else self.run  # type: ignore[no-untyped-call]
+        result: Tensor = run(hidden_states, top_k_index, top_k_weights)
+        return result
 
     def run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The forward, outside compiled graphs: whether columns are fresh is nothing to compile in."""
@@ -240,11 +244,6 @@ class PacaExperts(nn.Module):
         is_shared = first is not None and first.paca_columns.dim() == 1
         kept = first.paca_gather(hidden_states, first.paca_columns) if first is not None and is_shared else None
         return WAYS[way](self, hidden_states, top_k_index, top_k_weights, kept)
-
-
-@torch.compiler.disable
-def _uncompiled(experts: PacaExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    return experts.run(hidden_states, top_k_index, top_k_weights)
 
 
 def require_way(experts: Any) -> str:
@@ -360,7 +359,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
 
 
 @functools.cache
-def _opened_class(plain: type[nn.Module]) -> type[nn.Module]:
+def _opened_class(plain: Any) -> Any:
     """A class of experts with `PacaExperts` mixed in."""
     return type(f"Paca{plain.__name__}", (PacaExperts, plain), {"__module__": plain.__module__})
 
@@ -377,7 +376,7 @@ def open_experts(
         experts.__class__ = _opened_class(type(experts))
         experts.paca_parts = {}
     weight = experts._parameters[parameter]  # noqa: SLF001  by name, as the class has it
-    if weight.dim() != 3 or not weight.is_floating_point():  # noqa: PLR2004
+    if weight.dim() != 3 or not weight.is_floating_point():
         found = f"{parameter} of type {weight.dtype} {tuple(weight.shape)} in memory"
         raise UnsupportedError("experts", found, expected="floating point with an axis for the experts")
     part = ExpertColumns()

@@ -76,7 +76,7 @@ class Target:
         if shape[self.input_axis] != self.in_features or math.prod(shape) != self.out_features * self.in_features:
             expected = f"{self.in_features} along axis {self.input_axis} and {self.out_features} values of each column"
             raise DamagedError(where, f"sizes {list(shape)}", expected=expected)
-        if self.place and (not self.holder or len(self.place) != 3 or not 0 <= self.place[1] < self.place[2]):  # noqa: PLR2004
+        if self.place and (not self.holder or len(self.place) != 3 or not 0 <= self.place[1] < self.place[2]):
             raise DamagedError(where, f"place {list(self.place)}", expected="an expert and a part of its outputs")
         _require_float(self.module, self.dtype)
 

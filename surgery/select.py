@@ -112,8 +112,9 @@ def resolve(
 ) -> tuple[LinearSite, ...]:
     """The sites that `selectors` mean and `exclude` does not, ordered by name.
 
-    `all-linear` is every linear layer but heads and tied ones, `experts` every tensor of experts. Raises: SelectorError: a selector or an exclusion that
-    matches nothing, a tied layer asked for by name, or nothing left.
+    `all-linear` is every linear layer but heads and tied ones, `experts` every tensor of experts.
+    Raises: SelectorError: a selector or an exclusion that matches nothing, a tied layer asked for by name, or nothing
+    left.
     """
     chosen: dict[str, LinearSite] = {}
     for selector in selectors:

@@ -150,7 +150,7 @@ def test_numerical_differentiation_agrees(way: str, columns: str) -> None:
         with torch.no_grad():
             for part in opened:
                 part.refresh()
-        handed = {part: delta for part, delta in zip(opened, deltas, strict=True)}
+        handed = dict(zip(opened, deltas, strict=True))
         for part in opened:
             del part._parameters["paca_delta"]
             part.paca_delta = handed[part]  # type: ignore[assignment]  # so that autograd sees what gradcheck moves
@@ -163,7 +163,7 @@ def test_numerical_differentiation_agrees(way: str, columns: str) -> None:
                 part.paca_delta = nn.Parameter(delta)
 
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()  # noqa: E731
+    draw = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
     given = [draw(5, 8), draw(5, 2), *(draw(*part.paca_delta.shape) for part in opened)]
     assert torch.autograd.gradcheck(compute, given)
 
@@ -250,7 +250,7 @@ def test_shared_experts_gather_with_the_layers_beside_them(monkeypatch: pytest.M
 def test_after_a_step_the_model_is_the_merged_one(
     way: str, columns: str, name: str, train: bool, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    """Logits right after a step are those of the merged checkpoint bit for bit, in train and in eval, and have moved."""
+    """Logits right after a step are those of the merged checkpoint bit for bit, and have moved."""
     folder, inputs = tiny_model("mixtral"), sample_inputs("mixtral")
     model = built(folder, "mixtral")
     model.set_experts_implementation(way)
@@ -428,7 +428,7 @@ def test_an_expert_in_another_s_place_is_noticed(tiny_model: TinyModel, tmp_path
 def test_a_run_is_resumed_exported_and_verified(
     columns: str, tiny_model: TinyModel, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained in one go or killed half way and resumed: the same adapter; the merged folder computes what was trained."""
+    """Trained in one go or killed half way and resumed: the same adapter; its merged folder passes every check."""
     case, folders = CASES[0], {}
     for name in ("whole", "halves"):
         folders[name] = tmp_path / name
@@ -467,7 +467,18 @@ def test_the_plan_says_what_trains(tiny_model: TinyModel) -> None:
     assert {e.reason for e in without.untouched if "experts" in e.pattern} == {"experts: name them in --targets"}
     lines = plan_lines(plan_checkpoint(checkpoint, RANK_4))
     row = next(line for line in lines if "experts.*.gate_proj" in line)
-    assert row.split() == "model.layers.*.mlp.experts.*.gate_proj 8 48 x 32 F32 4 8 layers 1,536".split()
+    assert row.split() == [
+        "model.layers.*.mlp.experts.*.gate_proj",
+        "8",
+        "48",
+        "x",
+        "32",
+        "F32",
+        "4",
+        "8",
+        "layers",
+        "1,536",
+    ]
     assert "same columns" in lines[0]
 
 
@@ -514,7 +525,7 @@ def test_unknown_ways_to_choose_are_refused(tiny_model: TinyModel) -> None:
 
 def test_own_columns_need_a_tensor_for_each_expert() -> None:
     """Where one tensor on disk holds all experts their columns are shared, or it is refused with the reason."""
-    with pytest.raises(UnsupportedError, match="holds all experts of .* in one tensor"):
+    with pytest.raises(UnsupportedError, match=r"holds all experts of .* in one tensor"):
         attach(build("granitemoe"), replace(RANK_4, experts=OWN))
 
 
@@ -523,7 +534,7 @@ def test_ways_in_which_nothing_trains_are_refused(tiny_model: TinyModel, tmp_pat
     model = build("mixtral")
     attach(model, RANK_4)
     model.config._experts_implementation = "deepgemm"
-    with pytest.raises(UnsupportedError, match="'deepgemm'.*set_experts_implementation"):
+    with pytest.raises(UnsupportedError, match=r"'deepgemm'.*set_experts_implementation"):
         loss_of(model, sample_inputs("mixtral"))
     other = build("mixtral")
     other.model.layers[1].mlp.experts._is_expert_parallel = True

@@ -30,7 +30,7 @@ from surgery.experts import (
     take,
 )
 from surgery.methods import Method, PlanRequest
-from surgery.paca_experts import OWN, SHARED, close_experts, open_experts, opened_experts, part_name
+from surgery.paca_experts import OWN, SHARED, close_experts, open_experts, opened_experts, part_name, require_way
 from surgery.paca_layers import (
     PacaLayer,
     SharedGather,
@@ -101,6 +101,8 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     chosen = resolve([*candidates, *(site for site, _ in experts)], spec.targets, exclude=spec.exclude)
     ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
     _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
+    for holder in {site.holder for site in chosen if site.holder}:
+        require_way(model.get_submodule(holder))
     places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
     targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
     touched = {target.name: target for target in targets} | whole
@@ -181,8 +183,9 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
     spec = PacaSpec(**plan.spec)
     watch_optimizers()
     columns = _own_columns(model, delta) if delta else {t.module: planned_columns(plan, t) for t in plan.targets}
-    shared: dict[tuple[str, bytes], SharedGather] = {}
-    keys = {t.module: (t.group, columns[t.module].numpy().tobytes()) for t in plan.targets}
+    shared: dict[tuple[str, object], SharedGather] = {}
+    # what is planned needs no look at the columns, which have no values where a run is only predicted
+    keys = {t.module: (t.group, columns[t.module].numpy().tobytes() if delta else t.rank) for t in plan.targets}
     for name in _gathering(plan, keys):
         shared.setdefault(keys[name], SharedGather(0)).members += 1
     for targets in by_parameter(plan.targets).values():

@@ -106,7 +106,7 @@ def weight_entries(plan: SurgeryPlan, rank: int) -> list[tuple[str, str, tuple[i
 def selector(patch: ColumnPatch, rank: int) -> torch.Tensor:
     """lora_A: (rank, in) float32, row j one-hot at the j-th trained column, rows past the last one zero."""
     rows_ri = torch.zeros((rank, patch.target.in_features))
-    rows_ri[torch.arange(patch.target.rank), patch.columns] = 1.0
+    rows_ri[torch.arange(len(patch.columns)), patch.columns] = 1.0
     return rows_ri
 
 
@@ -116,7 +116,7 @@ def difference(patch: ColumnPatch, rank: int) -> torch.Tensor:
     The values are taken as a merge stores them, in the base's dtype: the adapter and the merged checkpoint agree.
     """
     added_or = torch.zeros((patch.target.out_features, rank))
-    added_or[:, : patch.target.rank] = patch.stored().double() - patch.original.double()
+    added_or[:, : len(patch.columns)] = patch.stored().double() - patch.original.double()
     return added_or
 
 
@@ -146,14 +146,13 @@ def export(
     _refuse_settings(dtype, max_shard_bytes)
     require_apart(out, [adapter.folder])
     recorded, name = _locate(adapter, out, base)
-    plan, rank = adapter.plan, padded_rank(max(target.rank for target in adapter.plan.targets))
+    delta = require_columns(adapter.delta, "--format lora")
+    plan, rank = adapter.plan, padded_rank(max(delta.widths().values()))
     entries = weight_entries(plan, rank)
     header = build_header(entries, {"format": "pt"})
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
         require_disk(writer.path, len(header) + sum(tensor_bytes(kind, shape) for _, kind, shape in entries))
-        write_tensors(
-            writer.path / WEIGHTS_FILE, header, _chunks(require_columns(adapter.delta, "--format lora"), rank)
-        )
+        write_tensors(writer.path / WEIGHTS_FILE, header, _chunks(delta, rank))
         config = build_config(plan, rank, name, recorded.revision)
         write_file(writer.path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         files = {WEIGHTS_FILE: file_sha256(writer.path / WEIGHTS_FILE)}

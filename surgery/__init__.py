@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the table below
     from surgery.operate import collect as collect
     from surgery.operate import detach as detach
     from surgery.operate import load as load
+    from surgery.operate import resample as resample
     from surgery.operate import save as save
     from surgery.planning import plan_checkpoint as plan_checkpoint
     from surgery.recipe import DataSection as DataSection
@@ -44,6 +45,7 @@ _NAMES = {
     "collect": "surgery.operate",
     "detach": "surgery.operate",
     "load": "surgery.operate",
+    "resample": "surgery.operate",
     "plan_checkpoint": "surgery.planning",
     "save": "surgery.operate",
     "train": "surgery.train",

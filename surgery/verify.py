@@ -335,7 +335,7 @@ def _original(sides: _Sides, target: Target) -> Tensor:
 def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Tensor, bool]:
     """The merged columns (out, r), and whether anything differs. Raises CheckError where another column does."""
     kind = _dtype_of(sides, sides.base[target.weight])
-    written = torch.empty((target.out_features, target.rank), dtype=torch_dtype(kind))
+    written = torch.empty((target.out_features, len(columns)), dtype=torch_dtype(kind))
     picked, wanted = bits(written), columns.numpy()
     planned = np.zeros(target.in_features, bool)
     planned[wanted] = True
@@ -351,7 +351,7 @@ def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Ten
             raise CheckError(
                 target.weight,
                 "columns outside the plan differ from the base",
-                expected=f"only its {target.rank} planned columns to differ",
+                expected=f"only its {len(columns)} planned columns to differ",
                 fix="Export again",
             )
         if target.input_axis == 1:

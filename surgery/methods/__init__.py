@@ -10,6 +10,9 @@ from torch import nn
 
 from surgery.plan import Stored, WholeTarget
 
+LATER: Mapping[str, bool] = {"later": True}
+"""The metadata of a spec's field that plans do not mention at its default: plans made before it stay as they are."""
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -31,10 +34,10 @@ class PlanRequest:
 class Method:
     """A method as a record of functions; what is trained whole, heads, is none of its business.
 
-    plan: (spec, request) -> its fields of a SurgeryPlan; fresh: (checkpoint, plan, whole) -> the delta that changes
-    nothing; attach: (frozen model, plan, delta or None), in place; trainable_names: (plan) -> what it trains; collect:
-    (model, plan, whole, the base's columns) -> delta; bind: (delta, checkpoint, names on disk, whole) -> the delta tied
-    to files; detach: (model, merge=..), in place.
+    plan: (spec, request) -> its fields of a SurgeryPlan; fresh: (checkpoint, plan, whole, and the choice where columns
+    have been chosen) -> the delta that changes nothing; attach: (frozen model, plan, delta or None), in place;
+    trainable_names: (plan) -> what it trains; collect: (model, plan, whole, the base's columns) -> delta; bind: (delta,
+    checkpoint, names on disk, whole) -> the delta tied to files; detach: (model, merge=..), in place.
     """
 
     name: str

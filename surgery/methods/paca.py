@@ -6,20 +6,46 @@ Source: PaCA, arXiv 2503.01905 (ICLR 2025).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.columns import choose_columns, require_strategy
+from surgery.columns import (
+    FILE,
+    RANDOM,
+    STRATEGIES,
+    Choice,
+    budget_values,
+    choose_columns,
+    even_scores,
+    is_file,
+    read_columns_file,
+    require_strategy,
+    resample_steps,
+    spread,
+    takes_data,
+)
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
-from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
-from surgery.methods import Method, PlanRequest
-from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, watch_optimizers
+from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError, closest
+from surgery.methods import LATER, Method, PlanRequest
+from surgery.paca_layers import (
+    PacaLayer,
+    SharedGather,
+    close_layer,
+    combine,
+    layers,
+    open_layer,
+    read_columns,
+    watch_optimizers,
+)
 from surgery.plan import Stored, SurgeryPlan, Target
+from surgery.resampling import held as held_columns
+from surgery.resampling import open_past
 from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
 from surgery.sharding import whole as gathered
 from surgery.survey import list_untouched, trace_groups
@@ -32,7 +58,12 @@ class PacaSpec:
 
     rank: trained columns of each layer; rank_pattern: {pattern: rank}, the last match decides; targets, exclude: names,
     globs, `re:` patterns or `all-linear`; alpha: the update is multiplied by alpha / rank while training (None: by 1);
-    select: how columns are chosen; seed: with the layer's name it decides them.
+    select: how columns are chosen; seed: with the layer's name it decides them where nothing else does.
+
+    budget: so many values, or such a part of the targets' (`0.5%`), in place of a rank: spread over the layers by the
+    columns' scores. resample: `every:500` draws other columns every so many optimizer steps. What looks at inputs or
+    gradients takes calibration_data: files or ids, of which calibration_rows are drawn by the seed and cut to
+    calibration_length tokens; calibration_columns: role -> column, as of any data.
     """
 
     method: ClassVar[str] = "paca"
@@ -44,6 +75,12 @@ class PacaSpec:
     alpha: float | None = None
     select: str = "random"
     seed: int = 0
+    budget: str = field(default="", metadata=LATER)
+    resample: str = field(default="", metadata=LATER)
+    calibration_data: tuple[str, ...] = field(default=(), metadata=LATER)
+    calibration_columns: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
+    calibration_rows: int = field(default=64, metadata=LATER)
+    calibration_length: int = field(default=512, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -51,9 +88,42 @@ class PacaSpec:
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise RequestError("--alpha", str(self.alpha), expected="a positive number")
         require_strategy(self.select)
-        for name in ("targets", "exclude"):
+        for name in ("targets", "exclude", "calibration_data"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "budget", str(self.budget))
+        self._require_columns()
+
+    def _require_columns(self) -> None:
+        """What says which columns fits together, and nothing of it would be ignored.
+
+        Raises: RequestError, UnsupportedError.
+        """
+        sizes = {"--rank": self.rank != type(self).rank, "--rank-pattern": bool(self.rank_pattern)}
+        given = next((name for name, is_given in sizes.items() if is_given), "")
+        if self.budget:
+            budget_values(self.budget, 1 << 62)
+            if given:
+                raise RequestError("--budget", f"given with {given}", expected="one of the two")
+        if is_file(self.select) and (given or self.budget):
+            found = f"given with --select {self.select}, which says how many there are"
+            raise RequestError(given or "--budget", found, expected="the file alone")
+        if resample_steps(self.resample) and is_file(self.select):
+            found = f"--select {self.select}, which names one set of columns"
+            raise UnsupportedError("--resample", found, expected="a strategy to draw others by", fix="Leave it out")
+        if not (takes_data(self.select)):
+            self._require_no_data()
+        if self.calibration_rows < 1 or self.calibration_length < 2:
+            found = f"{self.calibration_rows} rows of {self.calibration_length} tokens"
+            raise RequestError("--calibration-rows", found, expected="1 row of 2 tokens, or more")
+
+    def _require_no_data(self) -> None:
+        for entry in fields(self):
+            default = {} if entry.name == "calibration_columns" else entry.default
+            if entry.name.startswith("calibration_") and getattr(self, entry.name) != default:
+                option = f"--{entry.name.replace('_', '-')}"
+                wanted = " or ".join(name for name in STRATEGIES if takes_data(name))
+                raise RequestError(option, f"given with --select {self.select}", expected=f"{wanted} with it")
 
     def scale(self, rank: int) -> float:
         """What the stored difference is multiplied by while training."""
@@ -63,7 +133,8 @@ class PacaSpec:
 def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     """The layers whose columns will train, and the matrices that will not.
 
-    Raises: SelectorError, UnsupportedError, DamagedError.
+    A budget is spread evenly here: where scores say otherwise, `surgery.choosing` does.
+    Raises: SelectorError, UnsupportedError, DamagedError, RequestError for a budget that cannot be met.
     """
     model, stored = request.model, request.stored
     sites = find_sites(model, request.heads)
@@ -71,13 +142,61 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     whole = {target.parameter: target for target in request.whole}
     candidates = [s for s in sites if f"{s.module}.weight" in stored and f"{s.module}.weight" not in whole]
     chosen = resolve(candidates, spec.targets, exclude=spec.exclude)
-    ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
+    if is_file(spec.select):
+        named = named_columns(spec.select, chosen, groups)
+        ranks, groups = {name: len(columns) for name, columns in named.items()}, _split_groups(named, groups)
+    elif spec.budget:
+        ranks = _even_ranks(spec, chosen, groups)
+    else:
+        ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
+    chosen = tuple(site for site in chosen if site.module in ranks)
     targets = tuple(_target(site, stored[f"{site.module}.weight"], ranks[site.module], groups) for site in chosen)
     touched = {f"{t.module}.weight": t for t in targets} | whole
     reasons = dict(request.converted) | {f"{s.module}.weight": "output head" for s in sites if s.is_head}
     reasons |= {f"{s.module}.weight": f"tied with {s.tied_with}" for s in sites if s.tied_with}
     reasons |= {f"{s.module}.weight": "not selected" for s in candidates if not s.is_head and not s.tied_with}
     return {"targets": targets, "untouched": list_untouched(model, touched, reasons)}
+
+
+def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Mapping[str, str]) -> dict[str, Tensor]:
+    """The columns that a file names for each layer, or for the group that it is in. Raises: RequestError."""
+    named, result = read_columns_file(Path(select.removeprefix(FILE))), {}
+    for site in sites:
+        found = named.get(site.module, named.get(groups[site.module]))
+        if found is None:
+            hint = closest(site.module, named) or "Name the layers with --targets"
+            raise RequestError(f"--select {select}", f"no columns for {site.module}", expected="some", fix=hint)
+        if int(found[-1]) >= site.in_features:
+            expected = f"columns below {site.in_features}, its width"
+            raise RequestError(f"--select {select}", f"{site.module}: column {int(found[-1])}", expected=expected)
+        result[site.module] = found
+    surplus = sorted(set(named) - {site.module for site in sites} - {groups[site.module] for site in sites})
+    if surplus:
+        strange, fix = f"columns for {surplus[0]!r}, which does not train", closest(surplus[0], result)
+        raise RequestError(f"--select {select}", strange, expected="the layers that --targets means", fix=fix)
+    return result
+
+
+def _split_groups(named: Mapping[str, Tensor], groups: Mapping[str, str]) -> dict[str, str]:
+    """Groups by module, such that all layers of one have the same columns."""
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    return {m: first.setdefault((groups[m], tuple(columns.tolist())), m) for m, columns in sorted(named.items())}
+
+
+def _even_ranks(spec: PacaSpec, sites: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
+    """Ranks by module that use up a budget, of each group the same part of its columns.
+
+    A layer may get none; where scores will decide, one column stands for that.
+    """
+    values: dict[str, int] = {}
+    widths = {groups[site.module]: site.in_features for site in sites}
+    for site in sites:
+        values[groups[site.module]] = values.get(groups[site.module], 0) + site.out_features
+    scores = [even_scores(group, width, values[group], seed=spec.seed) for group, width in sorted(widths.items())]
+    ranks = spread(scores, budget_values(spec.budget, sum(site.out_features * site.in_features for site in sites)))
+    if spec.select != RANDOM:
+        ranks = dict.fromkeys(widths, 1) | ranks
+    return {site.module: ranks[groups[site.module]] for site in sites if groups[site.module] in ranks}
 
 
 def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
@@ -101,17 +220,37 @@ def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
     return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
 
 
-def fresh(checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePatch]) -> ColumnDelta:
+def fresh(
+    checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePatch], choice: Choice | None = None
+) -> ColumnDelta:
     """Read every target once: its digest and its columns, unchanged."""
     patches, targets = {}, []
     for target in plan.targets:
-        columns = planned_columns(plan, target)
+        columns = choice.columns[target.module] if choice else planned_columns(plan, target)
         digest, original = read_target(checkpoint, target, columns)
         bound = replace(target, sha256=digest)
-        master = torch.float64 if original.dtype == torch.float64 else torch.float32
-        patches[target.module] = ColumnPatch(bound, columns, original.to(master, copy=True), original)
+        patches[target.module] = _unmoved(plan, bound, columns, original, choice)
         targets.append(bound)
     return ColumnDelta(replace(plan, targets=tuple(targets)), patches, whole)
+
+
+def fresh_live(model: nn.Module, plan: SurgeryPlan, whole: Mapping[str, WholePatch], choice: Choice) -> ColumnDelta:
+    """The same of a model in memory, for columns that were chosen by looking at it."""
+    patches = {}
+    for target in plan.targets:
+        columns, weight = choice.columns[target.module], cast("Tensor", model.get_submodule(target.module).weight)
+        original = read_columns(weight, columns.to(weight.device), target.input_axis).cpu()
+        patches[target.module] = _unmoved(plan, target, columns, original, choice)
+    return ColumnDelta(plan, patches, whole)
+
+
+def _unmoved(
+    plan: SurgeryPlan, target: Target, columns: Tensor, original: Tensor, choice: Choice | None
+) -> ColumnPatch:
+    master = torch.float64 if original.dtype == torch.float64 else torch.float32
+    active = columns if plan.spec.get("resample") else None
+    scores = choice.scores.get(target.module) if choice else None
+    return ColumnPatch(target, columns, original.to(master, copy=True), original, active, scores)
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
@@ -127,15 +266,28 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
         patch = delta.patches[target.module] if delta else None
         layer = open_layer(
             model.get_submodule(target.module),
-            patch.columns if patch else planned_columns(plan, target),
+            _active_columns(patch) if patch else planned_columns(plan, target),
             input_axis=target.input_axis,
             storage=torch_dtype(target.dtype),
             shared=shared[target.group, target.rank],
             scale=spec.scale(target.rank),
         )
         if patch:
-            layer.start_from(patch.values)
-            layer.refresh()
+            _start(layer, patch)
+
+
+def _active_columns(patch: ColumnPatch) -> Tensor:
+    return patch.columns if patch.active is None else patch.active
+
+
+def _start(layer: PacaLayer, patch: ColumnPatch) -> None:
+    """Let a layer hold a patch's values: of the columns that train, and of those that did before."""
+    is_active = torch.isin(patch.columns, _active_columns(patch))
+    layer.start_from(patch.values[:, is_active])
+    layer.refresh()
+    layer.paca_scores = patch.scores
+    if not bool(is_active.all()):
+        open_past(layer, patch.columns[~is_active], patch.values[:, ~is_active])
 
 
 def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
@@ -166,12 +318,23 @@ def collect(
     patches = {}
     for target in plan.targets:
         layer = opened[target.module]
+        if plan.spec.get("resample"):
+            patches[target.module] = _collect_all(layer, target)
+            continue
         held = gathered(layer.paca_original)
         values = combine(held, gathered(layer.paca_delta), layer.paca_scale)
         original = originals.get(target.module, held.to(layer.paca_storage))
         columns = layer.paca_columns.to("cpu", copy=True)  # a group's layers hold one tensor, a file one for each
         patches[target.module] = ColumnPatch(target, columns, values, original)
     return ColumnDelta(plan, patches, whole)
+
+
+def _collect_all(layer: PacaLayer, target: Target) -> ColumnPatch:
+    """All columns that have trained, each once."""
+    everything, now = held_columns(layer), layer.paca_columns.to("cpu", copy=True)
+    values = combine(everything.original, everything.delta, layer.paca_scale)
+    original = everything.original.to(layer.paca_storage)
+    return ColumnPatch(target, everything.columns, values, original, now, layer.paca_scores)
 
 
 def bind(
@@ -201,7 +364,7 @@ def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, s
         )
     is_same = patch.values == patch.original.to(patch.values.dtype)  # unmoved: the file may say it more exactly
     values = torch.where(is_same, original.to(patch.values.dtype), patch.values)
-    return ColumnPatch(replace(target, sha256=digest), patch.columns, values, original)
+    return replace(patch, target=replace(target, sha256=digest), values=values, original=original)
 
 
 def detach(model: nn.Module, *, merge: bool) -> None:

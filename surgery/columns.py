@@ -135,9 +135,9 @@ STRATEGIES: Mapping[str, Strategy] = {
 
 def require_strategy(name: str) -> None:
     """Raises RequestError for a strategy that is not in the table, and is no `file:PATH`."""
-    if name.startswith(FILE) and name != FILE:
-        return
-    if name not in STRATEGIES:
+    if not isinstance(name, str):
+        raise TypeError(f"select {name!r}")
+    if name not in STRATEGIES and not (is_file(name) and name != FILE):
         raise RequestError(
             "--select",
             f"unknown strategy {name!r}",

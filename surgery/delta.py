@@ -169,7 +169,7 @@ class ColumnDelta:
             tensors[f"{module}.values"] = patch.values.contiguous()
             tensors[f"{module}.original"] = patch.original.contiguous()
             draws = {"active": patch.active, "scores": patch.scores}
-            tensors |= {f"{module}.{part}": tensor for part, tensor in draws.items() if tensor is not None}
+            tensors |= {f"{module}.{part}": t.clone() for part, t in draws.items() if t is not None}  # shared in a group
         return _file_bytes(tensors, self.whole)
 
     def widths(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from surgery.adapter import Adapter, find_model, write_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, path_inside, read_json
-from surgery.columns import STORED
+from surgery.columns import STORED, columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target, require_base
 from surgery.errors import (
     BaseMismatchError,
@@ -52,7 +52,7 @@ from surgery.planning import plan_checkpoint
 from surgery.select import LinearSite, find_sites
 from surgery.survey import TaskSpec, own_task, read_config, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorFile, file_sha256
-from surgery.union import columns_key, shared_groups
+from surgery.union import shared_groups
 from surgery.writing import CheckpointWriter, require_apart
 
 

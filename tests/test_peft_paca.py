@@ -182,6 +182,7 @@ def test_the_base_that_its_config_names_is_the_default(tiny_model: TinyModel, tm
     assert f"Next: surgery export {tmp_path / 'ours'} --merge" in done.out
     assert console("export", tmp_path / "ours", "--merge").code == 0
     assert console("inspect", tmp_path / "ours").code == 0
+    assert console("plan", tmp_path / "ours", "--sequence", 16, "--batch", 1).code == 0
     configure(tmp_path / "theirs", base_model_name_or_path=None)
     code, _, error = console("import", tmp_path / "theirs", "-o", tmp_path / "none")
     assert (code, "Name it with --base" in error) == (2, True)

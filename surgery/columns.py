@@ -64,3 +64,8 @@ def refuse_stored(strategy: str) -> None:
             expected=f"one of {', '.join(STRATEGIES)}",
             fix="Import or unite again, with the --task that is wanted, or apply anew",
         )
+
+
+def columns_key(columns: Tensor) -> bytes:
+    """What two layers have in common whose columns are equal."""
+    return columns.numpy().tobytes()

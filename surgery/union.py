@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from surgery.adapter import Adapter, find_base
 from surgery.checkpoint import Checkpoint
-from surgery.columns import STORED
+from surgery.columns import STORED, columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, require_base, require_columns
 from surgery.errors import BaseMismatchError, RequestError, UnsupportedError, counted
 from surgery.manifest import Manifest, Record
@@ -79,11 +78,6 @@ def shared_groups(keys: Mapping[str, Hashable]) -> dict[str, str]:
     """Each module's group: the first module with the same key, which says its input and its columns."""
     names: dict[Hashable, str] = {}
     return {module: names.setdefault(keys[module], module) for module in sorted(keys)}
-
-
-def columns_key(columns: Tensor) -> bytes:
-    """What two layers have in common whose columns are equal."""
-    return columns.numpy().tobytes()
 
 
 # --- what may be united

@@ -35,7 +35,7 @@ VERIFIED_FORMATS = ("safetensors", "remote-code", ONNX)
 EXPORT_DEFAULTS = {"format": "safetensors", "dtype": "keep", "max_shard_bytes": None}
 # What the adapters of each method hold, and the formats for it.
 METHOD_EXPORTS: Mapping[str, tuple[type[Delta], str]] = {
-    "paca": (ColumnDelta, "safetensors, lora or onnx"),
+    "paca": (ColumnDelta, "safetensors, lora, peft-paca or onnx"),
     "read": (SideDelta, "remote-code or onnx"),
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.columns import choose_columns, refuse_stored, require_strategy
+from surgery.columns import STORED, choose_columns, columns_key, random_columns, refuse_stored, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
 from surgery.methods import Method, PlanRequest
@@ -107,13 +107,19 @@ def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, st
 
 
 def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
-    """The columns the plan's seed gives a target: (r,) int64, strictly increasing."""
+    """The columns the plan's seed gives a target: (r,) int64, strictly increasing.
+
+    Of a plan whose columns are an adapter's own, any: without the adapter only sizes are asked for.
+    """
     spec = plan.spec
+    if spec["select"] == STORED:
+        return random_columns(target.in_features, target.rank, seed=spec["seed"], group=target.group)
     return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
 
 
 def fresh(checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePatch]) -> ColumnDelta:
-    """Read every target once: its digest and its columns, unchanged."""
+    """Read every target once: its digest and its columns, unchanged. Raises: RequestError for stored columns."""
+    refuse_stored(plan.spec["select"])
     patches, targets = {}, []
     for target in plan.targets:
         columns = planned_columns(plan, target)
@@ -133,8 +139,8 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
     spec = PacaSpec(**plan.spec)
     watch_optimizers()
     columns = _own_columns(model, delta) if delta else {t.module: planned_columns(plan, t) for t in plan.targets}
-    shared: dict[tuple[str, bytes], SharedGather] = {}
-    keys = {t.module: (t.group, columns[t.module].numpy().tobytes()) for t in plan.targets}
+    shared: dict[tuple[str, int | bytes], SharedGather] = {}
+    keys = {t.module: (t.group, columns_key(columns[t.module]) if delta else t.rank) for t in plan.targets}
     for target in plan.targets:
         shared.setdefault(keys[target.module], SharedGather(0)).members += 1
     for target in plan.targets:

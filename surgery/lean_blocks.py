@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from surgery.lean_functions import ACTIVATIONS, HALF, Activation, Norm, activate, gate, rms_norm
+from surgery.lean_functions import ACTIVATIONS, HALF, Activation, Norm, activate, rms_norm
+from surgery.lean_kernels import OURS, Kernels
 
 WIDTH, INNER, ROWS = 16, 24, 6  # of what is probed
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
@@ -31,10 +32,11 @@ STYLES = (("first", 0.0), ("last", 0.0), ("last", 1.0), ("weight", 0.0))
 
 
 class Lean(nn.Module):
-    """What lean modules share. `lean_plain`: the class that the module had; `lean`: how it computes."""
+    """What lean modules share. `lean_plain`: the class that the module had; `lean`: what it computes, and with what."""
 
     lean_plain: ClassVar[type[nn.Module]]
     lean: Any
+    lean_kernels: Kernels
 
 
 class LeanNorm(Lean):
@@ -47,7 +49,7 @@ class LeanNorm(Lean):
         if not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
             plain: Tensor = self.lean_plain.forward(self, x)
             return plain
-        return rms_norm(x, self.weight, self.lean)
+        return self.lean_kernels.norm(x, self.weight, self.lean)
 
 
 class LeanActivation(Lean):
@@ -74,7 +76,7 @@ class LeanGatedUp(_LeanGated):
     up_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(gate(self.gate_proj(x), self.up_proj(x), self.lean))
+        result: Tensor = self.down_proj(self.lean_kernels.gate(self.gate_proj(x), self.up_proj(x), self.lean))
         return result
 
 
@@ -85,7 +87,7 @@ class LeanPacked(_LeanGated):
 
     def forward(self, x: Tensor) -> Tensor:
         gates, ups = self.gate_up_proj(x).chunk(2, dim=-1)
-        result: Tensor = self.down_proj(gate(gates, ups, self.lean))
+        result: Tensor = self.down_proj(self.lean_kernels.gate(gates, ups, self.lean))
         return result
 
 
@@ -98,7 +100,7 @@ class LeanNumbered(Lean):
     w3: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.w2(gate(self.w1(x), self.w3(x), self.lean))
+        result: Tensor = self.w2(self.lean_kernels.gate(self.w1(x), self.w3(x), self.lean))
         return result
 
 
@@ -112,7 +114,7 @@ class LeanT5(Lean):
     dropout: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.dropout(gate(self.wi_0(x), self.wi_1(x), self.lean))
+        inner = self.dropout(self.lean_kernels.gate(self.wi_0(x), self.wi_1(x), self.lean))
         if inner.dtype != self.wo.weight.dtype and self.wo.weight.is_floating_point():
             inner = inner.to(self.wo.weight.dtype)
         result: Tensor = self.wo(inner)
@@ -151,20 +153,20 @@ FORMS = (
 _classes: dict[tuple[type[nn.Module], type[Lean]], type[nn.Module]] = {}
 
 
-def become(module: nn.Module, lean: type[Lean], record: Any) -> None:
+def become(module: nn.Module, lean: type[Lean], record: Any, kernels: Kernels = OURS) -> None:
     """Make a module lean, in place."""
     plain = type(module)
     if (plain, lean) not in _classes:
         names = {"lean_plain": plain, "__module__": plain.__module__, "__doc__": lean.__doc__}
         _classes[plain, lean] = type(f"Lean{plain.__name__}", (lean, plain), names)
     module.__class__ = _classes[plain, lean]
-    module.lean = record
+    module.lean, module.lean_kernels = record, kernels
 
 
 def unbecome(module: Lean) -> None:
     """The plain module again, in place."""
     plain = type(module).lean_plain
-    del module.lean
+    del module.lean, module.lean_kernels
     module.__class__ = plain  # type: ignore[assignment]
 
 

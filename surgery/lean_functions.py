@@ -374,7 +374,9 @@ def _in_chunks(
         if dhidden is None and dweight is None and dbias is None:
             continue
         scale_c1 = scale_n[start:stop].unsqueeze(1)
-        dlogits_cv = log_cv.exp_().mul_(scale_c1).scatter_add_(1, labels_c, -scale_c1)
+        dlog_cv = torch.zeros_like(log_cv).scatter_(1, labels_c, -scale_c1)
+        dlogits_cv = _aten._log_softmax_backward_data(dlog_cv, log_cv, 1, torch.float32)  # noqa: SLF001
+        del dlog_cv, log_cv
         dz_cv = logits.backward(dlogits_cv.to(z_cv.dtype), z_cv)
         if dhidden is not None:
             torch.mm(dz_cv, weight_vh, out=dhidden[start:stop])

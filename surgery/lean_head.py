@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from surgery.compat import base_prefix
 from surgery.lean_blocks import Lean, nearly, stand_in
-from surgery.lean_functions import IGNORED, Logits, linear_cross_entropy, shifted
+from surgery.lean_functions import IGNORED, Logits, shifted
+from surgery.lean_kernels import OURS, Kernels
 
 WIDTH, VOCABULARY, BATCH, TOKENS = 8, 11, 2, 6  # of the stand-in
 ASKS_FOR_MORE = ("logits_to_keep", "shift_labels", "ignore_index")
@@ -62,7 +63,8 @@ class LeanHead(Lean):
             plain: Tensor = self.lean_plain.forward(self, x)
             return plain
         labels_n, rows = shifted(asked.labels), x.reshape(-1, x.shape[-1])
-        asked.loss = linear_cross_entropy(rows, self.weight, self.bias, labels_n, items=asked.items, logits=self.lean)
+        loss = self.lean_kernels.loss
+        asked.loss = loss(rows, self.weight, self.bias, labels_n, items=asked.items, logits=self.lean)
         return x.detach().new_zeros((*x.shape[:-1], 1))  # what a class does to its logits, it does to nothing
 
 
@@ -103,7 +105,7 @@ _models: dict[type[nn.Module], type[nn.Module]] = {}
 _heads: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def become(model: Any, head_name: str, logits: Logits) -> None:
+def become(model: Any, head_name: str, logits: Logits, kernels: Kernels = OURS) -> None:
     """Give a model and its head the lean loss, in place. The model's class keeps its name: files are written by it."""
     head = model.get_submodule(head_name)
     for module, lean, known in ((head, LeanHead, _heads), (model, LeanModel, _models)):
@@ -116,7 +118,7 @@ def become(model: Any, head_name: str, logits: Logits) -> None:
                 names["loss_function"] = property(LeanModel.lean_loss_function, plain.loss_function.fset)
             known[plain] = type(plain.__name__, (lean, plain), names)
         module.__class__ = known[plain]
-    head.lean, head.lean_asked = logits, None
+    head.lean, head.lean_kernels, head.lean_asked = logits, kernels, None
     vars(model)["lean"] = head  # not as a child: it is one already
 
 
@@ -127,7 +129,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def unbecome(module: LeanHead | LeanModel) -> None:
     """The plain module again, in place."""
     plain = type(module).lean_plain
-    for name in ("lean", "lean_asked"):
+    for name in ("lean", "lean_kernels", "lean_asked"):
         vars(module).pop(name, None)
     module.__class__ = plain  # type: ignore[assignment]
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from surgery import lean_head
 from surgery.errors import CheckError, RequestError, UnsupportedError
 from surgery.lean_blocks import Lean, LeanActivation, Prober, become, looks_gated, looks_like_norm, unbecome
+from surgery.lean_kernels import OURS, Kernels
 from surgery.side import SideNetwork
 
 
@@ -29,7 +30,7 @@ class Pass:
     requires: str
     does: str
     ensures: str
-    rewrite: Callable[[Any], Rewritten]
+    rewrite: Callable[..., Rewritten]
     restore: Callable[[Any], None]
 
 
@@ -53,15 +54,15 @@ class Rewritten:
         return ", ".join([*parts, *(["the loss"] if self.loss else [])]) or "nothing"
 
 
-def rewrite(model: nn.Module) -> Rewritten:
-    """Make a model lean, in place. Checked is that its parameters and buffers are what and where they were.
+def rewrite(model: nn.Module, *, kernels: Kernels = OURS) -> Rewritten:
+    """Make a model lean, in place, with these kernels. Checked is that its parameters and buffers are what and where they were.
 
     Raises: RequestError where it is lean already; UnsupportedError where nothing in it can be made so, with the reasons.
     """
     if is_lean(model):
         raise RequestError("lean", "the model is lean already", expected="a plain one", fix="Call restore first")
     before = _tensors(model)
-    found = _rewrite(model)
+    found = _rewrite(model, kernels)
     if not found:
         why = "; ".join(found.left) or "no norm, gated MLP, activation or loss"
         raise UnsupportedError(
@@ -106,7 +107,7 @@ def _inner(model: nn.Module) -> Any:
     return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
 
 
-def _rewrite(model: nn.Module) -> Rewritten:
+def _rewrite(model: nn.Module, kernels: Kernels) -> Rewritten:
     prober, count, left = Prober(), Counter[str](), dict[str, None]()
     within: set[int] = set()  # activations of MLPs that are lean as a whole
     for module in list(_own_modules(model)):
@@ -116,7 +117,7 @@ def _rewrite(model: nn.Module) -> Rewritten:
             if norm is None:
                 left[f"{name} is no RMS norm known here"] = None
             else:
-                become(module, norm.lean, norm.record)
+                become(module, norm.lean, norm.record, kernels)
                 count["norms"] += 1
         elif looks_gated(module):
             gated = prober.gated(module)
@@ -124,14 +125,14 @@ def _rewrite(model: nn.Module) -> Rewritten:
                 left[f"{name} is no gated MLP known here"] = None
             else:
                 within |= {id(child) for child in module.children()}
-                become(module, gated.lean, gated.record)
+                become(module, gated.lean, gated.record, kernels)
                 count["gates"] += 1
         elif _is_bare(module) and id(module) not in within:
             activation = prober.activation(module)
             if activation and not activation.keeps_input:
-                become(module, LeanActivation, activation)
+                become(module, LeanActivation, activation, kernels)
                 count["activations"] += 1
-    loss = _rewrite_loss(_inner(model), left)
+    loss = _rewrite_loss(_inner(model), kernels, left)
     return Rewritten(count["norms"], count["gates"], count["activations"], loss, tuple(left))
 
 
@@ -147,7 +148,7 @@ def _is_bare(module: nn.Module) -> bool:
     return is_empty and not isinstance(module, (nn.Dropout, nn.Identity))
 
 
-def _rewrite_loss(model: Any, left: dict[str, None]) -> bool:
+def _rewrite_loss(model: Any, kernels: Kernels, left: dict[str, None]) -> bool:
     if not isinstance(model, PreTrainedModel):
         left[f"{type(model).__name__} is no model of transformers"] = None
         return False
@@ -155,7 +156,7 @@ def _rewrite_loss(model: Any, left: dict[str, None]) -> bool:
     if isinstance(found, str):
         left[found] = None
         return False
-    lean_head.become(model, *found)
+    lean_head.become(model, *found, kernels)
     return True
 
 

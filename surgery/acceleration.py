@@ -229,7 +229,7 @@ def prepare(model: Any, section: TrainSection, *, device: str, autocast: str) ->
 
 
 def _make_lean(model: nn.Module, section: TrainSection, device: str) -> str:
-    """What was made lean, in words. Raises: UnsupportedError where nothing can be, but by auto, which then leaves it."""
+    """What was made lean, in words. Raises: UnsupportedError where nothing can be; `auto` then leaves all as it is."""
     try:
         return rewrite(model, kernels=choose_kernels(device)).line()
     except UnsupportedError:

@@ -1,7 +1,7 @@
 """Which modules can be made lean, found by what they compute: norms, gated MLPs, activations.
 
 There is no table of classes. A module that looks like one of the forms below (by its parameters and children) is
-rebuilt a few channels wide, with random weights and all its own settings, and run beside the lean form in every dtype:
+rebuilt a few channels wide, with random weights and all its settings, and run beside the lean form in every dtype:
 only where outputs agree bit for bit, and gradients but for rounding, the class is taken. So a family, or a version of
 transformers, that computes something else is left as it is, with the reason.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,13 @@ from surgery.lean_functions import ACTIVATIONS, HALF, Activation, Norm, activate
 from surgery.lean_kernels import OURS, Kernels
 
 WIDTH, INNER, ROWS = 16, 24, 6  # of what is probed
-DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
-          (torch.bfloat16, torch.float32), (torch.float64, torch.float64))  # fmt: skip  of inputs and of weights
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float64),
+)  # fmt: skip  of inputs and of weights
 ROUNDING = 16  # units in the last place that gradients may differ by, of their largest value
 STYLES = (("first", 0.0), ("last", 0.0), ("last", 1.0), ("weight", 0.0))
 
@@ -155,12 +160,12 @@ _classes: dict[tuple[type[nn.Module], type[Lean]], type[nn.Module]] = {}
 
 def become(module: nn.Module, lean: type[Lean], record: Any, kernels: Kernels = OURS) -> None:
     """Make a module lean, in place."""
-    plain = type(module)
+    plain, it = type(module), cast("Any", module)
     if (plain, lean) not in _classes:
         names = {"lean_plain": plain, "__module__": plain.__module__, "__doc__": lean.__doc__}
         _classes[plain, lean] = type(f"Lean{plain.__name__}", (lean, plain), names)
     module.__class__ = _classes[plain, lean]
-    module.lean, module.lean_kernels = record, kernels
+    it.lean, it.lean_kernels = record, kernels
 
 
 def unbecome(module: Lean) -> None:
@@ -265,9 +270,7 @@ def agree(plain: Tensor, lean: Tensor, inputs: tuple[Tensor, Tensor]) -> bool:
     if plain.dtype != lean.dtype or not torch.equal(plain, lean):
         return False
     direction = torch.randn(plain.shape).to(plain.dtype)
-    one, other = (
-        torch.autograd.grad(y, x, direction)[0] for y, x in zip((plain, lean), inputs, strict=True)
-    )
+    one, other = (torch.autograd.grad(y, x, direction)[0] for y, x in zip((plain, lean), inputs, strict=True))
     return nearly(one, other)
 
 

@@ -295,9 +295,29 @@ def linear_cross_entropy(
     """
     kind = hidden_nh.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_nh.dtype
-    settings = (labels_n.to(hidden_nh.device), items, logits or Logits(), dtype, chunk_bytes or CHUNK_BYTES)
-    result: Tensor = _LinearCrossEntropy.apply(hidden_nh, weight_vh, bias_v, *settings)  # type: ignore[no-untyped-call]
+    how = _How(logits or Logits(), dtype, chunk_bytes or CHUNK_BYTES)
+    result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_nh, weight_vh, bias_v, labels_n.to(hidden_nh.device), items, how
+    )
     return result
+
+
+@dataclass(frozen=True)
+class _How:
+    """dtype: of the logits; chunk_bytes: of those that are there at once."""
+
+    logits: Logits
+    dtype: torch.dtype
+    chunk_bytes: int
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """labels_n: 0 where there is none; counts_n: whether there is; scale_n: what a label's loss counts in a gradient."""
+
+    labels_n: Tensor
+    counts_n: Tensor
+    scale_n: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -309,22 +329,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_v: Tensor | None,
         labels_n: Tensor,
         items: Tensor | int | None,
-        logits: Logits,
-        dtype: torch.dtype,
-        chunk_bytes: int,
+        how: _How,
     ) -> Tensor:
+        device, dtype = hidden_nh.device, how.dtype
         counts = labels_n != IGNORED
         divisor = counts.sum() if items is None else items
-        divisor = divisor.to(hidden_nh.device) if isinstance(divisor, Tensor) else divisor
-        each = torch.ones((), dtype=torch.float32, device=hidden_nh.device) / divisor
-        # In fp16 a gradient divided by thousands of labels would be no number of its own: it is divided in backward.
+        divisor = divisor.to(device) if isinstance(divisor, Tensor) else divisor
+        each = torch.ones((), dtype=torch.float32, device=device) / divisor
+        # In fp16 a gradient divided by thousands of labels would vanish: it is divided in backward.
         is_late = dtype == torch.float16
-        scale_n = counts.to(torch.float32) * (1.0 if is_late else each)
-        wants = ctx.needs_input_grad[:3]
-        with torch.autocast(hidden_nh.device.type, enabled=False):
+        labels = _Labels(labels_n.clamp(min=0), counts, counts.to(torch.float32) * (1.0 if is_late else each))
+        with torch.autocast(device.type, enabled=False):
             head = (weight_vh.to(dtype), None if bias_v is None else bias_v.to(dtype))
-            labels_n = labels_n.clamp(min=0)
-            total, gradients = _in_chunks(hidden_nh.to(dtype), head, labels_n, counts, scale_n, logits, wants, chunk_bytes)
+            total, gradients = _in_chunks(hidden_nh.to(dtype), head, labels, how, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients, each if is_late else None)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_nh, weight_vh, bias_v)]
         return total / divisor
@@ -338,7 +355,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else (gradient * factor).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None)
 
 
 def chunks_of(rows: int, vocabulary: int, chunk_bytes: int) -> list[tuple[int, int]]:
@@ -350,14 +367,7 @@ def chunks_of(rows: int, vocabulary: int, chunk_bytes: int) -> list[tuple[int, i
 
 
 def _in_chunks(
-    hidden_nh: Tensor,
-    head: tuple[Tensor, Tensor | None],
-    labels_n: Tensor,
-    counts_n: Tensor,
-    scale_n: Tensor,
-    logits: Logits,
-    wants: tuple[bool, ...],
-    chunk_bytes: int,
+    hidden_nh: Tensor, head: tuple[Tensor, Tensor | None], labels: _Labels, how: _How, wants: tuple[bool, ...]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The summed loss, and the gradients of hidden states, weight and bias where they are wanted."""
     weight_vh, bias_v = head
@@ -366,18 +376,13 @@ def _in_chunks(
     wide = torch.promote_types(weight_vh.dtype, torch.float32)  # sums over chunks
     dweight = torch.zeros_like(weight_vh, dtype=wide) if wants[1] else None
     dbias = torch.zeros_like(bias_v, dtype=wide) if bias_v is not None and wants[2] else None
-    for start, stop in chunks_of(hidden_nh.shape[0], weight_vh.shape[0], chunk_bytes):
-        part_ch, labels_c = hidden_nh[start:stop], labels_n[start:stop].unsqueeze(1)
+    for start, stop in chunks_of(hidden_nh.shape[0], weight_vh.shape[0], how.chunk_bytes):
+        part_ch = hidden_nh[start:stop]
         z_cv = functional.linear(part_ch, weight_vh, bias_v)
-        log_cv = torch.log_softmax(logits.forward(z_cv).to(torch.float32), -1)
-        total -= (log_cv.gather(1, labels_c).squeeze(1) * counts_n[start:stop]).sum()
-        if dhidden is None and dweight is None and dbias is None:
+        loss, dz_cv = _one_chunk(z_cv, labels, slice(start, stop), how.logits, wants=any(wants))
+        total += loss
+        if dz_cv is None:
             continue
-        scale_c1 = scale_n[start:stop].unsqueeze(1)
-        dlog_cv = torch.zeros_like(log_cv).scatter_(1, labels_c, -scale_c1)
-        dlogits_cv = _aten._log_softmax_backward_data(dlog_cv, log_cv, 1, torch.float32)  # noqa: SLF001
-        del dlog_cv, log_cv
-        dz_cv = logits.backward(dlogits_cv.to(z_cv.dtype), z_cv)
         if dhidden is not None:
             torch.mm(dz_cv, weight_vh, out=dhidden[start:stop])
         if dweight is not None:
@@ -385,3 +390,18 @@ def _in_chunks(
         if dbias is not None:
             dbias += dz_cv.sum(0, dtype=wide)
     return total, [dhidden, dweight, dbias]
+
+
+def _one_chunk(
+    z_cv: Tensor, labels: _Labels, rows: slice, logits: Logits, *, wants: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of some rows of the head's output, and the gradient of that output where it is wanted."""
+    labels_c1 = labels.labels_n[rows].unsqueeze(1)
+    log_cv = torch.log_softmax(logits.forward(z_cv).to(torch.float32), -1)
+    loss = -(log_cv.gather(1, labels_c1).squeeze(1) * labels.counts_n[rows]).sum()
+    if not wants:
+        return loss, None
+    dlog_cv = torch.zeros_like(log_cv).scatter_(1, labels_c1, -labels.scale_n[rows].unsqueeze(1))
+    dlogits_cv = _aten._log_softmax_backward_data(dlog_cv, log_cv, 1, torch.float32)  # noqa: SLF001  autograd's own
+    del log_cv, dlog_cv
+    return loss, logits.backward(dlogits_cv.to(z_cv.dtype), z_cv)

@@ -1,25 +1,24 @@
 """The loss of a language model without its logits: the head's product and the cross-entropy in chunks.
 
-A model in training that is given labels computes its loss where its head is called, from the hidden states, and gives
-no logits. In eval mode, without gradients, without labels, or where a call asks for more than the loss (`logits_to_keep`,
+A model in training that is given labels computes its loss where its head is called, from the hidden states, and gives no
+logits. In eval mode, without gradients or labels, or where a call asks for more than the loss (`logits_to_keep`,
 `return_dict=False`, labels that are shifted already), it does what it did.
 
 What a class does to its logits (a cap, a scale) and how it asks for its loss is found by running a stand-in of the class
-with a few channels beside the lean one: it is taken only where losses and gradients agree.
+a few channels wide beside the lean one: it is taken only where losses and gradients agree.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from surgery.compat import base_prefix
 from surgery.lean_blocks import Lean, nearly, stand_in
@@ -28,7 +27,7 @@ from surgery.lean_kernels import OURS, Kernels
 
 WIDTH, VOCABULARY, BATCH, TOKENS = 8, 11, 2, 6  # of the stand-in
 ASKS_FOR_MORE = ("logits_to_keep", "shift_labels", "ignore_index")
-CHANGES = {  # of logits, by the name that a configuration has for the number
+CHANGES: Mapping[str, Callable[[float], Logits]] = {  # of logits, by the name that a configuration has for the number
     "final_logit_softcapping": lambda number: Logits(cap=number),
     "logits_scaling": lambda number: Logits(divisor=number),
     "logit_scale": lambda number: Logits(factor=number),
@@ -71,6 +70,7 @@ class LeanHead(Lean):
 class LeanModel(Lean):
     """A language model that asks its head for the loss."""
 
+    lean_plain: ClassVar[Any]
     lean: LeanHead
     training: bool
 
@@ -229,5 +229,3 @@ def _agrees(model: Any, path: str, logits: Logits) -> bool:
             if not nearly(*gradients):
                 return False
     return True
-
-

@@ -55,9 +55,9 @@ class Rewritten:
 
 
 def rewrite(model: nn.Module, *, kernels: Kernels = OURS) -> Rewritten:
-    """Make a model lean, in place, with these kernels. Checked is that its parameters and buffers are what and where they were.
+    """Make a model lean, in place, with these kernels; its parameters and buffers are checked to be what they were.
 
-    Raises: RequestError where it is lean already; UnsupportedError where nothing in it can be made so, with the reasons.
+    Raises: RequestError where it is lean already; UnsupportedError, with the reasons, where nothing can be made so.
     """
     if is_lean(model):
         raise RequestError("lean", "the model is lean already", expected="a plain one", fix="Call restore first")

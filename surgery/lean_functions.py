@@ -28,7 +28,8 @@ from torch.nn import functional
 
 HALF = (torch.float16, torch.bfloat16)
 IGNORED = -100  # a label that does not count, as in transformers and torch
-CHUNK_BYTES = 1 << 26  # of logits in fp32, of which some copies live at once
+CHUNK_BYTES = 1 << 24  # of logits in fp32, of which some copies live at once; what is larger is mapped anew each time
+CHUNK_ROWS = 256  # at least, whatever they take: fewer rows read the head's weight too often for what they compute
 _aten = torch.ops.aten
 
 # --- RMS norms
@@ -286,16 +287,15 @@ def linear_cross_entropy(
     *,
     items: Tensor | int | None = None,
     logits: Logits | None = None,
-    chunk_bytes: int = 0,
 ) -> Tensor:
-    """The mean cross-entropy (of `items` labels, where given) of a linear layer's logits, which are never there at once.
+    """The mean cross-entropy (of `items` labels, where given) of a linear layer, whose logits are never all there.
 
     Labels may be IGNORED. Keeps the gradient of the hidden states, (n, h), made in forward, and those of the weight and
     bias where they train. Logits have the dtype of autocast or the hidden states', their softmax fp32, as is the loss.
     """
     kind = hidden_nh.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_nh.dtype
-    how = _How(logits or Logits(), dtype, chunk_bytes or CHUNK_BYTES)
+    how = _How(logits or Logits(), dtype)
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_nh, weight_vh, bias_v, labels_n.to(hidden_nh.device), items, how
     )
@@ -304,16 +304,15 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True)
 class _How:
-    """dtype: of the logits; chunk_bytes: of those that are there at once."""
+    """dtype: of the product that gives the logits."""
 
     logits: Logits
     dtype: torch.dtype
-    chunk_bytes: int
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """labels_n: 0 where there is none; counts_n: whether there is; scale_n: what a label's loss counts in a gradient."""
+    """labels_n: 0 where there is none; counts_n: whether there is; scale_n: what a label counts in a gradient."""
 
     labels_n: Tensor
     counts_n: Tensor
@@ -358,9 +357,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def chunks_of(rows: int, vocabulary: int, chunk_bytes: int) -> list[tuple[int, int]]:
-    """(start, stop) of chunks of nearly one size, of which the logits in fp32 take at most so many bytes."""
-    most = max(1, chunk_bytes // (4 * vocabulary))
+def chunks_of(rows: int, vocabulary: int) -> list[tuple[int, int]]:
+    """(start, stop) of chunks of nearly one size: so many bytes of logits in fp32 at most, or CHUNK_ROWS rows."""
+    most = max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary))
     count = max(1, math.ceil(rows / most))
     size = math.ceil(rows / count)
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -376,7 +375,7 @@ def _in_chunks(
     wide = torch.promote_types(weight_vh.dtype, torch.float32)  # sums over chunks
     dweight = torch.zeros_like(weight_vh, dtype=wide) if wants[1] else None
     dbias = torch.zeros_like(bias_v, dtype=wide) if bias_v is not None and wants[2] else None
-    for start, stop in chunks_of(hidden_nh.shape[0], weight_vh.shape[0], how.chunk_bytes):
+    for start, stop in chunks_of(hidden_nh.shape[0], weight_vh.shape[0]):
         part_ch = hidden_nh[start:stop]
         z_cv = functional.linear(part_ch, weight_vh, bias_v)
         loss, dz_cv = _one_chunk(z_cv, labels, slice(start, stop), how.logits, wants=any(wants))

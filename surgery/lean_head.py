@@ -1,11 +1,11 @@
 """The loss of a language model without its logits: the head's product and the cross-entropy in chunks.
 
-A model in training that is given labels computes its loss where its head is called, from the hidden states, and gives no
-logits. In eval mode, without gradients or labels, or where a call asks for more than the loss (`logits_to_keep`,
+A model in training that is given labels computes its loss where its head is called, from the hidden states, and gives
+no logits. In eval mode, without gradients or labels, or where a call asks for more than the loss (`logits_to_keep`,
 `return_dict=False`, labels that are shifted already), it does what it did.
 
-What a class does to its logits (a cap, a scale) and how it asks for its loss is found by running a stand-in of the class
-a few channels wide beside the lean one: it is taken only where losses and gradients agree.
+What a class does to its logits (a cap, a scale) and how it asks for its loss is found by running a stand-in of it, a
+few channels wide, beside the lean one: it is taken only where losses and gradients agree.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ rebuilt a few channels wide, with random weights and all its settings, and run b
 only where outputs agree bit for bit, and gradients but for rounding, the class is taken. So a family, or a version of
 transformers, that computes something else is left as it is, with the reason.
 
-A module is made lean by its class, as PaCA's layers are: it stays the same object, with its names, hooks and parameters.
+A module is made lean by its class, as PaCA's layers are: it stays the same object, its names, hooks and parameters too.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from surgery.lean_functions import IGNORED, Logits, shifted
 from surgery.lean_kernels import OURS, Kernels
 
 WIDTH, VOCABULARY, BATCH, TOKENS = 8, 11, 2, 6  # of the stand-in
-ASKS_FOR_MORE = ("logits_to_keep", "shift_labels", "ignore_index")
+OTHER_LABELS = ("shift_labels", "ignore_index")
 CHANGES: Mapping[str, Callable[[float], Logits]] = {  # of logits, by the name that a configuration has for the number
     "final_logit_softcapping": lambda number: Logits(cap=number),
     "logits_scaling": lambda number: Logits(divisor=number),
@@ -77,8 +77,7 @@ class LeanModel(Lean):
     def lean_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward; with labels, in training, without logits."""
         labels, forward = kwargs.get("labels"), self.lean_plain.forward
-        wants_more = any(kwargs.get(name) for name in ASKS_FOR_MORE) or kwargs.get("return_dict") is False
-        if labels is None or wants_more or not (self.training and torch.is_grad_enabled()):
+        if labels is None or _asks_for_more(kwargs) or not (self.training and torch.is_grad_enabled()):
             return forward(self, *args, **kwargs)
         with _asking(self.lean, Asked(labels, kwargs.get("num_items_in_batch"))) as asked:
             output = forward(self, *args, **kwargs)
@@ -90,6 +89,13 @@ class LeanModel(Lean):
         """The head's answer while it has one."""
         asked = self.lean.lean_asked
         return asked.answer if asked and asked.loss is not None else self.lean_plain.loss_function.fget(self)
+
+
+def _asks_for_more(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call with labels wants some logits, a tuple that holds them, or a loss of another kind."""
+    keep = kwargs.get("logits_to_keep")
+    is_whole = keep is None or (isinstance(keep, int) and keep == 0)
+    return not is_whole or kwargs.get("return_dict") is False or any(kwargs.get(n) is not None for n in OTHER_LABELS)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError
+from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
@@ -246,6 +247,7 @@ def collect(model: nn.Module) -> Delta:
 def detach(model: nn.Module, *, merge: bool) -> nn.Module:
     """A plain model again, in place: with the trained columns (`merge`), or with the base's. Returns it."""
     state = state_of(model)
+    restore(model)
     lookup(METHODS, state.plan.method, "--method").detach(model, merge=merge)
     if not merge:
         with torch.no_grad():

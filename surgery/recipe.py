@@ -151,6 +151,9 @@ class TrainSection(_Section):
     )
     compile: bool = Field(default=False, description="torch.compile the model")
     liger: bool = Field(default=False, description="Liger's Triton kernels, on CUDA")
+    lean: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
+        "off", description="norms, gated MLPs and the loss keep the least for backward; auto: where that was measured"
+    )
     gradient_checkpointing: bool = False
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps; at the end in any case")

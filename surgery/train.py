@@ -102,6 +102,7 @@ FREE_SETTINGS = (
     "attention",
     "compile",
     "liger",
+    "lean",
     "hpu_mode",
     "hpu_warmup_steps",
     "cache_features",

@@ -22,6 +22,8 @@ from surgery.compat import config_dtype, keep_inputs_frozen, quiet_loading, set_
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.errors import RequestError, UnsupportedError
 from surgery.generate import max_positions
+from surgery.lean_kernels import choose_kernels
+from surgery.lean_pass import rewrite
 from surgery.methods.paca import PacaSpec
 from surgery.operate import load_base_model
 from surgery.plan import Stored, SurgeryPlan
@@ -190,6 +192,8 @@ def enter(
 ) -> Contender:
     """A method on a copy of the plain model, ready to train. Raises: RequestError, UnsupportedError."""
     model = put_on(subject, entry, base, seed=seed, in_place=in_place).train()
+    if subject.spec.lean:
+        rewrite(model, kernels=choose_kernels(subject.device))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decay = subject.spec.weight_decay
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True) if trained(model) else None

@@ -23,6 +23,7 @@ from surgery.adapter import Adapter, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ColumnDelta, ColumnPatch, require_base, require_columns
 from surgery.errors import RequestError
+from surgery.experts import require_layers
 from surgery.manifest import Base, Record, relative_path, versions
 from surgery.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, saved_modules, task_type
 from surgery.plan import SurgeryPlan
@@ -163,7 +164,11 @@ def write_peft(
     overwrite: bool,
     check: Callable[[Path], Any] | None,
 ) -> Path:
-    """Write a PEFT folder with our record. Raises: BaseMismatchError, OutputExistsError, ResourceError."""
+    """Write a PEFT folder with our record. Raises: BaseMismatchError, OutputExistsError, ResourceError.
+
+    UnsupportedError for a mixture's experts.
+    """
+    require_layers(adapter.plan, f"--format {contents.format}")
     require_apart(out, adapter.folders)
     recorded, name = _locate(adapter, out, base)
     header = build_header(contents.entries, {"format": "pt"})

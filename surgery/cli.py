@@ -160,7 +160,8 @@ PACA_OPTIONS = options(
         "--targets",
         multiple=True,
         callback=_list,
-        help="paca: layers, as all-linear (the default), names, globs or re:PATTERN; commas separate; repeatable.",
+        help="paca: layers, as all-linear (the default), experts, names, globs or re:PATTERN; commas separate; "
+        "repeatable.",
     ),
     click.option("--exclude", multiple=True, callback=_list, help="paca: layers to leave out, in the same way."),
     click.option(
@@ -174,6 +175,9 @@ PACA_OPTIONS = options(
         "--alpha", type=float, help="paca: scale the update by alpha / rank in training. Default: no scaling."
     ),
     click.option("--select", help="paca: how columns are chosen. Default: random."),
+    click.option(
+        "--experts", help="paca: columns of a mixture's experts, shared by all or each its own. Default: shared."
+    ),
 )
 READ_OPTIONS = options(
     click.option("--cell", help="read: gru, lstm or rnn. Default: gru."),
@@ -219,6 +223,7 @@ def apply(
     \b
     surgery apply model/
     surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
+    surgery apply model/ --targets all-linear,experts --experts own
     surgery apply model/ --method read --hidden 64 --layers every:2
     surgery apply model/ --plan
     """

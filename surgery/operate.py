@@ -24,6 +24,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError
+from surgery.experts import expert_name, usual_experts
 from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
@@ -157,7 +158,9 @@ def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
     stored = {
         n: Stored(n, dtype_name(p.dtype), tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)
     }
-    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads)
+    parts = usual_experts(model, lambda weight: dtype_name(weight.dtype))
+    stored = {name: entry for name, entry in stored.items() if name not in parts}
+    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, parts=parts)
     attach_plan(model, plan, None)
     return plan
 
@@ -298,6 +301,7 @@ def _bind(delta: Delta, model: nn.Module, checkpoint: Checkpoint) -> Delta:
     """The same delta tied to a checkpoint's files by name, dtype and digest."""
     names = memory_names(model, checkpoint)
     disk = {m.name: name for name, m in names.items() if m.is_verbatim}
+    disk |= {expert_name(m.name, m.place): name for name, m in names.items() if m.place}
     prefix = f"{base_prefix(model)}." if any(m.is_prefixed for m in names.values()) else ""
     whole_targets, whole = [], {}
     for target in delta.plan.whole:

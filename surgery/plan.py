@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -14,7 +14,8 @@ from surgery.side import Stack
 from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
-_TARGET_DEFAULTS = {"parameter": "weight", "sizes": []}  # left out, so that plans of matrices read as they always did
+# left out, so that plans of matrices read as they always did
+_TARGET_DEFAULTS = {"parameter": "weight", "sizes": [], "holder": "", "place": []}
 _OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256")
 
 T = TypeVar("T")
@@ -45,6 +46,9 @@ class Target:
 
     `parameter` is the module's attribute that holds the weight. Of a weight that is no matrix `sizes` is the shape, and
     `out_features` the values of one column: the product of the other axes.
+
+    Of a mixture's experts `module` is a name and no module. `holder` is the module whose `parameter` holds them all,
+    `place` where in it this one lies: (expert, part, of so many equal parts of its outputs), empty where it is all.
     """
 
     module: str
@@ -58,6 +62,8 @@ class Target:
     sha256: str = ""
     parameter: str = "weight"
     sizes: tuple[int, ...] = ()
+    holder: str = ""
+    place: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where, shape = f"target {self.module}", self.shape
@@ -70,12 +76,14 @@ class Target:
         if shape[self.input_axis] != self.in_features or math.prod(shape) != self.out_features * self.in_features:
             expected = f"{self.in_features} along axis {self.input_axis} and {self.out_features} values of each column"
             raise DamagedError(where, f"sizes {list(shape)}", expected=expected)
+        if self.place and (not self.holder or len(self.place) != 3 or not 0 <= self.place[1] < self.place[2]):
+            raise DamagedError(where, f"place {list(self.place)}", expected="an expert and a part of its outputs")
         _require_float(self.module, self.dtype)
 
     @property
     def name(self) -> str:
         """The weight's name in the model."""
-        return f"{self.module}.{self.parameter}"
+        return f"{self.holder or self.module}.{self.parameter}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,6 +135,10 @@ class Stored:
     weight: str
     dtype: str
     shape: tuple[int, ...]
+
+
+# by the name of a parameter of experts: the tensors that are put together to it, and the place of each in it
+Parts = Mapping[str, Sequence[tuple[Stored, tuple[int, ...]]]]
 
 
 @dataclass(frozen=True)
@@ -221,7 +233,8 @@ class SurgeryPlan:
             )
         try:
             parts = dict(document)
-            targets = ({**entry, "sizes": tuple(entry.get("sizes", ()))} for entry in document["targets"])
+            tuples = ("sizes", "place")
+            targets = ({**e, **{key: tuple(e.get(key, ())) for key in tuples}} for e in document["targets"])
             parts["targets"] = tuple(from_json(Target, entry) for entry in targets)
             whole = ({**entry, "shape": tuple(entry["shape"])} for entry in document["whole"])
             parts["whole"] = tuple(from_json(WholeTarget, entry) for entry in whole)

@@ -37,6 +37,8 @@ RANKS = {
     "surgery.lean_blocks": 3,
     "surgery.lean_head": 4,
     "surgery.lean_pass": 5,
+    "surgery.paca_experts": 2,
+    "surgery.experts": 3,
     "surgery.zero": 2,
     "surgery.sharding": 3,
     "surgery.metrics": 1,

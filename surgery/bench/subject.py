@@ -21,6 +21,7 @@ from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, keep_inputs_frozen, quiet_loading, set_checkpointing
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.errors import RequestError, UnsupportedError
+from surgery.experts import require_layers
 from surgery.generate import max_positions
 from surgery.lean_kernels import choose_kernels
 from surgery.lean_pass import rewrite
@@ -93,6 +94,7 @@ def open_subject(spec: BenchSpec) -> Subject:
     has_weights = any((root / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
     wanted = PacaSpec(rank=1, targets=tuple(spec.targets), exclude=tuple(spec.exclude))
     plan = plan_checkpoint(Checkpoint.open(root), wanted, task) if has_weights else _plan_without(seen, wanted)
+    require_layers(plan, "--targets")
     if seen.task in ("features", "image-classification"):
         raise UnsupportedError("--task", seen.task, expected="a task on text", fix="Name one with --task")
     device = choose_device(spec.device)

@@ -133,11 +133,14 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
+STORED = "stored"  # columns that came with an adapter's values, from PEFT or from several adapters: never chosen
+
+
 def require_strategy(name: str) -> None:
     """Raises RequestError for a strategy that is not in the table, and is no `file:PATH`."""
     if not isinstance(name, str):
         raise TypeError(f"select {name!r}")
-    if name not in STRATEGIES and not (is_file(name) and name != FILE):
+    if name not in (*STRATEGIES, STORED) and not (is_file(name) and name != FILE):
         raise RequestError(
             "--select",
             f"unknown strategy {name!r}",
@@ -162,10 +165,27 @@ def choose_columns(strategy: str, in_features: int, rank: int, *, seed: int, gro
     Raises: RequestError for an unknown strategy, UnsupportedError for one that has to look at something.
     """
     require_strategy(strategy)
+    refuse_stored(strategy)
     if strategy != RANDOM:
         found = "columns that nobody has chosen yet"
         raise UnsupportedError(f"--select {strategy}", found, expected="an adapter made by apply, or surgery.attach")
     return random_columns(in_features, rank, seed=seed, group=group)
+
+
+def refuse_stored(strategy: str) -> None:
+    """Raises RequestError where columns would have to be chosen for a plan whose columns are an adapter's own."""
+    if strategy == STORED:
+        raise RequestError(
+            "--select",
+            f"{STORED!r}, which adapters say whose columns were read from elsewhere",
+            expected=f"one of {', '.join(STRATEGIES)}",
+            fix="Import or unite again, with the --task that is wanted, or apply anew",
+        )
+
+
+def columns_key(columns: Tensor) -> bytes:
+    """What two layers have in common whose columns are equal."""
+    return columns.numpy().tobytes()
 
 
 # --- from scores to columns

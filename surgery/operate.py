@@ -26,6 +26,8 @@ from surgery.columns import resample_steps
 from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError
+from surgery.experts import expert_name, usual_experts
+from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
@@ -182,7 +184,10 @@ def attach(model: nn.Module, spec: Any = None, *, calibration: Iterable[Mapping[
     stored = {
         n: Stored(n, dtype_name(p.dtype), tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)
     }
-    return attach_chosen(model, plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads), calibration)
+    parts = usual_experts(model, lambda weight: dtype_name(weight.dtype))
+    stored = {name: entry for name, entry in stored.items() if name not in parts}
+    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, parts=parts)
+    return attach_chosen(model, plan, calibration)
 
 
 def attach_chosen(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mapping[str, Any]]) -> SurgeryPlan:
@@ -295,6 +300,7 @@ def collect(model: nn.Module) -> Delta:
 def detach(model: nn.Module, *, merge: bool) -> nn.Module:
     """A plain model again, in place: with the trained columns (`merge`), or with the base's. Returns it."""
     state = state_of(model)
+    restore(model)
     lookup(METHODS, state.plan.method, "--method").detach(model, merge=merge)
     if not merge:
         with torch.no_grad():
@@ -345,6 +351,7 @@ def _bind(delta: Delta, model: nn.Module, checkpoint: Checkpoint) -> Delta:
     """The same delta tied to a checkpoint's files by name, dtype and digest."""
     names = memory_names(model, checkpoint)
     disk = {m.name: name for name, m in names.items() if m.is_verbatim}
+    disk |= {expert_name(m.name, m.place): name for name, m in names.items() if m.place}
     prefix = f"{base_prefix(model)}." if any(m.is_prefixed for m in names.values()) else ""
     whole_targets, whole = [], {}
     for target in delta.plan.whole:

@@ -57,7 +57,7 @@ class PacaSection(_Section):
     """What PaCA does; see `PacaSpec`."""
 
     rank: int = Field(16, ge=1, description="trained input columns of each layer")
-    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, or all-linear")
+    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, all-linear or experts")
     exclude: list[str] = Field([], description="patterns of layers to leave out")
     rank_pattern: dict[str, int] = Field({}, description="rank by pattern; the last match decides")
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
@@ -65,6 +65,7 @@ class PacaSection(_Section):
         "random", description="random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH"
     )
     seed: int = Field(0, ge=0, description="decides the columns that are random, and rows to choose others by")
+    experts: str = Field("shared", description="columns of a mixture's experts: shared by all, or each its own")
     budget: int | str = Field("", description="so many values, or a part of the targets' such as 0.5%, for a rank")
     resample: str = Field("", description="every:500: draw other columns every so many steps")
     calibration_data: list[str] = Field([], description="to choose columns by; data.train where not given")
@@ -160,6 +161,9 @@ class TrainSection(_Section):
     )
     compile: bool = Field(default=False, description="torch.compile the model")
     liger: bool = Field(default=False, description="Liger's Triton kernels, on CUDA")
+    lean: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
+        "off", description="norms, gated MLPs and the loss keep the least for backward; auto: where that was measured"
+    )
     gradient_checkpointing: bool = False
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps; at the end in any case")

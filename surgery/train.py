@@ -39,6 +39,7 @@ from surgery.errors import (
     closest,
     counted,
 )
+from surgery.experts import require_layers
 from surgery.features import ROW, FeatureCache, numbered, open_cache
 from surgery.images import TASK as IMAGES
 from surgery.images import folder_digest, read_processor
@@ -101,6 +102,7 @@ FREE_SETTINGS = (
     "attention",
     "compile",
     "liger",
+    "lean",
     "hpu_mode",
     "hpu_warmup_steps",
     "cache_features",
@@ -179,6 +181,10 @@ def train(
         if checkpoint == FINISHED:
             return result_of(adapter)
         run = replace(run, started=_when_started(adapter, checkpoint))
+        if (
+            settings.strategy == "zero3"
+        ):  # which puts together what a module holds itself, and experts' columns lie below
+            require_layers(plan, "train.strategy=zero3")
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)
         prepared = _prepare(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from surgery.plan import Stored, WholeTarget
-
-LATER: Mapping[str, bool] = {"later": True}
-"""The metadata of a spec's field that plans do not mention at its default: plans made before it stay as they are."""
+from surgery.plan import Parts, Stored, WholeTarget
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,8 @@ class PlanRequest:
     """What a method plans for.
 
     model: live or on the meta device; stored: where each parameter lies, by name; converted: why some cannot be
-    trained; heads: modules of the output; whole: what the task trains whole; task: its name.
+    trained; heads: modules of the output; whole: what the task trains whole; task: its name; parts: where the tensors
+    lie that are put together to parameters of experts, by that parameter's name.
     """
 
     model: nn.Module
@@ -28,6 +26,7 @@ class PlanRequest:
     heads: tuple[str, ...]
     whole: tuple[WholeTarget, ...]
     task: str
+    parts: Parts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,38 @@ from surgery.checkpoint import Checkpoint
 from surgery.columns import (
     FILE,
     RANDOM,
+    STORED,
     STRATEGIES,
     Choice,
     budget_values,
     choose_columns,
+    columns_key,
     even_scores,
     is_file,
+    random_columns,
     read_columns_file,
+    refuse_stored,
     require_strategy,
     resample_steps,
     spread,
     takes_data,
 )
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
-from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError, closest
-from surgery.methods import LATER, Method, PlanRequest
+from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError, closest, require_known
+from surgery.experts import (
+    by_parameter,
+    columns_of,
+    expert_group,
+    find_experts,
+    holders,
+    join,
+    join_columns,
+    require_joined,
+    require_whole,
+    take,
+)
+from surgery.methods import Method, PlanRequest
+from surgery.paca_experts import OWN, SHARED, close_experts, open_experts, opened_experts, part_name, require_way
 from surgery.paca_layers import (
     PacaLayer,
     SharedGather,
@@ -46,10 +63,12 @@ from surgery.paca_layers import (
 from surgery.plan import Stored, SurgeryPlan, Target
 from surgery.resampling import held as held_columns
 from surgery.resampling import open_past
-from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
+from surgery.select import ALL_LINEAR, EXPERTS, LinearSite, find_sites, ranks_of, resolve
 from surgery.sharding import whole as gathered
 from surgery.survey import list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES, torch_dtype
+
+CALIBRATION = ("calibration_data", "calibration_columns", "calibration_rows", "calibration_length")
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,8 @@ class PacaSpec:
 
     rank: trained columns of each layer; rank_pattern: {pattern: rank}, the last match decides; targets, exclude: names,
     globs, `re:` patterns or `all-linear`; alpha: the update is multiplied by alpha / rank while training (None: by 1);
-    select: how columns are chosen; seed: with the layer's name it decides them where nothing else does.
+    select: how columns are chosen; seed: with the layer's name it decides them; experts: whether a mixture's experts
+    have `shared` columns or each its `own`, where `targets` name them.
 
     budget: so many values, or such a part of the targets' (`0.5%`), in place of a rank: spread over the layers by the
     columns' scores. resample: `every:500` draws other columns every so many optimizer steps. What looks at inputs or
@@ -67,6 +87,7 @@ class PacaSpec:
     """
 
     method: ClassVar[str] = "paca"
+    later: ClassVar[tuple[str, ...]] = ("experts", "budget", "resample", *CALIBRATION)
 
     rank: int = 16
     targets: tuple[str, ...] = (ALL_LINEAR,)
@@ -75,14 +96,16 @@ class PacaSpec:
     alpha: float | None = None
     select: str = "random"
     seed: int = 0
-    budget: str = field(default="", metadata=LATER)
-    resample: str = field(default="", metadata=LATER)
-    calibration_data: tuple[str, ...] = field(default=(), metadata=LATER)
-    calibration_columns: Mapping[str, str] = field(default_factory=dict, metadata=LATER)
-    calibration_rows: int = field(default=64, metadata=LATER)
-    calibration_length: int = field(default=512, metadata=LATER)
+    experts: str = SHARED
+    budget: str = ""
+    resample: str = ""
+    calibration_data: tuple[str, ...] = ()
+    calibration_columns: Mapping[str, str] = field(default_factory=dict)
+    calibration_rows: int = 64
+    calibration_length: int = 512
 
     def __post_init__(self) -> None:
+        require_known("--experts", self.experts, (SHARED, OWN))
         if self.rank < 1:
             raise RequestError("--rank", str(self.rank), expected="at least 1")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -136,26 +159,45 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     A budget is spread evenly here: where scores say otherwise, `surgery.choosing` does.
     Raises: SelectorError, UnsupportedError, DamagedError, RequestError for a budget that cannot be met.
     """
+    refuse_stored(spec.select)
     model, stored = request.model, request.stored
     sites = find_sites(model, request.heads)
-    groups = trace_groups(model, sites)
+    experts = find_experts(model, stored, request.parts)
+    groups = trace_groups(model, sites, holders(model))
     whole = {target.parameter: target for target in request.whole}
-    candidates = [s for s in sites if f"{s.module}.weight" in stored and f"{s.module}.weight" not in whole]
-    chosen = resolve(candidates, spec.targets, exclude=spec.exclude)
-    if is_file(spec.select):
-        named = named_columns(spec.select, chosen, groups)
-        ranks, groups = {name: len(columns) for name, columns in named.items()}, _split_groups(named, groups)
-    elif spec.budget:
-        ranks = _even_ranks(spec, chosen, groups)
-    else:
-        ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
+    candidates = [site for site in sites if site.name in stored and site.name not in whole]
+    chosen = resolve([*candidates, *(site for site, _ in experts)], spec.targets, exclude=spec.exclude)
+    _require_layers_alone(spec, chosen)
+    ranks = _ranks(spec, chosen, groups)
     chosen = tuple(site for site in chosen if site.module in ranks)
-    targets = tuple(_target(site, stored[f"{site.module}.weight"], ranks[site.module], groups) for site in chosen)
-    touched = {f"{t.module}.weight": t for t in targets} | whole
-    reasons = dict(request.converted) | {f"{s.module}.weight": "output head" for s in sites if s.is_head}
-    reasons |= {f"{s.module}.weight": f"tied with {s.tied_with}" for s in sites if s.tied_with}
-    reasons |= {f"{s.module}.weight": "not selected" for s in candidates if not s.is_head and not s.tied_with}
+    _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
+    for holder in {site.holder for site in chosen if site.holder}:
+        require_way(model.get_submodule(holder))
+    places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
+    targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
+    touched = {target.name: target for target in targets} | whole
+    reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
+    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with}
+    reasons |= {site.name: "not selected" for site in candidates if not site.is_head and not site.tied_with}
+    reasons |= {site.name: "experts: name them in --targets" for site, _ in experts}
     return {"targets": targets, "untouched": list_untouched(model, touched, reasons)}
+
+
+def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:
+    """Experts have columns that the seed decides, once and for all. Raises: UnsupportedError."""
+    expert = next((site.module for site in chosen if site.holder), "")
+    settings = {"--select": spec.select != RANDOM, "--budget": spec.budget, "--resample": spec.resample}
+    given = next((name for name, is_given in settings.items() if is_given), "")
+    if expert and given:
+        fix = f"Leave out {given}, or {EXPERTS} among the --targets"
+        raise UnsupportedError(given, f"experts train ({expert})", expected="linear layers alone", fix=fix)
+
+
+def _ranks(spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
+    """How many columns of each layer train, by module; a budget may leave some out."""
+    if is_file(spec.select):
+        return {module: len(columns) for module, columns in named_columns(spec.select, chosen, groups).items()}
+    return _even_ranks(spec, chosen, groups) if spec.budget else ranks_of(chosen, spec.rank, spec.rank_pattern)
 
 
 def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Mapping[str, str]) -> dict[str, Tensor]:
@@ -177,12 +219,6 @@ def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Map
     return result
 
 
-def _split_groups(named: Mapping[str, Tensor], groups: Mapping[str, str]) -> dict[str, str]:
-    """Groups by module, such that all layers of one have the same columns."""
-    first: dict[tuple[str, tuple[int, ...]], str] = {}
-    return {m: first.setdefault((groups[m], tuple(columns.tolist())), m) for m, columns in sorted(named.items())}
-
-
 def _even_ranks(spec: PacaSpec, sites: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
     """Ranks by module that use up a budget, of each group the same part of its columns.
 
@@ -199,6 +235,22 @@ def _even_ranks(spec: PacaSpec, sites: Sequence[LinearSite], groups: Mapping[str
     return {site.module: ranks[groups[site.module]] for site in sites if groups[site.module] in ranks}
 
 
+def _settle_experts(
+    spec: PacaSpec,
+    chosen: Sequence[LinearSite],
+    known: Sequence[LinearSite],
+    ranks: Mapping[str, int],
+    groups: dict[str, str],
+) -> None:
+    """Add the groups of the experts that were chosen. Raises: SelectorError, UnsupportedError, RequestError."""
+    mine = [site for site in chosen if site.holder]
+    if spec.experts != SHARED and not mine:
+        fix = f"Add {EXPERTS} to --targets, or leave it out"
+        raise RequestError("--experts", f"{spec.experts!r}, and no experts train", expected="experts to train", fix=fix)
+    require_whole(mine, known, ranks)
+    groups |= {site.module: expert_group(site, spec.experts, groups) for site in mine}
+
+
 def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
     if stored.dtype not in FLOAT_DTYPES:
         raise UnsupportedError(
@@ -207,23 +259,41 @@ def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, st
             expected=f"one of {', '.join(FLOAT_DTYPES)}",
             fix=f"Leave it out with --exclude {site.module}",
         )
-    sizes = (site.out_features, site.in_features, site.input_axis)
-    target = Target(site.module, stored.weight, *sizes, stored.dtype, rank, groups[site.module])
+    target = Target(
+        site.module,
+        stored.weight,
+        site.out_features,
+        site.in_features,
+        site.input_axis,
+        stored.dtype,
+        rank,
+        groups[site.module],
+        parameter=site.parameter,
+        sizes=site.sizes,
+        holder=site.holder,
+        place=site.place,
+    )
     if stored.shape != target.shape:
         raise DamagedError(stored.weight, f"shape {stored.shape}", expected=f"{target.shape}, by config.json")
     return target
 
 
 def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
-    """The columns the plan's seed gives a target: (r,) int64, strictly increasing."""
+    """The columns the plan's seed gives a target: (r,) int64, strictly increasing.
+
+    Of a plan whose columns are an adapter's own, any: without the adapter only sizes are asked for.
+    """
     spec = plan.spec
+    if spec["select"] == STORED:
+        return random_columns(target.in_features, target.rank, seed=spec["seed"], group=target.group)
     return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
 
 
 def fresh(
     checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePatch], choice: Choice | None = None
 ) -> ColumnDelta:
-    """Read every target once: its digest and its columns, unchanged."""
+    """Read every target once: its digest and its columns, unchanged. Raises: RequestError for stored columns."""
+    refuse_stored(plan.spec["select"])
     patches, targets = {}, []
     for target in plan.targets:
         columns = choice.columns[target.module] if choice else planned_columns(plan, target)
@@ -238,7 +308,7 @@ def fresh_live(model: nn.Module, plan: SurgeryPlan, whole: Mapping[str, WholePat
     """The same of a model in memory, for columns that were chosen by looking at it."""
     patches = {}
     for target in plan.targets:
-        columns, weight = choice.columns[target.module], cast("Tensor", model.get_submodule(target.module).weight)
+        columns, weight = choice.columns[target.module], model.get_parameter(target.name)
         original = read_columns(weight, columns.to(weight.device), target.input_axis).cpu()
         patches[target.module] = _unmoved(plan, target, columns, original, choice)
     return ColumnDelta(plan, patches, whole)
@@ -254,22 +324,30 @@ def _unmoved(
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
-    """Open the plan's targets in a frozen model, in place. `delta` gives the columns' values."""
+    """Open the plan's targets in a frozen model, in place. `delta` gives the columns and their values.
+
+    A group's layers share one gathered input where their columns are equal: an adapter may bring other ones for each.
+    """
     spec = PacaSpec(**plan.spec)
     watch_optimizers()
-    shared: dict[tuple[str, int], SharedGather] = {}
+    columns = _own_columns(model, delta) if delta else {t.module: planned_columns(plan, t) for t in plan.targets}
+    shared: dict[tuple[str, object], SharedGather] = {}
+    # what is planned needs no look at the columns, which have no values where a run is only predicted
+    keys = {t.module: (t.group, columns_key(columns[t.module]) if delta else t.rank) for t in plan.targets}
+    for name in _gathering(plan, keys):
+        shared.setdefault(keys[name], SharedGather(0)).members += 1
+    for targets in by_parameter(plan.targets).values():
+        _attach_experts(model, spec, targets, columns, delta, shared[keys[targets[0].module]])
     for target in plan.targets:
-        shared.setdefault((target.group, target.rank), SharedGather(0)).members += 1
-    if delta:
-        _require_originals(model, delta)
-    for target in plan.targets:
+        if target.holder:
+            continue
         patch = delta.patches[target.module] if delta else None
         layer = open_layer(
             model.get_submodule(target.module),
-            _active_columns(patch) if patch else planned_columns(plan, target),
+            columns[target.module],
             input_axis=target.input_axis,
             storage=torch_dtype(target.dtype),
-            shared=shared[target.group, target.rank],
+            shared=shared[keys[target.module]],
             scale=spec.scale(target.rank),
         )
         if patch:
@@ -290,12 +368,57 @@ def _start(layer: PacaLayer, patch: ColumnPatch) -> None:
         open_past(layer, patch.columns[~is_active], patch.values[:, ~is_active])
 
 
-def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
-    """The model holds, in the planned columns, what the adapter's base held there."""
+def _gathering(plan: SurgeryPlan, keys: Mapping[str, object]) -> list[str]:
+    """The targets that gather an input: of experts that share their columns one for each parameter."""
+    found = {(keys[t.module], t.name if t.holder else t.module): t.module for t in reversed(plan.targets)}
+    return list(found.values())
+
+
+def _attach_experts(
+    model: nn.Module,
+    spec: PacaSpec,
+    targets: Sequence[Target],
+    columns: Mapping[str, Tensor],
+    delta: ColumnDelta | None,
+    shared: SharedGather,
+) -> None:
+    """Open one parameter of experts: all its targets together."""
+    first, holder = targets[0], model.get_submodule(targets[0].holder)
+    if len({target.dtype for target in targets}) > 1:
+        raise UnsupportedError(first.name, "experts of several dtypes", expected="one dtype for all")
+    count = len(model.get_parameter(first.name))
+    joined = join_columns(targets, columns, count)
+    if delta:
+        require_joined(targets, columns, joined)
+    part = open_experts(
+        holder,
+        first.parameter,
+        joined,
+        storage=torch_dtype(first.dtype),
+        shared=shared if joined.dim() == 1 else SharedGather(1),
+        scale=spec.scale(first.rank),
+    )
+    if delta:
+        part.start_from(join(targets, {t.module: delta.patches[t.module].values for t in targets}, count))
+        part.refresh()
+
+
+def _read_patch_columns(model: nn.Module, target: Target, columns: Tensor) -> Tensor:
+    """What a model holds in a target's columns: (o, r)."""
+    weight = model.get_parameter(target.name).detach()
+    if target.place:
+        expert, part, parts = target.place
+        weight = weight[expert].chunk(parts)[part]
+    return read_columns(weight, columns.to(weight.device), target.input_axis)
+
+
+def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
+    """The adapter's columns by module, in which the model holds what the adapter's base held there."""
+    columns = {}
     for module, patch in delta.patches.items():
-        weight = cast("Tensor", model.get_submodule(module).weight)
-        here = weight.detach().index_select(patch.target.input_axis, patch.columns.to(weight.device))
-        here = here if patch.target.input_axis == 1 else here.t()
+        columns[module] = _active_columns(patch)
+        weight = model.get_parameter(patch.target.name)
+        here = _read_patch_columns(model, patch.target, patch.columns)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
             raise BaseMismatchError(
                 f"adapter, {module}",
@@ -303,11 +426,17 @@ def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
                 expected="the base this adapter was made for",
                 fix="Name the right base with --base",
             )
+    return columns
 
 
 def trainable_names(plan: SurgeryPlan) -> set[str]:
     """The parameters that may train, by name."""
-    return {f"{t.module}.paca_delta" for t in plan.targets}
+    return {f"{layer_of(target)}.paca_delta" for target in plan.targets}
+
+
+def layer_of(target: Target) -> str:
+    """The module of an attached model that holds a target's difference."""
+    return f"{target.holder}.{part_name(target.parameter)}" if target.holder else target.module
 
 
 def collect(
@@ -315,8 +444,10 @@ def collect(
 ) -> ColumnDelta:
     """Read back what training changed. `originals`: the base's columns (o, r), by module, where its file is known."""
     opened = layers(model)
-    patches = {}
+    patches = _collect_experts(opened, plan, originals)
     for target in plan.targets:
+        if target.holder:
+            continue
         layer = opened[target.module]
         if plan.spec.get("resample"):
             patches[target.module] = _collect_all(layer, target)
@@ -327,6 +458,21 @@ def collect(
         columns = layer.paca_columns.to("cpu", copy=True)  # a group's layers hold one tensor, a file one for each
         patches[target.module] = ColumnPatch(target, columns, values, original)
     return ColumnDelta(plan, patches, whole)
+
+
+def _collect_experts(
+    opened: Mapping[str, PacaLayer], plan: SurgeryPlan, originals: Mapping[str, Tensor]
+) -> dict[str, ColumnPatch]:
+    patches = {}
+    for targets in by_parameter(plan.targets).values():
+        part = opened[layer_of(targets[0])]
+        held = gathered(part.paca_original)
+        values, stored = combine(held, gathered(part.paca_delta), part.paca_scale), held.to(part.paca_storage)
+        for target in targets:
+            original = originals.get(target.module, take(stored, target))
+            columns = columns_of(part.paca_columns, target)
+            patches[target.module] = ColumnPatch(target, columns, take(values, target), original)
+    return patches
 
 
 def _collect_all(layer: PacaLayer, target: Target) -> ColumnPatch:
@@ -341,12 +487,13 @@ def bind(
     delta: ColumnDelta, checkpoint: Checkpoint, disk: Mapping[str, str], whole: Mapping[str, WholePatch]
 ) -> ColumnDelta:
     """The same delta with its targets tied to a checkpoint's files. `disk`: the name there of each parameter."""
-    patches = {module: _bind_patch(patch, checkpoint, disk) for module, patch in delta.patches.items()}
+    bound = {module: _bind_patch(patch, checkpoint, disk) for module, patch in delta.patches.items()}
+    patches = {target.module: bound[target.module] for target in delta.plan.targets}
     return ColumnDelta(replace(delta.plan, targets=tuple(patch.target for patch in patches.values())), patches, whole)
 
 
 def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, str]) -> ColumnPatch:
-    weight = disk.get(f"{patch.target.module}.weight", "")
+    weight = disk.get(patch.target.module if patch.target.place else patch.target.name, "")
     if not weight or checkpoint[weight].shape != patch.target.shape:
         raise BaseMismatchError(
             str(checkpoint.root),
@@ -369,6 +516,8 @@ def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, s
 
 def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
+    for experts in opened_experts(model).values():
+        close_experts(experts, merge=merge)
     for layer in layers(model).values():
         close_layer(layer, merge=merge)
 

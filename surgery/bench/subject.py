@@ -23,13 +23,15 @@ from surgery.data import Prepared, inspect_labels, prepare
 from surgery.errors import RequestError, UnsupportedError
 from surgery.experts import require_layers
 from surgery.generate import max_positions
+from surgery.lean_kernels import choose_kernels
+from surgery.lean_pass import rewrite
 from surgery.methods.paca import PacaSpec
 from surgery.operate import load_base_model
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model
 from surgery.survey import Survey, TaskSpec, class_for, configured, read_config, survey
 from surgery.tensorfile import dtype_name
-from surgery.train import read_tokenizer
+from surgery.tokens import read_tokenizer
 
 Batch = Mapping[str, Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,6 +194,8 @@ def enter(
 ) -> Contender:
     """A method on a copy of the plain model, ready to train. Raises: RequestError, UnsupportedError."""
     model = put_on(subject, entry, base, seed=seed, in_place=in_place).train()
+    if subject.spec.lean:
+        rewrite(model, kernels=choose_kernels(subject.device))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decay = subject.spec.weight_decay
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True) if trained(model) else None

@@ -83,11 +83,12 @@ def processor_seconds(turns: dict[str, Callable[[], None]], rounds: int, *, warm
 def report(result: dict[str, Any], way: str) -> list[str]:
     """The table of one way."""
     seconds, kept = result["seconds"], result["saved_bytes"]
-    lines = [f"\n{way}", "| variant | trained values | median processor s | step / floor | bytes saved | saved / floor |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    head = "| variant | trained values | median processor s | step / floor | bytes saved | saved / floor |"
+    lines = [f"\n{way}", head, "|---|---|---|---|---|---|"]
     for name, times in seconds.items():
-        cells = (name, f"{result['trained'][name]:,}", f"{statistics.median(times):.3f}",
-                 steps.ratio(times, seconds["floor"]), f"{kept[name]:,}", f"{kept[name] / kept['floor']:.3f}")  # fmt: skip
+        to_floor = steps.ratio(times, seconds["floor"])
+        saved = (f"{kept[name]:,}", f"{kept[name] / kept['floor']:.3f}")
+        cells = (name, f"{result['trained'][name]:,}", f"{statistics.median(times):.3f}", to_floor, *saved)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -106,7 +106,7 @@ def padded(patch: ColumnPatch, delta_or: Tensor, rank: int) -> tuple[Tensor, Ten
     """Delta (out, rank) and indices (rank,), strictly increasing; further columns are the first free ones."""
     free = torch.ones(patch.target.in_features, dtype=torch.bool)
     free[patch.columns] = False
-    extra = free.nonzero()[: rank - patch.target.rank, 0]
+    extra = free.nonzero()[: rank - len(patch.columns), 0]
     indices, order = torch.cat([patch.columns, extra]).sort()
     zeros = delta_or.new_zeros((len(delta_or), len(extra)))
     return torch.cat([delta_or, zeros], dim=1)[:, order], indices
@@ -176,7 +176,8 @@ def export(
     BaseMismatchError, OutputExistsError, ResourceError.
     """
     refuse_settings(PEFT_PACA, dtype, max_shard_bytes)
-    plan, rank = adapter.plan, max(target.rank for target in adapter.plan.targets)
+    delta = require_columns(adapter.delta, f"--format {PEFT_PACA}")
+    plan, rank = adapter.plan, max(delta.widths().values())
     require_linear(plan, rank)
     alpha, rounding = alpha_of(plan, rank), Rounding()
 
@@ -187,7 +188,7 @@ def export(
     contents = PeftContents(
         PEFT_PACA,
         weight_entries(plan, rank),
-        lambda: find_chunks(require_columns(adapter.delta, f"--format {PEFT_PACA}"), rank, alpha / rank, rounding),
+        lambda: find_chunks(delta, rank, alpha / rank, rounding),
         lambda name, revision: build_config(plan, rank, alpha, name, revision),
         settings,
     )

@@ -31,7 +31,7 @@ from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model
 from surgery.survey import Survey, TaskSpec, class_for, configured, read_config, survey
 from surgery.tensorfile import dtype_name
-from surgery.train import read_tokenizer
+from surgery.tokens import read_tokenizer
 
 Batch = Mapping[str, Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

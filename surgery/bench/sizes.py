@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from surgery.bench.methods import Shared, explained, paca_settings, trained
+from surgery.bench.methods import VARIANTS, Shared, explained, paca_settings, trained
 from surgery.bench.results import Size
 from surgery.bench.spec import BenchSpec, Entry, default_size, parse_method, wanted_values
 from surgery.bench.subject import Subject
@@ -32,6 +32,7 @@ def _settle(subject: Subject, entry: Entry) -> tuple[Entry, list[str]]:
         count_values(subject, entry)  # refused here where the model does not suit it
         return entry, [f"{variant.name} has no size to choose"] if spec.equal == "values" else []
     if "budget" in entry.settings:
+        entry = _with_budget(subject, entry)
         found = count_values(subject, entry)
         return entry, [f"budget {entry.settings['budget']}: about {found:,} values without heads"]
     if wanted is None:
@@ -46,6 +47,15 @@ def _settle(subject: Subject, entry: Entry) -> tuple[Entry, list[str]]:
     return with_size(entry, size), [
         f"{variant.size} {size}: {found:,} values without heads, {found / target - 1:+.1%} to {target:,} {said}"
     ]
+
+
+def _with_budget(subject: Subject, entry: Entry) -> Entry:
+    """A budget that names a method, `budget=paca:r=16`, as that method's values."""
+    budget = str(entry.settings["budget"])
+    if budget.partition(":")[0] in VARIANTS:
+        values = _target(subject, budget, subject.spec)
+        return replace(entry, settings={**entry.settings, "budget": values})
+    return entry
 
 
 def _rank_note(entry: Entry, spec: BenchSpec, size: int) -> list[str]:

@@ -45,7 +45,8 @@ class Subject:
     """The checkpoint as the bench sees it; no weight is read yet.
 
     seen: its model on the meta device; plan: of one column on all wanted layers, for the layers and the head;
-    held: the data for choosing columns, read when asked for; has_weights: False for a folder with config.json alone, whose weights are drawn; autocast: fp32 for none.
+    has_weights: False for a folder with config.json alone, whose weights are drawn; autocast: fp32 for none; held: the
+    training set, once it has been read to choose columns by.
     """
 
     spec: BenchSpec
@@ -55,7 +56,7 @@ class Subject:
     has_weights: bool
     device: str
     autocast: str
-    held: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # the training set, once it is read
+    held: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shared(self, seed: int = 0) -> Shared:
         """What all methods have in common."""

@@ -18,7 +18,6 @@ from surgery.checkpoint import Checkpoint
 from surgery.columns import (
     FILE,
     RANDOM,
-    STORED,
     STRATEGIES,
     Choice,
     budget_values,
@@ -281,11 +280,14 @@ def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, st
 def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
     """The columns the plan's seed gives a target: (r,) int64, strictly increasing.
 
-    Of a plan whose columns are an adapter's own, any: without the adapter only sizes are asked for.
+    Of a plan whose columns are an adapter's own or chosen by looking, any: without them only sizes are asked for.
     """
+    return random_columns(target.in_features, target.rank, seed=plan.spec["seed"], group=target.group)
+
+
+def _seed_columns(plan: SurgeryPlan, target: Target) -> Tensor:
+    """The same where nothing else may decide. Raises: UnsupportedError."""
     spec = plan.spec
-    if spec["select"] == STORED:
-        return random_columns(target.in_features, target.rank, seed=spec["seed"], group=target.group)
     return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
 
 
@@ -296,7 +298,7 @@ def fresh(
     refuse_stored(plan.spec["select"])
     patches, targets = {}, []
     for target in plan.targets:
-        columns = choice.columns[target.module] if choice else planned_columns(plan, target)
+        columns = choice.columns[target.module] if choice else _seed_columns(plan, target)
         digest, original = read_target(checkpoint, target, columns)
         bound = replace(target, sha256=digest)
         patches[target.module] = _unmoved(plan, bound, columns, original, choice)

@@ -19,6 +19,7 @@ from surgery.acceleration import FLASH, set_heads, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, memory_names
 from surgery.errors import RequestError, UnsupportedError, counted, require_known
+from surgery.experts import require_layers, usual_experts
 from surgery.generate import max_positions
 from surgery.images import TASK as IMAGES
 from surgery.lean_pass import rewrite
@@ -216,6 +217,8 @@ def open_subject(root: Path, method: str, spec: Any, task: TaskSpec, run: Run) -
     seen = survey(root, task)
     dtype = _weight_dtype(root, seen, run)
     plan = None if method == FULL else _plan(root, seen, spec, task, dtype, method=method)
+    if method == LORA and plan:
+        require_layers(plan, "--method lora")
     return _subject(seen, plan, method, dtype, run)
 
 
@@ -250,8 +253,10 @@ def _plan(root: Path, seen: Survey, spec: Any, task: TaskSpec, dtype: torch.dtyp
     held = dict(own.named_parameters(remove_duplicate=False))
     names = memory_names(seen.model, held)
     kind = dtype_name(dtype)
-    stored = {m.name: Stored(name, kind, tuple(held[name].shape)) for name, m in names.items()}
-    return plan_model(seen.model, spec, stored, {}, task=seen.task, heads=seen.heads)
+    parts = usual_experts(seen.model, lambda _weight: kind)
+    present = {m.name: Stored(name, kind, tuple(held[name].shape)) for name, m in names.items()}
+    stored = {name: entry for name, entry in present.items() if name not in parts}
+    return plan_model(seen.model, spec, stored, {}, task=seen.task, heads=seen.heads, parts=parts)
 
 
 def _has_weights(root: Path) -> bool:

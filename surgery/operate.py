@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,15 +21,17 @@ from surgery.adapter import (
     write_adapter,
 )
 from surgery.checkpoint import Checkpoint
-from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
+from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
-from surgery.errors import CheckError, DamagedError, RequestError, ResourceError
+from surgery.errors import CheckError, DamagedError, RequestError, ResourceError, UnsupportedError
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
 from surgery.methods.paca import PacaSpec
-from surgery.plan import Stored, SurgeryPlan
+from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
+from surgery.quantized import KINDS, is_quantized, kind_of, live_dtype, quantize
+from surgery.quantized_base import require_package
 from surgery.sharding import settle, whole
 from surgery.survey import (
     TASKS,
@@ -40,7 +42,7 @@ from surgery.survey import (
     own_architecture,
     read_config,
 )
-from surgery.tensorfile import dtype_name, tensor_bytes
+from surgery.tensorfile import dtype_name, tensor_bytes, torch_dtype
 from surgery.writing import CheckpointWriter, require_apart
 
 STATE = "surgery_state"
@@ -91,10 +93,16 @@ def apply(
 # --- a model in memory
 
 
-def require_memory(root: Path, dtype: torch.dtype | None) -> None:
-    """The weights fit into the memory that is free. Raises: ResourceError."""
-    infos = Checkpoint.open(root).values()
+def require_memory(root: Path, dtype: torch.dtype | None, held: Quantization | None = None) -> None:
+    """The weights fit into the memory that is free; what is quantized at load is read from a mapped file.
+
+    Raises: ResourceError.
+    """
+    checkpoint = Checkpoint.open(root)
+    packed = set(held.layers.values()) if held and not held.is_stored and dtype is None else set()
+    infos = [info for name, info in checkpoint.items() if name not in packed]
     needed = sum(tensor_bytes(dtype_name(dtype) if dtype else info.dtype, info.shape) for info in infos)
+    needed += sum(KINDS[held.kind].size_bytes(*checkpoint[name].shape) for name in packed) if held else 0
     free = psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(
@@ -110,9 +118,12 @@ def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None 
 
     Raises: DamagedError; BaseMismatchError where the plan names the whole base and this is another.
     """
-    config = configured(read_config(root), plan.config)
+    config = configured(read_config(root, takes_4bit=True), plan.config)
     model_class = class_for(config, plan.task)
-    require_memory(root, dtype)
+    held = plan.quantization
+    if held:
+        require_package(held.kind)
+    require_memory(root, dtype, held)
     require_backbone(Checkpoint.open(root), plan)
     wanted = {"dtype" if TRANSFORMERS_5 else "torch_dtype": dtype or "auto"}
     with quiet_loading():
@@ -129,8 +140,28 @@ def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None 
             expected="a whole checkpoint",
             fix="Fetch it again",
         )
+    if held:
+        checkpoint = Checkpoint.open(root)
+        _hold_quantized(
+            model, held, {n: torch_dtype(checkpoint[w].dtype) for n, w in held.layers.items() if not held.is_stored}
+        )
     align(model)
     return model
+
+
+def _hold_quantized(model: Any, held: Quantization, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Quantize what the plan says, or take note that the files hold it so. dtypes: of each layer, the file's.
+
+    Raises: DamagedError.
+    """
+    if not held.is_stored:
+        quantize(model, held.kind, dtypes)
+        return
+    forget_quantizer(model)
+    packed = {name for name, module in model.named_modules() if is_quantized(module)}
+    if packed != set(held.layers):
+        found = f"{len(packed ^ set(held.layers))} layers are quantized otherwise than planned"
+        raise DamagedError("base", found, expected=f"{len(held.layers)} quantized layers")
 
 
 def align(model: nn.Module) -> None:
@@ -156,9 +187,32 @@ def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
     stored = {
         n: Stored(n, dtype_name(p.dtype), tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)
     }
-    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads)
+    held = _held_live(model, stored)
+    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, held=held)
+    if plan.quantization and not held:
+        names = plan.quantization.layers
+        _hold_quantized(model, plan.quantization, {n: model.get_parameter(f"{n}.weight").dtype for n in names})
     attach_plan(model, plan, None)
     return plan
+
+
+def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | None:
+    """How a live model holds its weights; the quantized ones are entered into `stored` as what they stand for.
+
+    Raises: UnsupportedError for several kinds, or one that is not known.
+    """
+    packed: dict[str, Any] = {name: module for name, module in model.named_modules() if is_quantized(module)}
+    if not packed:
+        return None
+    kinds = sorted({kind_of(module) for module in packed.values()})
+    if len(kinds) > 1:
+        raise UnsupportedError("attach", f"weights of {' and '.join(kinds)}", expected="one kind of quantization")
+    floats = [p.dtype for name, p in model.named_parameters() if p.is_floating_point() and name[:-7] not in packed]
+    default = floats[0] if floats else torch.float32
+    for name, module in packed.items():
+        shape = (module.out_features, module.in_features)
+        stored[f"{name}.weight"] = Stored(f"{name}.weight", dtype_name(live_dtype(module, default)), shape)
+    return Quantization(kinds[0], False, {name: f"{name}.weight" for name in packed})
 
 
 def _live_task(model: nn.Module) -> str:
@@ -313,7 +367,7 @@ def _bind(delta: Delta, model: nn.Module, checkpoint: Checkpoint) -> Delta:
 def _live_config(model: nn.Module, checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, Any]:
     """The entries of config.json that a live task model has otherwise than its base."""
     config: Any = model.config
-    if not plan.whole or own_architecture(read_config(checkpoint.root)) == plan.architecture:
+    if not plan.whole or own_architecture(read_config(checkpoint.root, takes_4bit=True)) == plan.architecture:
         return {}
     labels = {"id2label": {str(k): v for k, v in config.id2label.items()}, "label2id": dict(config.label2id)}
     optional = {"problem_type": config.problem_type, "pad_token_id": config.pad_token_id}

@@ -18,7 +18,9 @@ from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import read_document
 from surgery.methods import PlanRequest
-from surgery.plan import Stored, SurgeryPlan, WholeTarget
+from surgery.plan import Quantization, Stored, SurgeryPlan, WholeTarget
+from surgery.quantized import stored_kind
+from surgery.quantized_base import packed_names, require_package, stored_weight
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorInfo
 
@@ -29,12 +31,15 @@ def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = N
     spec: a method's, such as PacaSpec. Raises: SelectorError, UnsupportedError, NotAModelError, DamagedError.
     """
     require_bare(checkpoint.root)
-    seen = survey(checkpoint.root, task or TaskSpec())
+    seen = survey(checkpoint.root, task or TaskSpec(), takes_4bit=True)
     names = memory_names(seen.model, checkpoint)
     stored = {m.name: _stored(checkpoint[disk]) for disk, m in names.items() if m.is_verbatim}
+    packed = set(packed_names(checkpoint))
+    stored |= {m.name: stored_weight(checkpoint, disk) for disk, m in names.items() if m.is_verbatim and disk in packed}
+    held = _held(checkpoint, {m.name: disk for disk, m in names.items() if m.is_verbatim and disk in packed})
     converted = {m.name: "changed by transformers on loading" for m in names.values() if not m.is_verbatim}
     prefix = f"{base_prefix(seen.model)}." if any(m.is_prefixed for m in names.values()) else ""
-    plan = plan_model(seen.model, spec, stored, converted, task=seen.task, heads=seen.heads)
+    plan = plan_model(seen.model, spec, stored, converted, task=seen.task, heads=seen.heads, held=held)
     return replace(plan, architecture=seen.architecture, prefix=prefix, config=dict(seen.config_changes))
 
 
@@ -51,6 +56,15 @@ def require_bare(root: Path) -> None:
         )
 
 
+def _held(checkpoint: Checkpoint, packed: Mapping[str, str]) -> Quantization | None:
+    """How the files hold the base's weights. packed: parameter -> its name there."""
+    kind = stored_kind(read_json(checkpoint.root / CONFIG_FILE).get("quantization_config"))
+    if not kind:
+        return None
+    require_package(kind, str(checkpoint.root))
+    return Quantization(kind, True, {name.removesuffix(".weight"): disk for name, disk in sorted(packed.items())})
+
+
 def _stored(info: TensorInfo) -> Stored:
     return Stored(info.name, info.dtype, info.shape)
 
@@ -63,16 +77,18 @@ def plan_model(
     *,
     task: str,
     heads: tuple[str, ...],
+    held: Quantization | None = None,
 ) -> SurgeryPlan:
     """The plan for a model, live or on the meta device.
 
-    stored: where each parameter lies, by name; converted: why some cannot be trained; heads: modules of the output.
+    stored: where each parameter lies, by name; converted: why some cannot be trained; heads: modules of the output;
+    held: how the base is quantized already.
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
     whole = _plan_whole(model, stored, converted, task=task, heads=heads)
     method = lookup(METHODS, spec.method, "--method")
-    parts = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task))
-    plain = json.loads(json.dumps(asdict(spec)))
+    parts = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task, held))
+    plain = {name: value for name, value in json.loads(json.dumps(asdict(spec))).items() if value or name != "quantize"}
     return SurgeryPlan(spec.method, plain, type(model).__name__, task, whole=whole, **parts)
 
 

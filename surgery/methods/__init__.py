@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.plan import Stored, WholeTarget
+from surgery.plan import Quantization, Stored, WholeTarget
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class PlanRequest:
     """What a method plans for.
 
     model: live or on the meta device; stored: where each parameter lies, by name; converted: why some cannot be
-    trained; heads: modules of the output; whole: what the task trains whole; task: its name.
+    trained; heads: modules of the output; whole: what the task trains whole; task: its name;
+    quantization: how the base is held already, in its files or in a live model.
     """
 
     model: nn.Module
@@ -25,6 +26,7 @@ class PlanRequest:
     heads: tuple[str, ...]
     whole: tuple[WholeTarget, ...]
     task: str
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Source: PaCA, arXiv 2503.01905 (ICLR 2025).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -19,7 +19,10 @@ from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
 from surgery.methods import Method, PlanRequest
 from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, watch_optimizers
-from surgery.plan import Stored, SurgeryPlan, Target
+from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_quantized
+from surgery.plan import Quantization, Stored, SurgeryPlan, Target
+from surgery.quantized import is_quantized, quantizable, require_kind, undo_cpu_packing
+from surgery.quantized_base import packed_names, require_package, seen_weight, stored_sha256, stored_weight
 from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
 from surgery.sharding import whole as gathered
 from surgery.survey import list_untouched, trace_groups
@@ -32,7 +35,8 @@ class PacaSpec:
 
     rank: trained columns of each layer; rank_pattern: {pattern: rank}, the last match decides; targets, exclude: names,
     globs, `re:` patterns or `all-linear`; alpha: the update is multiplied by alpha / rank while training (None: by 1);
-    select: how columns are chosen; seed: with the layer's name it decides them.
+    select: how columns are chosen; seed: with the layer's name it decides them; quantize: how the base is held while it
+    is frozen, a kind of `surgery.quantized.KINDS` or empty for as it is.
     """
 
     method: ClassVar[str] = "paca"
@@ -44,6 +48,7 @@ class PacaSpec:
     alpha: float | None = None
     select: str = "random"
     seed: int = 0
+    quantize: str = ""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -51,6 +56,8 @@ class PacaSpec:
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise RequestError("--alpha", str(self.alpha), expected="a positive number")
         require_strategy(self.select)
+        if self.quantize:
+            require_kind(self.quantize)
         for name in ("targets", "exclude"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
@@ -77,7 +84,30 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     reasons = dict(request.converted) | {f"{s.module}.weight": "output head" for s in sites if s.is_head}
     reasons |= {f"{s.module}.weight": f"tied with {s.tied_with}" for s in sites if s.tied_with}
     reasons |= {f"{s.module}.weight": "not selected" for s in candidates if not s.is_head and not s.tied_with}
-    return {"targets": targets, "untouched": list_untouched(model, touched, reasons)}
+    quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
+    return {
+        "targets": targets, "untouched": list_untouched(model, touched, reasons), "quantization": quantization
+    }  # fmt: skip
+
+
+def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSite]) -> Quantization | None:
+    """How the base will be held: every linear layer that can be is quantized, trained or not, but for the heads.
+
+    Raises: UnsupportedError where none can be; RequestError where it is quantized already.
+    """
+    if not spec.quantize:
+        return request.quantization
+    if request.quantization:
+        found = f"{spec.quantize}, and the base is held as {request.quantization.kind} already"
+        raise RequestError("--quantize", found, expected="a base in 16 or 32 bits", fix="Leave it out")
+    require_package(spec.quantize)
+    fitting = [s.module for s in sites if request.stored[f"{s.module}.weight"].dtype in QUANTIZABLE]
+    names = quantizable(request.model, fitting)
+    if not names:
+        found = f"{spec.quantize}, and {type(request.model).__name__} has no layer that could be"
+        raise UnsupportedError("--quantize", found, expected="linear layers (nn.Linear) of 16 or 32 bits",
+                               fix="Leave it out")  # fmt: skip
+    return Quantization(spec.quantize, False, {name: request.stored[f"{name}.weight"].weight for name in names})
 
 
 def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
@@ -95,6 +125,9 @@ def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, st
     return target
 
 
+QUANTIZABLE = ("F16", "BF16", "F32")
+
+
 def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
     """The columns the plan's seed gives a target: (r,) int64, strictly increasing."""
     spec = plan.spec
@@ -106,12 +139,22 @@ def fresh(checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePa
     patches, targets = {}, []
     for target in plan.targets:
         columns = planned_columns(plan, target)
-        digest, original = read_target(checkpoint, target, columns)
+        digest, original = _read_columns(checkpoint, plan.quantization, target, columns)
         bound = replace(target, sha256=digest)
         master = torch.float64 if original.dtype == torch.float64 else torch.float32
         patches[target.module] = ColumnPatch(bound, columns, original.to(master, copy=True), original)
         targets.append(bound)
     return ColumnDelta(replace(plan, targets=tuple(targets)), patches, whole)
+
+
+def _read_columns(
+    checkpoint: Checkpoint, quantization: Quantization | None, target: Target, columns: Tensor
+) -> tuple[str, Tensor]:
+    """A target's digest and its columns (out, r) in the base's files: of packed ones what they stand for."""
+    if quantization is None or not quantization.is_stored or target.module not in quantization.layers:
+        return read_target(checkpoint, target, columns)
+    weight = seen_weight(checkpoint, quantization, target.weight)
+    return stored_sha256(checkpoint, target.weight), weight.index_select(1, columns)
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
@@ -125,14 +168,19 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
         _require_originals(model, delta)
     for target in plan.targets:
         patch = delta.patches[target.module] if delta else None
-        layer = open_layer(
-            model.get_submodule(target.module),
-            patch.columns if patch else planned_columns(plan, target),
-            input_axis=target.input_axis,
-            storage=torch_dtype(target.dtype),
-            shared=shared[target.group, target.rank],
-            scale=spec.scale(target.rank),
-        )
+        module = model.get_submodule(target.module)
+        columns = patch.columns if patch else planned_columns(plan, target)
+        storage, gather = torch_dtype(target.dtype), shared[target.group, target.rank]
+        scale = spec.scale(target.rank)
+        if is_quantized(module):
+            undo_cpu_packing(module)
+            original = patch.original if patch else None
+            layer = open_quantized(
+                module, columns, original=original, storage=storage, shared=gather, scale=scale
+            )
+        else:
+            axis = target.input_axis
+            layer = open_layer(module, columns, input_axis=axis, storage=storage, shared=gather, scale=scale)
         if patch:
             layer.start_from(patch.values)
             layer.refresh()
@@ -141,6 +189,8 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
 def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
     """The model holds, in the planned columns, what the adapter's base held there."""
     for module, patch in delta.patches.items():
+        if is_quantized(model.get_submodule(module)):
+            continue  # the 16-bit columns are not in the model: the file's digest says which base it is
         weight = cast("Tensor", model.get_submodule(module).weight)
         here = weight.detach().index_select(patch.target.input_axis, patch.columns.to(weight.device))
         here = here if patch.target.input_axis == 1 else here.t()
@@ -178,8 +228,49 @@ def bind(
     delta: ColumnDelta, checkpoint: Checkpoint, disk: Mapping[str, str], whole: Mapping[str, WholePatch]
 ) -> ColumnDelta:
     """The same delta with its targets tied to a checkpoint's files. `disk`: the name there of each parameter."""
-    patches = {module: _bind_patch(patch, checkpoint, disk) for module, patch in delta.patches.items()}
-    return ColumnDelta(replace(delta.plan, targets=tuple(patch.target for patch in patches.values())), patches, whole)
+    plan = delta.plan
+    held = _bind_quantization(plan.quantization, checkpoint, disk)
+    layers_of = held.layers if held else {}
+    patches = {
+        module: _bind_quantized(patch, checkpoint, held) if held and module in layers_of
+        else _bind_patch(patch, checkpoint, disk)
+        for module, patch in delta.patches.items()
+    }  # fmt: skip
+    targets = tuple(patch.target for patch in patches.values())
+    return ColumnDelta(replace(plan, targets=targets, quantization=held), patches, whole)
+
+
+def _bind_quantization(
+    held: Quantization | None, checkpoint: Checkpoint, disk: Mapping[str, str]
+) -> Quantization | None:
+    """How a base's files hold what a live model holds quantized."""
+    if held is None:
+        return None
+    missing = next((name for name in held.layers if f"{name}.weight" not in disk), None)
+    if missing:
+        raise BaseMismatchError(str(checkpoint.root), f"no weight for {missing}", expected="one", fix=_RIGHT_BASE)
+    layers_of = {name: disk[f"{name}.weight"] for name in held.layers}
+    packed = set(packed_names(checkpoint))
+    return Quantization(held.kind, next(iter(layers_of.values())) in packed, layers_of)
+
+
+def _bind_quantized(patch: ColumnPatch, checkpoint: Checkpoint, held: Quantization) -> ColumnPatch:
+    """A patch on dequantized columns as one on the base's own: moved by as much."""
+    weight = held.layers[patch.target.module]
+    stored = stored_weight(checkpoint, weight) if held.is_stored else checkpoint[weight]
+    target = replace(patch.target, weight=weight, dtype=stored.dtype)
+    seen = seen_weight(checkpoint, held, weight).index_select(1, patch.columns) if stored.shape == target.shape else None
+    if seen is None or (seen.float() - patch.original.float()).norm() > SAME_BASE * patch.original.float().norm():
+        raise BaseMismatchError(str(checkpoint.root), f"{weight} is not what the model started from",
+                                expected=f"the checkpoint that it was quantized from as {held.kind}",
+                                fix=_RIGHT_BASE)  # fmt: skip
+    digest, original = _read_columns(checkpoint, held, target, patch.columns)
+    values = original.float() + (patch.values - patch.original.float())
+    return ColumnPatch(replace(target, sha256=digest), patch.columns, values, original)
+
+
+SAME_BASE = 1e-2  # of the columns' norm: another device, or loader, may round a few values otherwise when it quantizes
+_RIGHT_BASE = "Name the right base"
 
 
 def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, str]) -> ColumnPatch:
@@ -207,7 +298,10 @@ def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, s
 def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
     for layer in layers(model).values():
-        close_layer(layer, merge=merge)
+        if isinstance(layer, QuantizedPacaLinear):
+            close_quantized(layer, merge=merge)
+        else:
+            close_layer(layer, merge=merge)
 
 
 METHOD = Method("paca", "arXiv 2503.01905", PacaSpec, plan, fresh, attach, trainable_names, collect, bind, detach)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from exporters.dense import KEEP, Exporter, require_targets
+from exporters.dense import KEEP, Exporter, base_digest, require_targets
 from surgery.adapter import Adapter, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, require_base, require_columns
@@ -89,6 +89,9 @@ def find_notes(plan: SurgeryPlan, rank: int) -> list[str]:
         notes.append(f"vLLM refuses modules_to_save ({heads}): export with --format safetensors for it")
     if plan.config:
         notes.append(f"the base must be loaded as {plan.architecture} with {json.dumps(dict(plan.config))}")
+    if plan.quantization:
+        kind = plan.quantization.kind
+        notes.append(f"training saw the base as {kind}: load it so to compute what was trained")
     if any(target.dtype == "F64" for target in plan.targets):
         notes.append("the base is float64 and lora_B float32: the sum is rounded to about 7 digits")
     return notes
@@ -192,7 +195,7 @@ def path_for_peft(root: Path) -> str:
 def _require_base(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
     require_targets(checkpoint, plan)
     for target in plan.targets:
-        require_base(target, checkpoint.sha256(target.weight), str(checkpoint.root))
+        require_base(target, base_digest(checkpoint, plan, target), str(checkpoint.root))
 
 
 def _record(adapter: Adapter, out: Path, base: Base, files: Mapping[str, str], rank: int) -> Record:

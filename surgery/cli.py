@@ -173,6 +173,10 @@ PACA_OPTIONS = options(
         "--alpha", type=float, help="paca: scale the update by alpha / rank in training. Default: no scaling."
     ),
     click.option("--select", help="paca: how columns are chosen. Default: random."),
+    click.option(
+        "--quantize",
+        help="paca: hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, torchao-int8 or torchao-int4.",
+    ),
 )
 READ_OPTIONS = options(
     click.option("--cell", help="read: gru, lstm or rnn. Default: gru."),
@@ -218,6 +222,7 @@ def apply(
     \b
     surgery apply model/
     surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
+    surgery apply model/ -r 64 --quantize nf4
     surgery apply model/ --method read --hidden 64 --layers every:2
     surgery apply model/ --plan
     """
@@ -365,6 +370,10 @@ def train(
 @click.option("--opset", type=int, help="With --format onnx: the version of ONNX's operators, 20 or newer.")
 @click.option("--onnx-data", help="With --format onnx: safetensors (weights are not copied) or copy (model.onnx_data).")
 @click.option("--max-shard-size", help="Cut files anew, e.g. 5GB. Default: the base's own files.")
+@click.option(
+    "--merge-base",
+    help="Of a quantized base: write the columns into the original base, or the dequantized one. Default: original.",
+)
 @click.option("--no-verify", is_flag=True, help="Leave out the check of what was written.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
 @BASE
@@ -380,6 +389,7 @@ def export(
     opset: int | None,
     onnx_data: str | None,
     max_shard_size: str | None,
+    merge_base: str | None,
     no_verify: bool,
     prompts: tuple[str, ...],
     base: str | None,
@@ -395,6 +405,7 @@ def export(
     \b
     surgery export model-paca/ --merge
     surgery export model-paca/ --merge -o out/ --max-shard-size 5GB
+    surgery export model-paca/ --merge --merge-base dequantized
     surgery export model-paca/ --merge --format onnx
     surgery export model/ --format onnx
     surgery export model-paca/ --format lora
@@ -411,14 +422,16 @@ def export(
         "opset": opset, "onnx_data": onnx_data,
     }  # fmt: skip
     if adapter and format_ == "onnx" and workflow.is_checkpoint(adapter):
-        given = [name for name, value in (("--merge", merge), ("--base", base), ("--prompt", prompts)) if value]
+        given = [name for name, value in (("--merge", merge), ("--base", base), ("--prompt", prompts),
+                                          ("--merge-base", merge_base)) if value]  # fmt: skip
         if given:
             raise RequestError(str(adapter), f"{given[0]} with a model", expected=f"an adapter, or no {given[0]}")
         result = workflow.export_checkpoint(str(adapter), out, **settings)
     else:
         folder = workflow.find_adapter(adapter)
         workflow.require_merge(folder, format_, is_asked=merge)
-        result = workflow.export(folder, out, format=format_, base=base, prompts=prompts, **settings)
+        settings |= {"merge_base": merge_base, "prompts": prompts}
+        result = workflow.export(folder, out, format=format_, base=base, **settings)
     show(showing.export_lines(result), result, as_json=as_json)
 
 

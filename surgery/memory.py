@@ -25,6 +25,7 @@ from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model
+from surgery.quantized import quantize
 from surgery.saved import (
     DTYPES,
     DryModel,
@@ -221,7 +222,8 @@ def open_planned(root: Path, plan: SurgeryPlan, run: Run) -> Subject:
     """The same for a plan that exists: an adapter's. Raises: as `open_subject`."""
     labels = plan.config.get("id2label", {})
     names = tuple(labels[key] for key in sorted(labels, key=int))
-    seen = survey(root, TaskSpec(plan.task, () if plan.task == "regression" else names))
+    task = TaskSpec(plan.task, () if plan.task == "regression" else names)
+    seen = survey(root, task, takes_4bit=plan.quantization is not None)
     return _subject(seen, plan, plan.method, _weight_dtype(root, seen, run), run)
 
 
@@ -260,6 +262,8 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
         switch_attention(model, run.attention)
     dry = dry_model(model, seen.task, seen.heads, dtype=dtype)
     with without_values(dry.mode):
+        if plan is not None and plan.quantization:
+            quantize(model, plan.quantization.kind, dict.fromkeys(plan.quantization.layers, dtype), only_sizes=True)
         if plan is None:
             model.requires_grad_()
         elif method == LORA:

@@ -83,6 +83,8 @@ def apply(
     require_apart(Path(out), [root])
     checkpoint = Checkpoint.open(root)
     plan = plan_checkpoint(checkpoint, spec or PacaSpec(), task)
+    if plan.quantization:
+        require_package(plan.quantization.kind)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         delta = fresh_delta(checkpoint, plan)
         if base.path:
@@ -191,6 +193,7 @@ def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
     plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, held=held)
     if plan.quantization and not held:
         names = plan.quantization.layers
+        require_package(plan.quantization.kind)
         _hold_quantized(model, plan.quantization, {n: model.get_parameter(f"{n}.weight").dtype for n in names})
     attach_plan(model, plan, None)
     return plan

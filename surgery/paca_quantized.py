@@ -13,7 +13,7 @@ Source: PaCA, arXiv 2503.01905, section 4 (QPaCA); QLoRA, arXiv 2305.14314, for 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,25 @@ def seen_columns(held_or: Tensor, original_or: Tensor, values_or: Tensor) -> Ten
     """
     added = values_or.float() - original_or.float()
     return torch.where(added == 0, held_or, (held_or.float() + added).to(held_or.dtype))
+
+
+class Columns(Protocol):
+    """A layer's trained columns: a `ColumnPatch`."""
+
+    @property
+    def columns(self) -> Tensor: ...
+    @property
+    def original(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+
+
+def trained_weight(weight: Tensor, patch: Columns | None) -> Tensor:
+    """A dequantized weight (o, i), on the CPU, with a layer's trained columns written into it: the same tensor."""
+    if patch is not None:
+        seen = seen_columns(weight.index_select(1, patch.columns), patch.original, patch.values)
+        write_columns(weight, patch.columns, seen, 1)
+    return weight
 
 
 class QuantizedPacaLinear(PacaLayer, nn.Linear):

@@ -20,7 +20,7 @@ from surgery.manifest import read_document
 from surgery.methods import PlanRequest
 from surgery.plan import Quantization, Stored, SurgeryPlan, WholeTarget
 from surgery.quantized import stored_kind
-from surgery.quantized_base import packed_names, require_package, stored_weight
+from surgery.quantized_base import packed_names, stored_weight
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorInfo
 
@@ -61,7 +61,6 @@ def _held(checkpoint: Checkpoint, packed: Mapping[str, str]) -> Quantization | N
     kind = stored_kind(read_json(checkpoint.root / CONFIG_FILE).get("quantization_config"))
     if not kind:
         return None
-    require_package(kind, str(checkpoint.root))
     return Quantization(kind, True, {name.removesuffix(".weight"): disk for name, disk in sorted(packed.items())})
 
 

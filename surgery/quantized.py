@@ -156,16 +156,14 @@ _DEQUANTIZE: dict[str, Callable[[Any, torch.dtype], Tensor]] = {  # by the type 
     "torchao.quantization:IntxUnpackedToInt8Tensor": _dequantize_torchao,
     "torchao.quantization:Int4Tensor": _dequantize_torchao,
     "torchao.quantization:Int4TilePackedTo4dTensor": _dequantize_torchao,
-    "surgery.quantized:SizedParameter": lambda module, dtype: module.weight.new_empty(module.shape, dtype=dtype),
+    "sized": lambda module, dtype: module.weight.new_empty(module.shape, dtype=dtype),
 }
 
 
-class SizedParameter(nn.Parameter):
-    """The place of a packed weight in a model that has sizes and no values."""
-
-
 def weight_type(module: nn.Module) -> str:
-    """`package.module:Class` of a module's weight; the empty string where it has none."""
+    """`package.module:Class` of a module's weight; the empty string where it has none, `sized` where it is a mere size."""
+    if vars(module).get("is_sized"):
+        return "sized"
     weight = module._parameters.get("weight")  # noqa: SLF001  its own, not a property of some class
     return "" if weight is None else f"{type(weight).__module__}:{type(weight).__qualname__}"
 
@@ -313,7 +311,8 @@ def size_layer(module: Any, kind: str, storage: torch.dtype) -> None:
     out_features, in_features = module.weight.shape
     size = KINDS[kind].size_bytes(out_features, in_features)
     packed = torch.empty(size, dtype=torch.uint8, device=module.weight.device)
-    _install(module, SizedParameter(packed, requires_grad=False), storage, (out_features, in_features))
+    _install(module, nn.Parameter(packed, requires_grad=False), storage, (out_features, in_features))
+    module.is_sized = True
 
 
 def _install(module: Any, packed: nn.Parameter, storage: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgery.checkpoint import Checkpoint
 from surgery.errors import DamagedError
 from surgery.lookup import require_extra
-from surgery.plan import Quantization, Stored
+from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.quantized import KINDS, dequantize, round_trip, silence
 from surgery.tensorfile import dtype_name
 
@@ -43,6 +43,12 @@ def packed_names(checkpoint: Checkpoint) -> Iterator[str]:
 def is_beside(name: str, packed: set[str]) -> bool:
     """Whether a tensor is one of those beside a packed weight."""
     return any(name.partition(end)[0] in packed for end in _SIDE if end in name)
+
+
+def is_packed(plan: SurgeryPlan, module: str) -> bool:
+    """Whether a layer's weight lies packed in the base's files."""
+    held = plan.quantization
+    return held is not None and held.is_stored and module in held.layers
 
 
 def stored_weight(checkpoint: Checkpoint, weight: str) -> Stored:

@@ -62,6 +62,7 @@ class PacaSection(_Section):
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
     select: str = Field("random", description="how columns are chosen")
     seed: int = Field(0, ge=0, description="decides the columns")
+    quantize: str = Field("", description="hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, ..")
 
 
 def _layers(value: object) -> object:
@@ -178,6 +179,9 @@ class ExportSection(_Section):
     format: str = "safetensors"
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
     max_shard_size: str | None = Field(None, description="for example 5GB; the base's own files if not given")
+    merge_base: Literal["original", "dequantized"] | None = Field(
+        None, description="of a quantized base: what the columns are written into; original if not given"
+    )
     verify: bool = True
 
 

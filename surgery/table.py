@@ -152,6 +152,10 @@ def plan_lines(plan: SurgeryPlan) -> list[str]:
         total = f"{trained:,} values train in {layers}, {trained / weights:.2%} of {weights:,} weights"
     if plan.whole:
         total += f"; {plan.trained_values - trained:,} in {len(plan.whole)} whole tensors"
+    if plan.quantization:
+        held = plan.quantization
+        how = "stored" if held.is_stored else "quantized when it is loaded"
+        total += f"; the base is {how} as {held.kind}, {_layers(len(held.layers))} of it"
     targets = target_lines(plan) if plan.targets else stack_lines(plan)
     blocks = [targets, whole_lines(plan), untouched_lines(plan), [total]]
     return [line for number, block in enumerate(filter(None, blocks)) for line in ([""] if number else []) + block]

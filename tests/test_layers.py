@@ -65,6 +65,7 @@ RANKS = {
     "surgery.runs": 6,
     "surgery.recipe": 7,
     "surgery.compare": 7,
+    "surgery.verify_quantized": 7,
     "surgery.doctor": 9,
     "surgery.inspection": 7,
     "surgery.acceleration": 8,

@@ -22,7 +22,7 @@ from surgery.paca_layers import SharedGather, close_layer, combine, layers, open
 from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_quantized
 from surgery.plan import Quantization, Stored, SurgeryPlan, Target
 from surgery.quantized import is_quantized, quantizable, require_kind, undo_cpu_packing
-from surgery.quantized_base import packed_names, require_package, seen_weight, stored_sha256, stored_weight
+from surgery.quantized_base import packed_names, seen_weight, stored_sha256, stored_weight
 from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
 from surgery.sharding import whole as gathered
 from surgery.survey import list_untouched, trace_groups
@@ -100,7 +100,6 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
     if request.quantization:
         found = f"{spec.quantize}, and the base is held as {request.quantization.kind} already"
         raise RequestError("--quantize", found, expected="a base in 16 or 32 bits", fix="Leave it out")
-    require_package(spec.quantize)
     fitting = [s.module for s in sites if request.stored[f"{s.module}.weight"].dtype in QUANTIZABLE]
     names = quantizable(request.model, fitting)
     if not names:
@@ -164,6 +163,7 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
     shared: dict[tuple[str, int], SharedGather] = {}
     for target in plan.targets:
         shared.setdefault((target.group, target.rank), SharedGather(0)).members += 1
+    _require_held(model, plan)
     if delta:
         _require_originals(model, delta)
     for target in plan.targets:
@@ -184,6 +184,16 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
         if patch:
             layer.start_from(patch.values)
             layer.refresh()
+
+
+def _require_held(model: nn.Module, plan: SurgeryPlan) -> None:
+    """The model holds its weights as the plan says. Raises: UnsupportedError."""
+    planned = set(plan.quantization.layers) if plan.quantization else set()
+    name = next((name for name in planned if not is_quantized(model.get_submodule(name))), None)
+    if name and plan.quantization:
+        found = f"{name} is dense, and the plan holds the base as {plan.quantization.kind}"
+        fix = "Load it with surgery.load, or leave quantize out"
+        raise UnsupportedError("attach", found, expected="the model as planned", fix=fix)
 
 
 def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:

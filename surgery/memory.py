@@ -38,7 +38,7 @@ from surgery.saved import (
     without_values,
 )
 from surgery.survey import Survey, TaskSpec, own_task, read_config, survey
-from surgery.table import align, size_text
+from surgery.table import align, held_text, size_text
 from surgery.tensorfile import FLOAT_DTYPES, TORCH_NAMES, dtype_name
 
 FULL, LORA = "full", "lora"
@@ -169,6 +169,7 @@ class Subject:
     dtype: str
     autocast: str
     positions: int | None
+    held: str = ""
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,15 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
     tensors = tuple(_tensors(dry))
     trained = sum(tensor.values() for tensor in tensors if tensor.is_trained)
     kind = next(name for name, known in DTYPES.items() if known == dtype)
-    return Subject(dry, tensors, seen.architecture, method, trained, kind, autocast, _positions(model))
+    held = _held(plan, dtype) if plan and plan.quantization else ""
+    return Subject(dry, tensors, seen.architecture, method, trained, kind, autocast, _positions(model), held)
+
+
+def _held(plan: SurgeryPlan, dtype: torch.dtype) -> str:
+    """What quantizing the base saves: of its layers, and beside what is not quantized."""
+    held = plan.quantization
+    assert held is not None  # noqa: S101  the caller's question
+    return f"the base is held as {held_text(held)}; all else of it, embeddings and heads too, in {dtype_name(dtype)}"
 
 
 def _positions(model: Any) -> int | None:
@@ -434,7 +443,7 @@ def _crossing(points: Sequence[tuple[int, int]], wanted: int) -> int:
 
 def _notes(subject: Subject, run: Run) -> tuple[str, ...]:
     """What the figures assume."""
-    found = []
+    found = [subject.held] if subject.held else []
     if run.device == "cuda":
         found.append(
             "CUDA: flash attention where there is no mask and values have 16 bits, else the memory-efficient kernel, "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.paca_layers import PacaLayer, SharedGather, combine, read_columns, write_columns
-from surgery.quantized import QuantizedLinear, dequantize, require_eager
+from surgery.quantized import dequantize, require_eager
 
 
 def seen_columns(held_or: Tensor, original_or: Tensor, values_or: Tensor) -> Tensor:
@@ -124,10 +124,13 @@ def open_quantized(
     return layer
 
 
-def close_quantized(layer: QuantizedPacaLinear, *, merge: bool) -> None:
-    """The quantized layer again, in place; with `merge` an `nn.Linear` with what training saw: it is not quantized anew."""
+def close_quantized(layer: QuantizedPacaLinear, *, merge: bool, dtype: torch.dtype | None = None) -> None:
+    """The quantized layer again, in place; with `merge` an `nn.Linear` with what training saw: it is not quantized anew.
+
+    dtype: of the dense weight, where it is not to be the file's.
+    """
     module: Any = layer
-    dense = layer.dense() if merge else None
+    dense = layer.dense().to(dtype) if merge else None
     plain = layer.paca_plain
     for name in ("paca_delta", "paca_original", "paca_columns", "paca_gather", "paca_number", "paca_scale",
                  "paca_storage", "paca_pending", "paca_seen", "paca_plain"):  # fmt: skip
@@ -137,7 +140,3 @@ def close_quantized(layer: QuantizedPacaLinear, *, merge: bool) -> None:
         module.__class__ = nn.Linear
         module.weight = nn.Parameter(dense, requires_grad=False)
 
-
-def keep_eager(model: nn.Module) -> bool:
-    """Whether a model has quantized layers, which torch.compile cannot take."""
-    return any(isinstance(module, (QuantizedLinear, QuantizedPacaLinear)) for module in model.modules())

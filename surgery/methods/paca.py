@@ -307,9 +307,10 @@ def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, s
 
 def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
+    dtype = next((p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".paca_" not in name), None)
     for layer in layers(model).values():
         if isinstance(layer, QuantizedPacaLinear):
-            close_quantized(layer, merge=merge)
+            close_quantized(layer, merge=merge, dtype=dtype)
         else:
             close_layer(layer, merge=merge)
 

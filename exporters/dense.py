@@ -259,7 +259,7 @@ def size_bytes(files: list[OutFile]) -> int:
 def write_weights(
     folder: Path, checkpoint: Checkpoint, delta: Delta, files: list[OutFile], *, is_seen: bool = False
 ) -> None:
-    """The planned files, streamed from the base's and the delta, and their index. is_seen: dequantized, as training saw."""
+    """The planned files, streamed from the base's and the delta, and their index. is_seen: as training saw them."""
     with StreamWriter() as stream:
         for file in files:
             stream.write(folder / file.name, file.header, _pieces(checkpoint, delta, file, is_seen=is_seen))

@@ -65,7 +65,9 @@ def require_for_quantized(section: TrainSection, device: str, kind: str) -> None
     if section.compile:
         raise UnsupportedError("train.compile", f"true with {base}", expected="false", fix="Leave it out")
     if device == "hpu":
-        raise UnsupportedError("train.device", f"hpu with {base}", expected="cpu or cuda", fix="Apply without --quantize")
+        raise UnsupportedError(
+            "train.device", f"hpu with {base}", expected="cpu or cuda", fix="Apply without --quantize"
+        )
 
 
 def _require_precision(precision: str, device: str) -> None:

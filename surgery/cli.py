@@ -27,7 +27,7 @@ from surgery.cli_plan import plan_command
 from surgery.cli_recipes import recipes_command
 from surgery.cli_report import report_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
-from surgery.terminal import say, show
+from surgery.terminal import hush_libraries, say, show
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -604,6 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: run, turn every error into one line and its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: others may need the core
+    hush_libraries()
     verbose = any(flag in arguments[:2] for flag in ("-v", "--verbose"))
     signal.signal(signal.SIGTERM, _stop)
     try:

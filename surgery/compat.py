@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import sys
@@ -19,10 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-for _package in ("bitsandbytes", "torchao"):  # transformers imports them where they are, and they speak of missing kernels
-    logging.getLogger(_package).setLevel(logging.ERROR)
-
 import transformers
 from packaging.version import Version
 from torch import nn

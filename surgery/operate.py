@@ -215,7 +215,7 @@ def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | No
     for name, module in packed.items():
         shape = (module.out_features, module.in_features)
         stored[f"{name}.weight"] = Stored(f"{name}.weight", dtype_name(live_dtype(module, default)), shape)
-    return Quantization(kinds[0], False, {name: f"{name}.weight" for name in packed})
+    return Quantization(kinds[0], is_stored=False, layers={name: f"{name}.weight" for name in packed})
 
 
 def _live_task(model: nn.Module) -> str:

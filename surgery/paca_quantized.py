@@ -1,8 +1,8 @@
-"""PaCA over a quantized weight (QPaCA): a weight that is dense for one product at a time, with the trained columns in it.
+"""PaCA over a quantized weight (QPaCA), which is dense for one product at a time, with the trained columns in it.
 
 What trains is the same difference, in float32. In a product the weight is dequantized, the difference is added to its
-columns, and they are rounded to the file's dtype; forward and the input's gradient each do so, and nothing of it is kept
-for backward. A fresh layer computes what the quantized layer computed, bit for bit.
+columns, and they are rounded to the file's dtype; forward and the input's gradient each do so, and nothing of it is
+kept for backward. A fresh layer computes what the quantized layer computed, bit for bit.
 
 What an adapter holds is the base's own columns with the difference added, where the base's are known: the same
 difference then stands on the base in 16 bits (a merge, a LoRA) and on the quantized one. So a zero-step merge into
@@ -125,7 +125,7 @@ def open_quantized(
 
 
 def close_quantized(layer: QuantizedPacaLinear, *, merge: bool, dtype: torch.dtype | None = None) -> None:
-    """The quantized layer again, in place; with `merge` an `nn.Linear` with what training saw: it is not quantized anew.
+    """The quantized layer again, in place; with `merge` an `nn.Linear` with what training saw, not quantized anew.
 
     dtype: of the dense weight, where it is not to be the file's.
     """
@@ -139,4 +139,3 @@ def close_quantized(layer: QuantizedPacaLinear, *, merge: bool, dtype: torch.dty
     if dense is not None:
         module.__class__ = nn.Linear
         module.weight = nn.Parameter(dense, requires_grad=False)
-

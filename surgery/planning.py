@@ -61,7 +61,9 @@ def _held(checkpoint: Checkpoint, packed: Mapping[str, str]) -> Quantization | N
     kind = stored_kind(read_json(checkpoint.root / CONFIG_FILE).get("quantization_config"))
     if not kind:
         return None
-    return Quantization(kind, True, {name.removesuffix(".weight"): disk for name, disk in sorted(packed.items())})
+    return Quantization(
+        kind, is_stored=True, layers={name.removesuffix(".weight"): disk for name, disk in sorted(packed.items())}
+    )
 
 
 def _stored(info: TensorInfo) -> Stored:

@@ -12,7 +12,6 @@ Sources: NF4, FP4 and double quantization: QLoRA, arXiv 2305.14314, section 3; i
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -109,7 +108,8 @@ def _dequantize_int8(module: Any, dtype: torch.dtype) -> Tensor:
         found = f"a weight of {weight.dtype} that is not quantized yet"
         raise UnsupportedError("attach", found, expected="int8", fix="Move the model to its device first")
     scale = scales.float().to(weight.device).view(-1, 1)
-    return (weight.data.float() * (scale * (1 / 127))).to(dtype)
+    values: Tensor = (weight.data.float() * (scale * (1 / 127))).to(dtype)
+    return values
 
 
 # --- torchao
@@ -122,10 +122,12 @@ def _pack_torchao(weight: Tensor, name: str) -> nn.Parameter:
     out_features, in_features = weight.shape
     layer = nn.Linear(in_features, out_features, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+    four: Any = torch.int4  # type: ignore[attr-defined]
+    int4 = IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(GROUP))
     quantize_(layer, int4 if name == "torchao-int4" else Int8WeightOnlyConfig())
     packed: nn.Parameter = layer.weight
-    return packed.requires_grad_(requires_grad=False)
+    packed.requires_grad = False
+    return packed
 
 
 def _dequantize_torchao(module: Any, dtype: torch.dtype) -> Tensor:
@@ -145,7 +147,9 @@ KINDS: dict[str, Kind] = {
         Kind("int8", "bitsandbytes", 8, lambda o, _i: 4 * o, _pack_int8),
         Kind("torchao-int8", "torchao", 8, lambda o, _i: 4 * o, lambda w: _pack_torchao(w, "torchao-int8")),
         # one value a byte: the layouts of torchao that put two into one need a card's libraries
-        Kind("torchao-int4", "torchao", 8, lambda o, i: 5 * o * (i // GROUP), lambda w: _pack_torchao(w, "torchao-int4")),
+        Kind(
+            "torchao-int4", "torchao", 8, lambda o, i: 5 * o * (i // GROUP), lambda w: _pack_torchao(w, "torchao-int4")
+        ),
     )
 }
 
@@ -161,7 +165,7 @@ _DEQUANTIZE: dict[str, Callable[[Any, torch.dtype], Tensor]] = {  # by the type 
 
 
 def weight_type(module: nn.Module) -> str:
-    """`package.module:Class` of a module's weight; the empty string where it has none, `sized` where it is a mere size."""
+    """`package.module:Class` of a module's weight; empty where it has none, `sized` where it is a mere size."""
     if vars(module).get("is_sized"):
         return "sized"
     weight = module._parameters.get("weight")  # noqa: SLF001  its own, not a property of some class
@@ -189,12 +193,6 @@ def require_kind(name: str, option: str = "--quantize") -> None:
     require_known(option, name, KINDS)
 
 
-def silence() -> None:
-    """What the libraries say when they are imported (kernels for other devices, deprecations) is nobody's concern."""
-    for package in ("bitsandbytes", "torchao"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-
-
 def pack(weight: Tensor, kind: str) -> nn.Parameter:
     """A dense weight (o, i), on the CPU, as a frozen parameter of so many bits."""
     return KINDS[kind].pack(weight.detach().to(torch.float32).contiguous())
@@ -215,6 +213,9 @@ def kind_of(module: Any) -> str:
         if state is None:
             found = "a 4-bit weight that is not quantized yet"
             raise UnsupportedError("attach", found, expected="one that is", fix="Move the model to its device first")
+        if "packing_format_for_cpu" in vars(state):  # its scales were rounded to bfloat16 then, for good
+            found = "a 4-bit weight that bitsandbytes has ordered anew to run in eval mode on this CPU"
+            raise UnsupportedError("attach", found, expected="one that has not run so", fix="Load the model again")
         if state.blocksize == BLOCK:
             return f"{state.quant_type}-double" if state.nested else str(state.quant_type)
     kinds = {"Int8Params": "int8", "Int8Tensor": "torchao-int8", "IntxUnpackedToInt8Tensor": "torchao-int4"}
@@ -233,13 +234,6 @@ def live_dtype(module: Any, default: torch.dtype) -> torch.dtype:
         dtype: torch.dtype = module.weight.quant_state.dtype
         return dtype
     return module.weight.dtype if module.weight.is_floating_point() else default
-
-
-def undo_cpu_packing(module: Any) -> None:
-    """bitsandbytes' own layer orders its bits anew when it has run on some CPUs; saving puts them back."""
-    state = getattr(module.weight, "quant_state", None)
-    if state is not None and getattr(state, "packing_format_for_cpu", False):
-        module.state_dict()
 
 
 def stored_kind(settings: object) -> str:
@@ -271,7 +265,7 @@ class _FrozenFunction(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """`nn.Linear` whose frozen weight is packed. `storage`: the dtype that its values are rounded to; `shape`: (o, i)."""
+    """`nn.Linear` whose frozen weight is packed. `storage`: the dtype that its values are rounded to; `shape` (o, i)."""
 
     storage: torch.dtype
     shape: tuple[int, int]

@@ -19,8 +19,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import DamagedError
 from surgery.lookup import require_extra
 from surgery.plan import Quantization, Stored, SurgeryPlan
-from surgery.quantized import KINDS, dequantize, round_trip, silence
+from surgery.quantized import KINDS, dequantize, round_trip
 from surgery.tensorfile import dtype_name
+from surgery.terminal import hush_libraries
 
 _STATE = ".quant_state.bitsandbytes__"
 _SIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
@@ -28,7 +29,7 @@ _SIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
 
 def require_package(kind: str, option: str = "--quantize") -> None:
     """The package that a kind needs is there. Raises: UnsupportedError."""
-    silence()
+    hush_libraries()
     require_extra(f"{option} {kind}", KINDS[kind].package)
 
 
@@ -78,7 +79,7 @@ def _stored_values(checkpoint: Checkpoint, weight: str) -> Tensor:
 
     names = [name for name in checkpoint if name.startswith(f"{weight}.")]
     beside = {name.removeprefix(f"{weight}."): checkpoint.read_tensor(name) for name in names}
-    holder = nn.Linear(1, 1, bias=False, device="meta")
+    holder: Any = nn.Linear(1, 1, bias=False, device="meta")
     packed = checkpoint.read_tensor(weight)
     holder.weight = Params4bit.from_prequantized(packed, beside, requires_grad=False, device="cpu")
     dtype: torch.dtype = holder.weight.quant_state.dtype

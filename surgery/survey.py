@@ -194,7 +194,7 @@ def _pad_token_id(root: Path) -> int | None:
 
 
 def survey(root: Path, spec: TaskSpec, *, takes_4bit: bool = False) -> Survey:
-    """Build the model that `spec` asks for on the meta device, from config.json alone. takes_4bit: see `read_config`."""
+    """Build the model that `spec` asks for on the meta device, from config.json alone; see `read_config`."""
     config = read_config(root, takes_4bit=takes_4bit)
     task = spec.name or own_task(config)
     model_class = class_for(config, task)

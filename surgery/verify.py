@@ -431,7 +431,9 @@ def _measure_merge(sides: _Sides, prompts: Sequence[str], *, numeric: bool) -> l
     why = "" if sides.adapter else sides.why_no_adapter
     needed = int(sides.merged.size_bytes * LOGITS_BYTES_FACTOR)
     if not numeric or why or needed > psutil.virtual_memory().available:
-        return [Check(MERGE_DIFFERENCE, "not run", why or ("--no-numeric" if not numeric else f"needs {needed:,} bytes"))]
+        return [
+            Check(MERGE_DIFFERENCE, "not run", why or ("--no-numeric" if not numeric else f"needs {needed:,} bytes"))
+        ]
     inputs = model_inputs(sides.merged.root, prompts)
     seen = _run_trained(sides, sides.record.plan, inputs)
     merged = run_model(load_merged(sides.merged.root), inputs)

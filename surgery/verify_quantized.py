@@ -51,12 +51,14 @@ def check_seen(
         expected = trained_weight(seen_weight(base, held, weight), (patches or {}).get(module)).to(written.dtype)
         if expected.shape != written.shape or (bits(expected) != bits(written)).any():
             found = f"it is not what training saw of the base as {held.kind}"
-            raise CheckError(weight, found, expected="the dequantized weight with the trained columns", fix="Export again")
-    frozen = Check("dequantized weights", "passed", f"{len(held.layers)} layers are what training saw, bit for bit")
+            raise CheckError(
+                weight, found, expected="the dequantized weight with the trained columns", fix="Export again"
+            )
     if patches is None:
-        return [Check("dequantized weights", "passed", f"{len(set(held.layers) - columns)} layers that do not train are "
-                      "what training saw"), Check("trained columns", "not run", why_none)]  # fmt: skip
-    return [frozen, Check("trained columns", "passed", "all values are the adapter's")]
+        said = f"{len(set(held.layers) - columns)} layers that do not train are what training saw"
+        return [Check("dequantized weights", "passed", said), Check("trained columns", "not run", why_none)]
+    said = f"{len(held.layers)} layers are what training saw, bit for bit"
+    return [Check("dequantized weights", "passed", said), Check("trained columns", "passed", "all are the adapter's")]
 
 
 def measure(seen: Sequence[Tensor], merged: Sequence[Tensor], kind: str) -> Check:
@@ -67,8 +69,8 @@ def measure(seen: Sequence[Tensor], merged: Sequence[Tensor], kind: str) -> Chec
     size = sum(float(a.square().sum()) for a, _ in pairs)
     same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs]).double().mean()
     detail = (
-        f"to what training saw (the base as {kind}): outputs differ by at most {largest:.3g}, by "
-        f"{(total / max(size, 1e-300)) ** 0.5:.2%} of their size; the largest is the same in {float(same):.1%} of places"
+        f"to what training saw (the base as {kind}): outputs differ by at most {largest:.3g}, "
+        f"by {(total / max(size, 1e-300)) ** 0.5:.2%} of their size; the largest is the same in {float(same):.1%} of "
+        "places"
     )
     return Check(MERGE_DIFFERENCE, "measured", detail)
-

@@ -21,7 +21,7 @@ from surgery.methods import Method, PlanRequest
 from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, watch_optimizers
 from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_quantized
 from surgery.plan import Quantization, Stored, SurgeryPlan, Target
-from surgery.quantized import is_quantized, quantizable, require_kind, undo_cpu_packing
+from surgery.quantized import GROUP, is_quantized, quantizable, require_kind
 from surgery.quantized_base import packed_names, seen_weight, stored_sha256, stored_weight
 from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
 from surgery.sharding import whole as gathered
@@ -106,7 +106,13 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
         found = f"{spec.quantize}, and {type(request.model).__name__} has no layer that could be"
         raise UnsupportedError("--quantize", found, expected="linear layers (nn.Linear) of 16 or 32 bits",
                                fix="Leave it out")  # fmt: skip
-    return Quantization(spec.quantize, False, {name: request.stored[f"{name}.weight"].weight for name in names})
+    uneven = [s for s in sites if s.module in names and spec.quantize == "torchao-int4" and s.in_features % GROUP]
+    if uneven:
+        found = f"{spec.quantize}, and {uneven[0].module} has {uneven[0].in_features} inputs"
+        raise UnsupportedError("--quantize", found, expected=f"widths that {GROUP} divides", fix="Take nf4 or int8")
+    return Quantization(
+        spec.quantize, is_stored=False, layers={name: request.stored[f"{name}.weight"].weight for name in names}
+    )
 
 
 def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
@@ -173,11 +179,8 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
         storage, gather = torch_dtype(target.dtype), shared[target.group, target.rank]
         scale = spec.scale(target.rank)
         if is_quantized(module):
-            undo_cpu_packing(module)
             original = patch.original if patch else None
-            layer = open_quantized(
-                module, columns, original=original, storage=storage, shared=gather, scale=scale
-            )
+            layer = open_quantized(module, columns, original=original, storage=storage, shared=gather, scale=scale)
         else:
             axis = target.input_axis
             layer = open_layer(module, columns, input_axis=axis, storage=storage, shared=gather, scale=scale)
@@ -269,7 +272,13 @@ def _bind_quantized(patch: ColumnPatch, checkpoint: Checkpoint, held: Quantizati
     weight = held.layers[patch.target.module]
     stored = stored_weight(checkpoint, weight) if held.is_stored else checkpoint[weight]
     target = replace(patch.target, weight=weight, dtype=stored.dtype)
-    seen = seen_weight(checkpoint, held, weight).index_select(1, patch.columns) if stored.shape == target.shape else None
+    if stored.shape == target.shape:
+        digest, original = _read_columns(checkpoint, held, target, patch.columns)
+        if torch.equal(original, patch.original):  # it was loaded with its adapter, which knows the base's own
+            return ColumnPatch(replace(target, sha256=digest), patch.columns, patch.values, original)
+    seen = (
+        seen_weight(checkpoint, held, weight).index_select(1, patch.columns) if stored.shape == target.shape else None
+    )
     if seen is None or (seen.float() - patch.original.float()).norm() > SAME_BASE * patch.original.float().norm():
         raise BaseMismatchError(str(checkpoint.root), f"{weight} is not what the model started from",
                                 expected=f"the checkpoint that it was quantized from as {held.kind}",
@@ -307,7 +316,9 @@ def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, s
 
 def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
-    dtype = next((p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".paca_" not in name), None)
+    dtype = next(
+        (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".paca_" not in name), None
+    )
     for layer in layers(model).values():
         if isinstance(layer, QuantizedPacaLinear):
             close_quantized(layer, merge=merge, dtype=dtype)

@@ -23,6 +23,7 @@ from surgery.checkpoint import require_folder, require_model, require_record
 from surgery.cli_bench import bench_command
 from surgery.cli_eval import eval_command
 from surgery.cli_generate import generate_command
+from surgery.cli_import import import_command
 from surgery.cli_plan import plan_command
 from surgery.cli_recipes import recipes_command
 from surgery.cli_report import report_command
@@ -159,7 +160,8 @@ PACA_OPTIONS = options(
         "--targets",
         multiple=True,
         callback=_list,
-        help="paca: layers, as all-linear (the default), names, globs or re:PATTERN; commas separate; repeatable.",
+        help="paca: layers, as all-linear (the default), experts, names, globs or re:PATTERN; commas separate; "
+        "repeatable.",
     ),
     click.option("--exclude", multiple=True, callback=_list, help="paca: layers to leave out, in the same way."),
     click.option(
@@ -176,6 +178,9 @@ PACA_OPTIONS = options(
     click.option(
         "--quantize",
         help="paca: hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, torchao-int8 or torchao-int4.",
+    ),
+    click.option(
+        "--experts", help="paca: columns of a mixture's experts, shared by all or each its own. Default: shared."
     ),
 )
 READ_OPTIONS = options(
@@ -223,6 +228,7 @@ def apply(
     surgery apply model/
     surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
     surgery apply model/ -r 64 --quantize nf4
+    surgery apply model/ --targets all-linear,experts --experts own
     surgery apply model/ --method read --hidden 64 --layers every:2
     surgery apply model/ --plan
     """
@@ -355,11 +361,15 @@ def train(
 
 
 @cli.command()
-@click.argument("adapter", type=FOLDER, required=False)
+@click.argument("adapters", type=FOLDER, nargs=-1, metavar="[ADAPTER]...")
 @click.option("--merge", is_flag=True, help="Write the trained columns into a dense checkpoint.")
 @OUT
 @click.option(
-    "--format", "format_", default="safetensors", show_default=True, help="safetensors, onnx, lora or remote-code."
+    "--format",
+    "format_",
+    default="safetensors",
+    show_default=True,
+    help="safetensors, onnx, lora, peft-paca (PEFT's own PaCA) or remote-code.",
 )
 @click.option(
     "--dtype",
@@ -380,7 +390,7 @@ def train(
 @OVERWRITE
 @JSON
 def export(
-    adapter: Path | None,
+    adapters: tuple[Path, ...],
     *,
     merge: bool,
     out: Path | None,
@@ -400,7 +410,8 @@ def export(
 
     Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` (or with another
     format's name) unless -o says otherwise, and appears only after its check held. --format onnx also takes a model
-    as it is: a checkpoint, or a merged folder.
+    as it is: a checkpoint, or a merged folder. Several adapters of one base become one checkpoint where their columns
+    do not overlap.
 
     \b
     surgery export model-paca/ --merge
@@ -409,11 +420,14 @@ def export(
     surgery export model-paca/ --merge --format onnx
     surgery export model/ --format onnx
     surgery export model-paca/ --format lora
+    surgery export model-paca/ --format peft-paca
+    surgery export law-paca/ code-paca/ --merge -o both/
     """
+    adapter = adapters[0] if len(adapters) == 1 else None
     if adapter and format_ == "onnx":
         require_model(str(adapter))
-    elif adapter:
-        require_record(adapter)
+    for folder in () if adapter and format_ == "onnx" else adapters:
+        require_record(folder)
     from surgery import show as showing
     from surgery import workflow
 
@@ -428,22 +442,35 @@ def export(
             raise RequestError(str(adapter), f"{given[0]} with a model", expected=f"an adapter, or no {given[0]}")
         result = workflow.export_checkpoint(str(adapter), out, **settings)
     else:
-        folder = workflow.find_adapter(adapter)
-        workflow.require_merge(folder, format_, is_asked=merge)
+        folders = adapters or (workflow.find_adapter(None),)
+        for folder in folders:
+            workflow.require_merge(folder, format_, is_asked=merge)
         settings |= {"merge_base": merge_base, "prompts": prompts}
-        result = workflow.export(folder, out, format=format_, base=base, **settings)
+        result = workflow.export(folders, out, format=format_, base=base, **settings)
     show(showing.export_lines(result), result, as_json=as_json)
 
 
 @cli.command()
 @click.argument("merged", type=FOLDER)
-@click.option("--adapter", type=FOLDER, help="The adapter's folder, where it is not where it was.")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=FOLDER,
+    multiple=True,
+    help="The adapter's folder, where it is not where it was; of several all of them.",
+)
 @BASE
 @click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
 @click.option("--no-numeric", is_flag=True, help="Compare bytes only; do not run the models.")
 @JSON
 def verify(
-    merged: Path, *, adapter: Path | None, base: str | None, prompts: tuple[str, ...], no_numeric: bool, as_json: bool
+    merged: Path,
+    *,
+    adapters: tuple[Path, ...],
+    base: str | None,
+    prompts: tuple[str, ...],
+    no_numeric: bool,
+    as_json: bool,
 ) -> None:
     """Check that MERGED is its base with the trained columns, and nothing else. Exit code 3 where it is not.
 
@@ -453,7 +480,7 @@ def verify(
     require_record(merged)
     from surgery.verify import verify as run_checks
 
-    result = run_checks(merged, adapter=adapter, base=base, prompts=prompts, numeric=not no_numeric)
+    result = run_checks(merged, adapter=adapters, base=base, prompts=prompts, numeric=not no_numeric)
     show(result.lines(), result, as_json=as_json)
 
 
@@ -595,6 +622,7 @@ def settings(*, as_json: bool) -> None:
 cli.add_command(bench_command)
 cli.add_command(eval_command)
 cli.add_command(generate_command)
+cli.add_command(import_command)
 cli.add_command(plan_command)
 cli.add_command(recipes_command)
 cli.add_command(report_command)

@@ -8,6 +8,7 @@ one, `<parameter>.original`; for each tensor of a side network, under its name i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,6 +332,45 @@ def bits(tensor: Tensor) -> npt.NDArray[np.unsignedinteger[Any]]:
     return tensor.detach().contiguous().cpu().view(signed).numpy().view(f"u{width}")
 
 
+@dataclass(frozen=True)
+class ColumnsHere:
+    """A target's columns within some whole rows of its weight.
+
+    shape: those rows as (outer, lines, inner), where lines run along the inputs; lines: where the columns lie there;
+    span: which of a patch's (out, r) values they hold.
+    """
+
+    shape: tuple[int, int, int]
+    lines: npt.NDArray[np.int64]
+    span: tuple[slice, slice]
+
+    def read(self, rows: npt.NDArray[Any], into: npt.NDArray[Any]) -> None:
+        """Copy the columns from the rows into values (out, r)."""
+        outer, _, inner = self.shape
+        picked = rows.reshape(self.shape)[:, self.lines]
+        into[self.span] = picked.swapaxes(1, 2).reshape(outer * inner, len(self.lines))
+
+    def write(self, rows: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+        """Replace the columns in the rows by values (out, r)."""
+        outer, _, inner = self.shape
+        rows.reshape(self.shape)[:, self.lines] = (
+            values[self.span].reshape(outer, inner, len(self.lines)).swapaxes(1, 2)
+        )
+
+
+def columns_here(target: Target, columns: npt.NDArray[np.int64], first: int, values: int) -> ColumnsHere:
+    """The target's columns in so many values of its weight, which begin with row `first`."""
+    axis, shape = target.input_axis, target.shape
+    inner = math.prod(shape[axis + 1 :])
+    if axis == 0:
+        lines = values // inner
+        low, high = np.searchsorted(columns, (first, first + lines))
+        return ColumnsHere((1, lines, inner), columns[low:high] - first, (slice(None), slice(low, high)))
+    begin = first * math.prod(shape[1:axis]) * inner
+    outer = values // (target.in_features * inner)
+    return ColumnsHere((outer, target.in_features, inner), columns, (slice(begin, begin + outer * inner), slice(None)))
+
+
 def read_target(checkpoint: Checkpoint, target: Target, columns: Tensor) -> tuple[str, Tensor]:
     """The sha256 of a target's bytes and its columns (out, r), in one pass and constant memory."""
     digest = hashlib.sha256()
@@ -338,12 +378,8 @@ def read_target(checkpoint: Checkpoint, target: Target, columns: Tensor) -> tupl
     picked, wanted = bits(original), columns.numpy()
     for first, chunk in checkpoint.row_chunks(target.weight):
         digest.update(chunk)
-        rows = np.frombuffer(chunk, picked.dtype).reshape(-1, target.shape[1])
-        if target.input_axis == 1:
-            picked[first : first + len(rows)] = rows[:, wanted]
-        else:
-            here = np.flatnonzero((wanted >= first) & (wanted < first + len(rows)))
-            picked[:, here] = rows[wanted[here] - first].T
+        rows = np.frombuffer(chunk, picked.dtype)
+        columns_here(target, wanted, first, rows.size).read(rows, picked)
     return digest.hexdigest(), original
 
 
@@ -363,10 +399,6 @@ def patched_chunks(
     for first, chunk in checkpoint.row_chunks(weight):
         if before:
             before(chunk)
-        rows = np.frombuffer(chunk, new.dtype).reshape(-1, target.shape[1])
-        if target.input_axis == 1:
-            rows[:, wanted] = new[first : first + len(rows)]
-        else:
-            here = np.flatnonzero((wanted >= first) & (wanted < first + len(rows)))
-            rows[wanted[here] - first] = new[:, here].T
+        rows = np.frombuffer(chunk, new.dtype)
+        columns_here(target, wanted, first, rows.size).write(rows, new)
         yield chunk

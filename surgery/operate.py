@@ -24,6 +24,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError, UnsupportedError
+from surgery.experts import expert_name, usual_experts
+from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
@@ -189,8 +191,10 @@ def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
     stored = {
         n: Stored(n, dtype_name(p.dtype), tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)
     }
+    parts = usual_experts(model, lambda weight: dtype_name(weight.dtype))
+    stored = {name: entry for name, entry in stored.items() if name not in parts}
     held = _held_live(model, stored)
-    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, held=held)
+    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, parts=parts, held=held)
     if plan.quantization and not held:
         names = plan.quantization.layers
         require_package(plan.quantization.kind)
@@ -303,6 +307,7 @@ def collect(model: nn.Module) -> Delta:
 def detach(model: nn.Module, *, merge: bool) -> nn.Module:
     """A plain model again, in place: with the trained columns (`merge`), or with the base's. Returns it."""
     state = state_of(model)
+    restore(model)
     lookup(METHODS, state.plan.method, "--method").detach(model, merge=merge)
     if not merge:
         with torch.no_grad():
@@ -353,6 +358,7 @@ def _bind(delta: Delta, model: nn.Module, checkpoint: Checkpoint) -> Delta:
     """The same delta tied to a checkpoint's files by name, dtype and digest."""
     names = memory_names(model, checkpoint)
     disk = {m.name: name for name, m in names.items() if m.is_verbatim}
+    disk |= {expert_name(m.name, m.place): name for name, m in names.items() if m.place}
     prefix = f"{base_prefix(model)}." if any(m.is_prefixed for m in names.values()) else ""
     whole_targets, whole = [], {}
     for target in delta.plan.whole:

@@ -85,7 +85,7 @@ def gather(x: Tensor, columns_r: Tensor) -> Tensor:
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
-def _without_autocast(backward: _Backward) -> _Backward:
+def without_autocast(backward: _Backward) -> _Backward:
     """A backward that casts what it casts by name, on any kind of device: torch.amp.custom_bwd serves only one."""
 
     def run(ctx: Any, dy: Tensor) -> Any:
@@ -111,7 +111,7 @@ class _PacaFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         layer: PacaLayer = ctx.layer
         x_dtype, delta_dtype = ctx.dtypes
@@ -411,9 +411,9 @@ SWAPS: dict[type[nn.Module], type[PacaLayer]] = {nn.Linear: PacaLinear, Conv1D: 
 
 
 def read_columns(weight: Tensor, columns_r: Tensor, input_axis: int) -> Tensor:
-    """The columns of a stored weight as (o, r), copied."""
+    """The columns of a stored weight as (o, r), copied; of one that is no matrix o are all axes but the inputs'."""
     columns = weight.detach().index_select(input_axis, columns_r)
-    return columns if input_axis == 1 else columns.t().contiguous()
+    return columns.movedim(input_axis, -1).reshape(-1, len(columns_r)).contiguous()
 
 
 def write_columns(weight: Tensor, columns_r: Tensor, values_or: Tensor, input_axis: int) -> None:
@@ -422,10 +422,11 @@ def write_columns(weight: Tensor, columns_r: Tensor, values_or: Tensor, input_ax
     On the CPU by assignment, which goes row by row in several threads; `index_copy_` goes column by column and takes
     half as long again. Elsewhere by `index_copy_`, for which every device has a kernel.
     """
-    if weight.device.type == "cpu" and input_axis == 1:
+    if weight.device.type == "cpu" and input_axis == 1 and weight.dim() == 2:
         weight[:, columns_r] = values_or
     else:
-        weight.index_copy_(input_axis, columns_r, values_or if input_axis == 1 else values_or.t())
+        others = (*weight.shape[:input_axis], *weight.shape[input_axis + 1 :])
+        weight.index_copy_(input_axis, columns_r, values_or.reshape(*others, -1).movedim(-1, input_axis))
 
 
 def open_layer(

@@ -56,13 +56,14 @@ class PacaSection(_Section):
     """What PaCA does; see `PacaSpec`."""
 
     rank: int = Field(16, ge=1, description="trained input columns of each layer")
-    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, or all-linear")
+    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, all-linear or experts")
     exclude: list[str] = Field([], description="patterns of layers to leave out")
     rank_pattern: dict[str, int] = Field({}, description="rank by pattern; the last match decides")
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
     select: str = Field("random", description="how columns are chosen")
     seed: int = Field(0, ge=0, description="decides the columns")
     quantize: str = Field("", description="hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, ..")
+    experts: str = Field("shared", description="columns of a mixture's experts: shared by all, or each its own")
 
 
 def _layers(value: object) -> object:
@@ -152,6 +153,9 @@ class TrainSection(_Section):
     )
     compile: bool = Field(default=False, description="torch.compile the model")
     liger: bool = Field(default=False, description="Liger's Triton kernels, on CUDA")
+    lean: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
+        "off", description="norms, gated MLPs and the loss keep the least for backward; auto: where that was measured"
+    )
     gradient_checkpointing: bool = False
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps; at the end in any case")

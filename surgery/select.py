@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ALL_LINEAR = "all-linear"
+EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class LinearSite:
 
     `input_axis` is the axis of the weight that the inputs run along: 1 for `nn.Linear` (out, in), 0 for GPT-2's
     `Conv1D` (in, out). `is_head`: it makes the model's output. `tied_with`: another module holding the same storage.
+    `parameter` and `sizes` are as a `Target` has them.
+    A tensor of a mixture's experts is no layer: of it `holder` and `place` are as a `Target` has them, too.
     """
 
     module: str
@@ -30,6 +33,15 @@ class LinearSite:
     input_axis: int
     is_head: bool = False
     tied_with: str = ""
+    parameter: str = "weight"
+    sizes: tuple[int, ...] = ()
+    holder: str = ""
+    place: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.holder or self.module}.{self.parameter}"
 
 
 def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite, ...]:
@@ -74,6 +86,11 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
+def means(pattern: str, site: LinearSite) -> bool:
+    """Whether a pattern means a site. `experts` means all tensors of experts."""
+    return bool(site.holder) if pattern == EXPERTS else matches(pattern, site.module)
+
+
 def check_pattern(pattern: str, option: str) -> None:
     """Raises SelectorError for a regular expression that does not compile or an empty pattern."""
     if not pattern:
@@ -98,15 +115,16 @@ def resolve(
 ) -> tuple[LinearSite, ...]:
     """The sites that `selectors` mean and `exclude` does not, ordered by name.
 
-    `all-linear` is every linear layer but heads and tied ones. Raises: SelectorError: a selector or an exclusion that
-    matches nothing, a tied layer asked for by name, or nothing left.
+    `all-linear` is every linear layer but heads and tied ones, `experts` every tensor of experts.
+    Raises: SelectorError: a selector or an exclusion that matches nothing, a tied layer asked for by name, or nothing
+    left.
     """
     chosen: dict[str, LinearSite] = {}
     for selector in selectors:
         chosen.update({site.module: site for site in _select_one(sites, selector)})
     for pattern in exclude:
         check_pattern(pattern, "--exclude")
-        hit = [name for name in chosen if matches(pattern, name)]
+        hit = [name for name, site in chosen.items() if means(pattern, site)]
         if not hit:
             raise _nothing_matches(pattern, "--exclude", list(chosen.values()))
         for name in hit:
@@ -124,8 +142,8 @@ def resolve(
 def _select_one(sites: Sequence[LinearSite], selector: str) -> list[LinearSite]:
     check_pattern(selector, "--targets")
     if selector == ALL_LINEAR:
-        return [site for site in sites if not site.is_head and not site.tied_with]
-    hit = [site for site in sites if matches(selector, site.module)]
+        return [site for site in sites if not site.is_head and not site.tied_with and not site.holder]
+    hit = [site for site in sites if means(selector, site)]
     if not hit:
         raise _nothing_matches(selector, "--targets", sites)
     for site in hit:
@@ -142,7 +160,7 @@ def rank_of(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int
 
     Raises: SelectorError: not between 1 and the layer's width.
     """
-    ranks = [rank, *(value for pattern, value in rank_pattern.items() if matches(pattern, site.module))]
+    ranks = [rank, *(value for pattern, value in rank_pattern.items() if means(pattern, site))]
     if not 1 <= ranks[-1] <= site.in_features:
         raise SelectorError(
             "--rank",
@@ -160,7 +178,7 @@ def ranks_of(sites: Sequence[LinearSite], rank: int, rank_pattern: Mapping[str, 
     ranks = {site.module: rank_of(site, rank, rank_pattern) for site in sites}
     for number, pattern in enumerate(rank_pattern):
         later = list(rank_pattern)[number + 1 :]
-        decided = [s for s in sites if matches(pattern, s.module) and not any(matches(p, s.module) for p in later)]
+        decided = [s for s in sites if means(pattern, s) and not any(means(p, s) for p in later)]
         if not decided:
             raise _nothing_matches(pattern, "--rank-pattern", sites)
     return ranks

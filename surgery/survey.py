@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,13 +241,16 @@ def _trace_inputs(model: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str]:
+def trace_groups(model: nn.Module, sites: Sequence[LinearSite], others: Iterable[str] = ()) -> dict[str, str]:
     """Each linear layer's group: the first name among the layers fed by the same tensor objects.
+
+    Other modules join the layers' groups, or have one of their own; no group gets another name for it.
 
     One forward of a twin's base model (heads may look at values) with fake tensors, which have sizes and no values. A
     model that cannot be traced, or a layer that was not reached, shares with no one.
     """
-    seen: dict[str, list[Tensor]] = {site.module: [] for site in sites}
+    names = [*sorted(site.module for site in sites), *sorted(others)]
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def watch(name: str) -> Any:
         return lambda _module, args: seen[name].extend(args[:1])
@@ -261,7 +264,7 @@ def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str
         seen = {name: [] for name in seen}
     groups: dict[tuple[int, ...], str] = {}
     result = {}
-    for name in sorted(seen):
+    for name in names:
         key = tuple(id(tensor) for tensor in seen[name])
         result[name] = groups.setdefault(key, name) if key else name
     return result

@@ -40,6 +40,7 @@ from surgery.errors import (
     counted,
     shorten,
 )
+from surgery.experts import require_layers
 from surgery.features import ROW, FeatureCache, numbered, open_cache
 from surgery.images import TASK as IMAGES
 from surgery.images import folder_digest, read_processor
@@ -102,6 +103,7 @@ FREE_SETTINGS = (
     "attention",
     "compile",
     "liger",
+    "lean",
     "hpu_mode",
     "hpu_warmup_steps",
     "cache_features",
@@ -181,6 +183,10 @@ def train(
         if checkpoint == FINISHED:
             return result_of(adapter)
         run = replace(run, started=_when_started(adapter, checkpoint))
+        if (
+            settings.strategy == "zero3"
+        ):  # which puts together what a module holds itself, and experts' columns lie below
+            require_layers(plan, "train.strategy=zero3")
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)
         prepared = _prepare(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)

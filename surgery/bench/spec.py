@@ -55,6 +55,7 @@ class BenchSpec(BaseModel):
     warmup: int = Field(3, ge=1)
     fit_bytes: int | None = Field(None, ge=1)
     checkpointing: bool = False
+    lean: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
     dtype: Literal["", "fp32", "bf16", "fp16"] = ""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -72,8 +73,8 @@ class BenchSpec(BaseModel):
     metric: str = ""
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return self.model_dump(mode="json")
+        """As JSON has it. `lean` stands there only where it is on: results from before it was there stay the same."""
+        return self.model_dump(mode="json", exclude=None if self.lean else {"lean"})
 
 
 def read_spec(model: str, options: Mapping[str, Any], settings: Sequence[str] = ()) -> BenchSpec:

@@ -21,7 +21,10 @@ from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, keep_inputs_frozen, quiet_loading, set_checkpointing
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.errors import RequestError, UnsupportedError
+from surgery.experts import require_layers
 from surgery.generate import max_positions
+from surgery.lean_kernels import choose_kernels
+from surgery.lean_pass import rewrite
 from surgery.methods.paca import PacaSpec
 from surgery.operate import load_base_model
 from surgery.plan import Stored, SurgeryPlan
@@ -91,6 +94,7 @@ def open_subject(spec: BenchSpec) -> Subject:
     has_weights = any((root / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
     wanted = PacaSpec(rank=1, targets=tuple(spec.targets), exclude=tuple(spec.exclude))
     plan = plan_checkpoint(Checkpoint.open(root), wanted, task) if has_weights else _plan_without(seen, wanted)
+    require_layers(plan, "--targets")
     if seen.task in ("features", "image-classification"):
         raise UnsupportedError("--task", seen.task, expected="a task on text", fix="Name one with --task")
     device = choose_device(spec.device)
@@ -190,6 +194,8 @@ def enter(
 ) -> Contender:
     """A method on a copy of the plain model, ready to train. Raises: RequestError, UnsupportedError."""
     model = put_on(subject, entry, base, seed=seed, in_place=in_place).train()
+    if subject.spec.lean:
+        rewrite(model, kernels=choose_kernels(subject.device))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decay = subject.spec.weight_decay
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True) if trained(model) else None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from surgery.plan import Quantization, Stored, WholeTarget
+from surgery.plan import Parts, Quantization, Stored, WholeTarget
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class PlanRequest:
     """What a method plans for.
 
     model: live or on the meta device; stored: where each parameter lies, by name; converted: why some cannot be
-    trained; heads: modules of the output; whole: what the task trains whole; task: its name;
-    quantization: how the base is held already, in its files or in a live model.
+    trained; heads: modules of the output; whole: what the task trains whole; task: its name; parts: where the tensors
+    lie that are put together to parameters of experts, by that parameter's name; quantization: how the base is held
+    already, in its files or in a live model.
     """
 
     model: nn.Module
@@ -26,6 +27,7 @@ class PlanRequest:
     heads: tuple[str, ...]
     whole: tuple[WholeTarget, ...]
     task: str
+    parts: Parts = field(default_factory=dict)
     quantization: Quantization | None = None
 
 

@@ -8,22 +8,44 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.columns import choose_columns, require_strategy
+from surgery.columns import STORED, choose_columns, columns_key, random_columns, refuse_stored, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
-from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
+from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError, require_known
+from surgery.experts import (
+    by_parameter,
+    columns_of,
+    expert_group,
+    find_experts,
+    holders,
+    join,
+    join_columns,
+    require_joined,
+    require_whole,
+    take,
+)
 from surgery.methods import Method, PlanRequest
-from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, watch_optimizers
+from surgery.paca_experts import OWN, SHARED, close_experts, open_experts, opened_experts, part_name, require_way
+from surgery.paca_layers import (
+    PacaLayer,
+    SharedGather,
+    close_layer,
+    combine,
+    layers,
+    open_layer,
+    read_columns,
+    watch_optimizers,
+)
 from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_quantized
 from surgery.plan import Quantization, Stored, SurgeryPlan, Target
 from surgery.quantized import GROUP, is_quantized, quantizable, require_kind
 from surgery.quantized_base import packed_names, seen_weight, stored_sha256, stored_weight
-from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
+from surgery.select import ALL_LINEAR, EXPERTS, LinearSite, find_sites, ranks_of, resolve
 from surgery.sharding import whole as gathered
 from surgery.survey import list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES, torch_dtype
@@ -35,11 +57,13 @@ class PacaSpec:
 
     rank: trained columns of each layer; rank_pattern: {pattern: rank}, the last match decides; targets, exclude: names,
     globs, `re:` patterns or `all-linear`; alpha: the update is multiplied by alpha / rank while training (None: by 1);
-    select: how columns are chosen; seed: with the layer's name it decides them; quantize: how the base is held while it
-    is frozen, a kind of `surgery.quantized.KINDS` or empty for as it is.
+    select: how columns are chosen; seed: with the layer's name it decides them; experts: whether a mixture's experts
+    have `shared` columns or each its `own`, where `targets` name them; quantize: how the base is held while it is
+    frozen, a kind of `surgery.quantized.KINDS` or empty for as it is.
     """
 
     method: ClassVar[str] = "paca"
+    later: ClassVar[tuple[str, ...]] = ("experts", "quantize")
 
     rank: int = 16
     targets: tuple[str, ...] = (ALL_LINEAR,)
@@ -48,9 +72,11 @@ class PacaSpec:
     alpha: float | None = None
     select: str = "random"
     seed: int = 0
+    experts: str = SHARED
     quantize: str = ""
 
     def __post_init__(self) -> None:
+        require_known("--experts", self.experts, (SHARED, OWN))
         if self.rank < 1:
             raise RequestError("--rank", str(self.rank), expected="at least 1")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -72,18 +98,25 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
 
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
+    refuse_stored(spec.select)
     model, stored = request.model, request.stored
     sites = find_sites(model, request.heads)
-    groups = trace_groups(model, sites)
+    experts = find_experts(model, stored, request.parts)
+    groups = trace_groups(model, sites, holders(model))
     whole = {target.parameter: target for target in request.whole}
-    candidates = [s for s in sites if f"{s.module}.weight" in stored and f"{s.module}.weight" not in whole]
-    chosen = resolve(candidates, spec.targets, exclude=spec.exclude)
+    candidates = [site for site in sites if site.name in stored and site.name not in whole]
+    chosen = resolve([*candidates, *(site for site, _ in experts)], spec.targets, exclude=spec.exclude)
     ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
-    targets = tuple(_target(site, stored[f"{site.module}.weight"], ranks[site.module], groups) for site in chosen)
-    touched = {f"{t.module}.weight": t for t in targets} | whole
-    reasons = dict(request.converted) | {f"{s.module}.weight": "output head" for s in sites if s.is_head}
-    reasons |= {f"{s.module}.weight": f"tied with {s.tied_with}" for s in sites if s.tied_with}
-    reasons |= {f"{s.module}.weight": "not selected" for s in candidates if not s.is_head and not s.tied_with}
+    _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
+    for holder in {site.holder for site in chosen if site.holder}:
+        require_way(model.get_submodule(holder))
+    places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
+    targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
+    touched = {target.name: target for target in targets} | whole
+    reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
+    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with}
+    reasons |= {site.name: "not selected" for site in candidates if not site.is_head and not site.tied_with}
+    reasons |= {site.name: "experts: name them in --targets" for site, _ in experts}
     quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
     return {
         "targets": targets, "untouched": list_untouched(model, touched, reasons), "quantization": quantization
@@ -100,7 +133,7 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
     if request.quantization:
         found = f"{spec.quantize}, and the base is held as {request.quantization.kind} already"
         raise RequestError("--quantize", found, expected="a base in 16 or 32 bits", fix="Leave it out")
-    fitting = [s.module for s in sites if request.stored[f"{s.module}.weight"].dtype in QUANTIZABLE]
+    fitting = [s.module for s in sites if request.stored[s.name].dtype in QUANTIZABLE]
     names = quantizable(request.model, fitting)
     if not names:
         found = f"{spec.quantize}, and {type(request.model).__name__} has no layer that could be"
@@ -115,6 +148,22 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
     )
 
 
+def _settle_experts(
+    spec: PacaSpec,
+    chosen: Sequence[LinearSite],
+    known: Sequence[LinearSite],
+    ranks: Mapping[str, int],
+    groups: dict[str, str],
+) -> None:
+    """Add the groups of the experts that were chosen. Raises: SelectorError, UnsupportedError, RequestError."""
+    mine = [site for site in chosen if site.holder]
+    if spec.experts != SHARED and not mine:
+        fix = f"Add {EXPERTS} to --targets, or leave it out"
+        raise RequestError("--experts", f"{spec.experts!r}, and no experts train", expected="experts to train", fix=fix)
+    require_whole(mine, known, ranks)
+    groups |= {site.module: expert_group(site, spec.experts, groups) for site in mine}
+
+
 def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
     if stored.dtype not in FLOAT_DTYPES:
         raise UnsupportedError(
@@ -123,8 +172,20 @@ def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, st
             expected=f"one of {', '.join(FLOAT_DTYPES)}",
             fix=f"Leave it out with --exclude {site.module}",
         )
-    sizes = (site.out_features, site.in_features, site.input_axis)
-    target = Target(site.module, stored.weight, *sizes, stored.dtype, rank, groups[site.module])
+    target = Target(
+        site.module,
+        stored.weight,
+        site.out_features,
+        site.in_features,
+        site.input_axis,
+        stored.dtype,
+        rank,
+        groups[site.module],
+        parameter=site.parameter,
+        sizes=site.sizes,
+        holder=site.holder,
+        place=site.place,
+    )
     if stored.shape != target.shape:
         raise DamagedError(stored.weight, f"shape {stored.shape}", expected=f"{target.shape}, by config.json")
     return target
@@ -134,13 +195,19 @@ QUANTIZABLE = ("F16", "BF16", "F32")
 
 
 def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
-    """The columns the plan's seed gives a target: (r,) int64, strictly increasing."""
+    """The columns the plan's seed gives a target: (r,) int64, strictly increasing.
+
+    Of a plan whose columns are an adapter's own, any: without the adapter only sizes are asked for.
+    """
     spec = plan.spec
+    if spec["select"] == STORED:
+        return random_columns(target.in_features, target.rank, seed=spec["seed"], group=target.group)
     return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
 
 
 def fresh(checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePatch]) -> ColumnDelta:
-    """Read every target once: its digest and its columns, unchanged."""
+    """Read every target once: its digest and its columns, unchanged. Raises: RequestError for stored columns."""
+    refuse_stored(plan.spec["select"])
     patches, targets = {}, []
     for target in plan.targets:
         columns = planned_columns(plan, target)
@@ -163,27 +230,33 @@ def _read_columns(
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
-    """Open the plan's targets in a frozen model, in place. `delta` gives the columns' values."""
+    """Open the plan's targets in a frozen model, in place. `delta` gives the columns and their values.
+
+    A group's layers share one gathered input where their columns are equal: an adapter may bring other ones for each.
+    """
     spec = PacaSpec(**plan.spec)
     watch_optimizers()
-    shared: dict[tuple[str, int], SharedGather] = {}
-    for target in plan.targets:
-        shared.setdefault((target.group, target.rank), SharedGather(0)).members += 1
     _require_held(model, plan)
-    if delta:
-        _require_originals(model, delta)
+    columns = _own_columns(model, delta) if delta else {t.module: planned_columns(plan, t) for t in plan.targets}
+    shared: dict[tuple[str, object], SharedGather] = {}
+    # what is planned needs no look at the columns, which have no values where a run is only predicted
+    keys = {t.module: (t.group, columns_key(columns[t.module]) if delta else t.rank) for t in plan.targets}
+    for name in _gathering(plan, keys):
+        shared.setdefault(keys[name], SharedGather(0)).members += 1
+    for targets in by_parameter(plan.targets).values():
+        _attach_experts(model, spec, targets, columns, delta, shared[keys[targets[0].module]])
     for target in plan.targets:
+        if target.holder:
+            continue
         patch = delta.patches[target.module] if delta else None
-        module = model.get_submodule(target.module)
-        columns = patch.columns if patch else planned_columns(plan, target)
-        storage, gather = torch_dtype(target.dtype), shared[target.group, target.rank]
-        scale = spec.scale(target.rank)
+        module, gather, scale = model.get_submodule(target.module), shared[keys[target.module]], spec.scale(target.rank)
+        own, storage = columns[target.module], torch_dtype(target.dtype)
         if is_quantized(module):
             original = patch.original if patch else None
-            layer = open_quantized(module, columns, original=original, storage=storage, shared=gather, scale=scale)
+            layer = open_quantized(module, own, original=original, storage=storage, shared=gather, scale=scale)
         else:
             axis = target.input_axis
-            layer = open_layer(module, columns, input_axis=axis, storage=storage, shared=gather, scale=scale)
+            layer = open_layer(module, own, input_axis=axis, storage=storage, shared=gather, scale=scale)
         if patch:
             layer.start_from(patch.values)
             layer.refresh()
@@ -199,14 +272,59 @@ def _require_held(model: nn.Module, plan: SurgeryPlan) -> None:
         raise UnsupportedError("attach", found, expected="the model as planned", fix=fix)
 
 
-def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
-    """The model holds, in the planned columns, what the adapter's base held there."""
+def _gathering(plan: SurgeryPlan, keys: Mapping[str, object]) -> list[str]:
+    """The targets that gather an input: of experts that share their columns one for each parameter."""
+    found = {(keys[t.module], t.name if t.holder else t.module): t.module for t in reversed(plan.targets)}
+    return list(found.values())
+
+
+def _attach_experts(
+    model: nn.Module,
+    spec: PacaSpec,
+    targets: Sequence[Target],
+    columns: Mapping[str, Tensor],
+    delta: ColumnDelta | None,
+    shared: SharedGather,
+) -> None:
+    """Open one parameter of experts: all its targets together."""
+    first, holder = targets[0], model.get_submodule(targets[0].holder)
+    if len({target.dtype for target in targets}) > 1:
+        raise UnsupportedError(first.name, "experts of several dtypes", expected="one dtype for all")
+    count = len(model.get_parameter(first.name))
+    joined = join_columns(targets, columns, count)
+    if delta:
+        require_joined(targets, columns, joined)
+    part = open_experts(
+        holder,
+        first.parameter,
+        joined,
+        storage=torch_dtype(first.dtype),
+        shared=shared if joined.dim() == 1 else SharedGather(1),
+        scale=spec.scale(first.rank),
+    )
+    if delta:
+        part.start_from(join(targets, {t.module: delta.patches[t.module].values for t in targets}, count))
+        part.refresh()
+
+
+def _read_patch_columns(model: nn.Module, target: Target, columns: Tensor) -> Tensor:
+    """What a model holds in a target's columns: (o, r)."""
+    weight = model.get_parameter(target.name).detach()
+    if target.place:
+        expert, part, parts = target.place
+        weight = weight[expert].chunk(parts)[part]
+    return read_columns(weight, columns.to(weight.device), target.input_axis)
+
+
+def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
+    """The adapter's columns by module, in which the model holds what the adapter's base held there."""
+    columns = {}
     for module, patch in delta.patches.items():
-        if is_quantized(model.get_submodule(module)):
-            continue  # the 16-bit columns are not in the model: the file's digest says which base it is
-        weight = cast("Tensor", model.get_submodule(module).weight)
-        here = weight.detach().index_select(patch.target.input_axis, patch.columns.to(weight.device))
-        here = here if patch.target.input_axis == 1 else here.t()
+        columns[module] = patch.columns
+        if not patch.target.holder and is_quantized(model.get_submodule(module)):
+            continue  # the base's own columns are not in the model: its file's digest says which base it is
+        weight = model.get_parameter(patch.target.name)
+        here = _read_patch_columns(model, patch.target, patch.columns)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
             raise BaseMismatchError(
                 f"adapter, {module}",
@@ -214,11 +332,17 @@ def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
                 expected="the base this adapter was made for",
                 fix="Name the right base with --base",
             )
+    return columns
 
 
 def trainable_names(plan: SurgeryPlan) -> set[str]:
     """The parameters that may train, by name."""
-    return {f"{t.module}.paca_delta" for t in plan.targets}
+    return {f"{layer_of(target)}.paca_delta" for target in plan.targets}
+
+
+def layer_of(target: Target) -> str:
+    """The module of an attached model that holds a target's difference."""
+    return f"{target.holder}.{part_name(target.parameter)}" if target.holder else target.module
 
 
 def collect(
@@ -226,8 +350,10 @@ def collect(
 ) -> ColumnDelta:
     """Read back what training changed. `originals`: the base's columns (o, r), by module, where its file is known."""
     opened = layers(model)
-    patches = {}
+    patches = _collect_experts(opened, plan, originals)
     for target in plan.targets:
+        if target.holder:
+            continue
         layer = opened[target.module]
         held = gathered(layer.paca_original)
         values = combine(held, gathered(layer.paca_delta), layer.paca_scale)
@@ -237,6 +363,21 @@ def collect(
     return ColumnDelta(plan, patches, whole)
 
 
+def _collect_experts(
+    opened: Mapping[str, PacaLayer], plan: SurgeryPlan, originals: Mapping[str, Tensor]
+) -> dict[str, ColumnPatch]:
+    patches = {}
+    for targets in by_parameter(plan.targets).values():
+        part = opened[layer_of(targets[0])]
+        held = gathered(part.paca_original)
+        values, stored = combine(held, gathered(part.paca_delta), part.paca_scale), held.to(part.paca_storage)
+        for target in targets:
+            original = originals.get(target.module, take(stored, target))
+            columns = columns_of(part.paca_columns, target)
+            patches[target.module] = ColumnPatch(target, columns, take(values, target), original)
+    return patches
+
+
 def bind(
     delta: ColumnDelta, checkpoint: Checkpoint, disk: Mapping[str, str], whole: Mapping[str, WholePatch]
 ) -> ColumnDelta:
@@ -244,11 +385,12 @@ def bind(
     plan = delta.plan
     held = _bind_quantization(plan.quantization, checkpoint, disk)
     layers_of = held.layers if held else {}
-    patches = {
+    bound = {
         module: _bind_quantized(patch, checkpoint, held) if held and module in layers_of
         else _bind_patch(patch, checkpoint, disk)
         for module, patch in delta.patches.items()
     }  # fmt: skip
+    patches = {target.module: bound[target.module] for target in plan.targets}
     targets = tuple(patch.target for patch in patches.values())
     return ColumnDelta(replace(plan, targets=targets, quantization=held), patches, whole)
 
@@ -293,7 +435,7 @@ _RIGHT_BASE = "Name the right base"
 
 
 def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, str]) -> ColumnPatch:
-    weight = disk.get(f"{patch.target.module}.weight", "")
+    weight = disk.get(patch.target.module if patch.target.place else patch.target.name, "")
     if not weight or checkpoint[weight].shape != patch.target.shape:
         raise BaseMismatchError(
             str(checkpoint.root),
@@ -319,6 +461,8 @@ def detach(model: nn.Module, *, merge: bool) -> None:
     dtype = next(
         (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".paca_" not in name), None
     )
+    for experts in opened_experts(model).values():
+        close_experts(experts, merge=merge)
     for layer in layers(model).values():
         if isinstance(layer, QuantizedPacaLinear):
             close_quantized(layer, merge=merge, dtype=dtype)

@@ -265,7 +265,7 @@ class _FrozenFunction(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """`nn.Linear` with a packed, frozen weight. `storage`: the dtype that its values are rounded to; `shape`: (o, i)."""
+    """`nn.Linear` with a packed, frozen weight. `storage`: what its values are rounded to; `shape`: (o, i)."""
 
     storage: torch.dtype
     shape: tuple[int, int]

@@ -22,6 +22,7 @@ from exporters.lora import PeftContents, base_notes, refuse_settings, write_peft
 from surgery.adapter import Adapter
 from surgery.delta import ColumnDelta, ColumnPatch, require_columns
 from surgery.errors import UnsupportedError
+from surgery.experts import require_layers
 from surgery.paca_layers import combine
 from surgery.peft_files import DELTA, INDICES, PACA, PEFT_PACA, PREFIX, saved_modules, task_type
 from surgery.plan import SurgeryPlan, Target
@@ -145,12 +146,13 @@ def find_notes(plan: SurgeryPlan, rank: int, alpha: float) -> list[str]:
 def require_linear(plan: SurgeryPlan, rank: int) -> None:
     """PEFT trains columns of nn.Linear alone, as many in each. Raises: UnsupportedError."""
     where = f"--format {PEFT_PACA}"
+    require_layers(plan, where)
     for target in plan.targets:
         if target.input_axis != 1 or target.sizes or target.parameter != "weight":
             found = (
                 f"{target.module}, whose weight is {list(target.shape)} with the inputs along axis {target.input_axis}"
             )
-            fix = "Use --format lora, which PEFT knows for it, or --merge"
+            fix = "Use --merge, or --format lora where PEFT has LoRA for such a layer"
             raise UnsupportedError(where, found, expected="nn.Linear: PEFT's PaCA trains no other", fix=fix)
         if target.in_features < rank:
             found = f"{target.module} has {target.in_features} columns"

@@ -123,7 +123,9 @@ def _unpredicted(recipe: Recipe) -> list[str]:
     if recipe.method == "paca" and recipe.paca.resample:
         notes.append("columns that no longer train take the CPU's memory, 8 bytes a value at most, beside these bytes")
     asked = {"compile": section.compile, "liger": section.liger, "cache_features": section.cache_features is not None}
-    return notes + [f"train.{name} is not predicted: these are the bytes without it" for name, on in asked.items() if on]
+    return notes + [
+        f"train.{name} is not predicted: these are the bytes without it" for name, on in asked.items() if on
+    ]
 
 
 def _run(recipe: Recipe, question: Question) -> Run:

@@ -192,7 +192,11 @@ def test_the_sections_take_what_the_libraries_take() -> None:
 
 
 SAID = {
-    "paca": {"rank": 2, "targets": ["a"], "exclude": ["b"], "rank_pattern": {"c": 1}, "alpha": 2.0, "seed": 3},
+    "paca": {
+        "rank": 2, "targets": ["a"], "exclude": ["b"], "rank_pattern": {"c": 1}, "alpha": 2.0, "seed": 3,
+        "select": "gradient", "experts": "own", "resample": "every:5", "calibration_data": ["d"],
+        "calibration_columns": {"text": "t"}, "calibration_rows": 5, "calibration_length": 7,
+    },
     "read": {
         "cell": "lstm", "hidden": 8, "recurrent_layers": 2, "bidirectional": True, "initial": "embedding",
         "reduce": "mean", "output_norm": True, "scale": 0.5, "layers": "last:1", "stacks": "encoder", "joiner": "mean",
@@ -212,7 +216,7 @@ def test_what_a_section_says_arrives_in_its_record(name: str) -> None:
     document = {"model": "m", name: said, **({} if name == "data" else {"method": name})}
     recipe = check(Recipe, document, "test")
     section, default = getattr(recipe, name).model_dump(), getattr(check(Recipe, {"model": "m"}, "test"), name)
-    assert set(section) - set(said) <= {"select", "eval_fraction"}
+    assert set(section) - set(said) <= {"budget", "eval_fraction"}  # which exclude others
     assert not {key for key, value in said.items() if value == getattr(default, key)}
     spec = recipe.data.spec() if name == "data" else recipe.spec()
     assert {k: getattr(spec, k) for k in said} == {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}

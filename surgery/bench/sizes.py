@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from surgery.bench.methods import VARIANTS, Shared, explained, paca_settings, trained
-from surgery.bench.results import Size
+from surgery.bench.results import FLOOR, Size
 from surgery.bench.spec import BenchSpec, Entry, default_size, parse_method, wanted_values
 from surgery.bench.subject import Subject
 from surgery.errors import RequestError
@@ -30,7 +30,8 @@ def _settle(subject: Subject, entry: Entry) -> tuple[Entry, list[str]]:
     wanted = wanted_values(entry, spec)
     if not variant.size:
         count_values(subject, entry)  # refused here where the model does not suit it
-        return entry, [f"{variant.name} has no size to choose"] if spec.equal == "values" else []
+        is_odd = spec.equal == "values" and variant.name != FLOOR  # the floor trains nothing
+        return entry, [f"{variant.name} has no size to choose"] if is_odd else []
     if "budget" in entry.settings:
         entry = _with_budget(subject, entry)
         found = count_values(subject, entry)

@@ -260,4 +260,4 @@ class SurgeryPlan:
         plan = self.without_digests()
         if not self.spec.get("budget"):
             return plan
-        return replace(plan, targets=(replace(plan.targets[0], module="*", rank=1, group="*"),), untouched=())
+        return replace(plan, targets=(Target("*", "*", 1, 1, 1, "F32", 1, "*"),), untouched=())

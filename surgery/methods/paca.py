@@ -18,10 +18,12 @@ from surgery.columns import choose_columns, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
 from surgery.methods import Method, PlanRequest
+from surgery.paca_kinds import OPENED, keep_statistics, let_statistics_go, moving_statistics
 from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, read_columns, watch_optimizers
 from surgery.plan import Stored, SurgeryPlan, Target
-from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
+from surgery.select import ALL, ALL_LINEAR, CONVOLUTION, LinearSite, asked_rank, ranks_of, resolve
 from surgery.sharding import whole as gathered
+from surgery.sites import find_all_sites
 from surgery.survey import list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES, torch_dtype
 
@@ -66,18 +68,32 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
     model, stored = request.model, request.stored
-    sites = find_sites(model, request.heads)
+    sites = find_all_sites(model, request.heads)
     groups = trace_groups(model, sites)
     whole = {target.parameter: target for target in request.whole}
-    candidates = [site for site in sites if site.name in stored and site.name not in whole]
+    candidates = [_sized(spec, site) for site in sites if site.name in stored and site.name not in whole]
     chosen = resolve(candidates, spec.targets, exclude=spec.exclude)
     ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
     targets = tuple(_target(site, stored[site.name], ranks[site.module], groups) for site in chosen)
     touched = {target.name: target for target in targets} | whole
     reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
     reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with}
-    reasons |= {site.name: "not selected" for site in candidates if not site.is_head and not site.tied_with}
-    return {"targets": targets, "untouched": list_untouched(model, touched, reasons)}
+    reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
+    frozen = moving_statistics(model)
+    return {"targets": targets, "untouched": list_untouched(model, touched, reasons), "frozen": frozen}
+
+
+def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
+    """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is."""
+    asked = asked_rank(site, spec.rank, spec.rank_pattern)
+    return replace(site, is_narrow=site.kind == CONVOLUTION and asked > site.in_features)
+
+
+def why_left(site: LinearSite) -> str:
+    """Why a layer that could have been meant does not train."""
+    if site.is_narrow:
+        return f"convolution of {site.in_features} channels, fewer than the rank"
+    return site.unfit or ("not selected" if site.kind in ALL[ALL_LINEAR] else site.kind)
 
 
 def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
@@ -135,17 +151,20 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
         _require_originals(model, delta)
     for target in plan.targets:
         patch = delta.patches[target.module] if delta else None
+        module = model.get_submodule(target.module)
         layer = open_layer(
-            model.get_submodule(target.module),
+            module,
             patch.columns if patch else planned_columns(plan, target),
             input_axis=target.input_axis,
             storage=torch_dtype(target.dtype),
             shared=shared[target.group, target.rank],
             scale=spec.scale(target.rank),
+            opened=OPENED[type(module)],
         )
         if patch:
             layer.start_from(patch.values)
             layer.refresh()
+    keep_statistics(model, plan.frozen)
 
 
 def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
@@ -217,6 +236,7 @@ def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
     for layer in layers(model).values():
         close_layer(layer, merge=merge)
+    let_statistics_go(model)
 
 
 METHOD = Method("paca", "arXiv 2503.01905", PacaSpec, plan, fresh, attach, trainable_names, collect, bind, detach)

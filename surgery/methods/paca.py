@@ -91,7 +91,7 @@ def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
 
 def why_left(site: LinearSite) -> str:
     """Why a layer that could have been meant does not train."""
-    if site.is_narrow:
+    if site.is_narrow and not site.unfit:
         return f"convolution of {site.in_features} channels, fewer than the rank"
     return site.unfit or ("not selected" if site.kind in ALL[ALL_LINEAR] else site.kind)
 

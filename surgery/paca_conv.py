@@ -11,7 +11,7 @@ Shape suffixes: o output channels, i input channels, r trained ones, n images, h
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn

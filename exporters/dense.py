@@ -28,16 +28,14 @@ from surgery.delta import (
     require_columns,
 )
 from surgery.errors import BaseMismatchError, CheckError, RequestError
-from surgery.manifest import MERGED, UNDO_FILE, Base, Record, relative_path, versions
+from surgery.manifest import MERGED, UNDO_FILE, Base, Manifest, Record, relative_path, versions
 from surgery.plan import SurgeryPlan, Target, WholeTarget
 from surgery.tensorfile import (
-    CHUNK_BYTES,
     FLOAT_DTYPES,
     TORCH_NAMES,
-    TensorFile,
     TensorInfo,
     build_header,
-    read_range,
+    dtype_name,
     tensor_bytes,
     tensor_from_bytes,
     tensor_to_bytes,
@@ -145,13 +143,13 @@ def export(
     root = find_base(adapter.record, adapter.folder, base)
     checkpoint = Checkpoint.open(root)
     files = plan_files(checkpoint, adapter.plan, dtype, max_shard_bytes)
-    require_apart(out, [root, adapter.folder])
+    require_apart(out, [root, *adapter.folders])
     require_targets(checkpoint, adapter.plan)
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
-        require_disk(writer.path, size_bytes(files) + (adapter.folder / ADAPTER_FILE).stat().st_size)
+        require_disk(writer.path, size_bytes(files) + sum((f / ADAPTER_FILE).stat().st_size for f in adapter.folders))
         copy_small_files(checkpoint, writer.path, _with_dtype(checkpoint, adapter.plan, dtype))
         write_weights(writer.path, checkpoint, delta, files)
-        write_undo(writer.path / UNDO_FILE, checkpoint, adapter)
+        write_undo(writer.path / UNDO_FILE, checkpoint, delta)
         settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "files": [file.name for file in files]}
         record = export_record(MERGED, adapter, root, out, settings, hub=base is None)
         write_file(writer.path / RECORD_FILE, record.to_json())
@@ -269,33 +267,48 @@ def write_index(folder: Path, files: list[OutFile]) -> None:
     write_file(folder / INDEX_FILE, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_undo(path: Path, checkpoint: Checkpoint, adapter: Adapter) -> None:
+def write_undo(path: Path, checkpoint: Checkpoint, delta: ColumnDelta) -> None:
     """All that a merge replaces: columns, heads, headers and small files of the base.
 
     A safetensors file under another ending, so that loaders that take every *.safetensors pass it by.
     """
-    source = TensorFile(adapter.folder / ADAPTER_FILE)
-    columns = [i for n, i in source.infos.items() if n.endswith((".columns", ".original"))]
     texts = {f"header:{name}": header.raw for name, header in checkpoint.headers.items()}
     names = [*checkpoint.small_files(), *([INDEX_FILE] if checkpoint.is_sharded else [])]
     texts |= {f"file:{name}": (checkpoint.root / name).read_bytes() for name in names}
-    entries = [(i.name, i.dtype, i.shape) for i in columns] + [(n, "U8", (len(t),)) for n, t in texts.items()]
+    heads = {f"{name}.original": w.original for name, w in delta.whole.items() if w.original is not None}
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    for target in delta.plan.targets:
+        entries.append((f"{target.module}.columns", "I64", (target.rank,)))
+        entries.append((f"{target.module}.original", target.dtype, (target.out_features, target.rank)))
+    entries += [(name, dtype_name(head.dtype), tuple(head.shape)) for name, head in heads.items()]
+    entries += [(name, "U8", (len(text),)) for name, text in texts.items()]
 
     def chunks() -> Iterator[bytes | memoryview]:
-        for info in columns:
-            yield from read_range(source.path, info.begin, info.end, CHUNK_BYTES)
+        for target in delta.plan.targets:
+            patch = delta.patches[target.module]
+            yield tensor_to_bytes(patch.columns)
+            yield tensor_to_bytes(patch.original)
+        yield from map(tensor_to_bytes, heads.values())
         yield from texts.values()
 
     write_tensors(path, build_header(entries, {}), chunks())
 
 
+def sourced(adapter: Adapter, out: Path) -> Manifest:
+    """The adapter's manifest for what is made of it at `out`: naming it, or of a union every adapter in it."""
+    opened = adapter.parents or (adapter,)
+    sources = tuple(
+        {"path": relative_path(one.folder, out), "sha256": one.record.manifest.files[ADAPTER_FILE]} for one in opened
+    )
+    named = {"parents": sources, "adapter": {}} if adapter.parents else {"parents": (), "adapter": sources[0]}
+    return replace(adapter.record.manifest, **named)
+
+
 def export_record(kind: str, adapter: Adapter, root: Path, out: Path, settings: dict[str, Any], *, hub: bool) -> Record:
     """The record of an export. `hub`: the base is the recorded one, also where that is on the hub."""
-    recorded = adapter.record.manifest
-    base = recorded.base if hub and recorded.base.hub_id else Base(path=relative_path(root, out))
-    source = {"path": relative_path(adapter.folder, out), "sha256": recorded.files[ADAPTER_FILE]}
-    manifest = replace(recorded, base=base, versions=versions(), files={}, adapter=source, export=settings)
-    return Record(kind, adapter.plan, manifest)
+    made = sourced(adapter, out)
+    base = made.base if hub and made.base.hub_id else Base(path=relative_path(root, out))
+    return Record(kind, adapter.plan, replace(made, base=base, versions=versions(), files={}, export=settings))
 
 
 @dataclass(frozen=True)

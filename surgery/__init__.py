@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the table below
     from surgery.operate import detach as detach
     from surgery.operate import load as load
     from surgery.operate import save as save
+    from surgery.peft_paca import import_peft as import_peft
     from surgery.planning import plan_checkpoint as plan_checkpoint
     from surgery.recipe import DataSection as DataSection
     from surgery.recipe import TrainSection as TrainSection
@@ -43,6 +44,7 @@ _NAMES = {
     "attach": "surgery.operate",
     "collect": "surgery.operate",
     "detach": "surgery.operate",
+    "import_peft": "surgery.peft_paca",
     "load": "surgery.operate",
     "plan_checkpoint": "surgery.planning",
     "save": "surgery.operate",

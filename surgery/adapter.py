@@ -32,11 +32,20 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.ti
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder, read and checked."""
+    """An adapter folder, read and checked; or the union of several, its `parents`, which is in memory alone.
+
+    A union's folder is its first parent's: paths in its record are seen from there.
+    """
 
     folder: Path
     record: Record
     delta: Delta
+    parents: tuple[Adapter, ...] = ()
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder whose values these are."""
+        return tuple(parent.folder for parent in self.parents) or (self.folder,)
 
     @property
     def plan(self) -> SurgeryPlan:

@@ -23,6 +23,7 @@ from surgery.checkpoint import require_folder, require_model, require_record
 from surgery.cli_bench import bench_command
 from surgery.cli_eval import eval_command
 from surgery.cli_generate import generate_command
+from surgery.cli_import import import_command
 from surgery.cli_plan import plan_command
 from surgery.cli_recipes import recipes_command
 from surgery.cli_report import report_command
@@ -350,11 +351,15 @@ def train(
 
 
 @cli.command()
-@click.argument("adapter", type=FOLDER, required=False)
+@click.argument("adapters", type=FOLDER, nargs=-1, metavar="[ADAPTER]...")
 @click.option("--merge", is_flag=True, help="Write the trained columns into a dense checkpoint.")
 @OUT
 @click.option(
-    "--format", "format_", default="safetensors", show_default=True, help="safetensors, onnx, lora or remote-code."
+    "--format",
+    "format_",
+    default="safetensors",
+    show_default=True,
+    help="safetensors, onnx, lora, peft-paca (PEFT's own PaCA) or remote-code.",
 )
 @click.option(
     "--dtype",
@@ -371,7 +376,7 @@ def train(
 @OVERWRITE
 @JSON
 def export(
-    adapter: Path | None,
+    adapters: tuple[Path, ...],
     *,
     merge: bool,
     out: Path | None,
@@ -390,7 +395,8 @@ def export(
 
     Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` (or with another
     format's name) unless -o says otherwise, and appears only after its check held. --format onnx also takes a model
-    as it is: a checkpoint, or a merged folder.
+    as it is: a checkpoint, or a merged folder. Several adapters of one base become one checkpoint where their columns
+    do not overlap.
 
     \b
     surgery export model-paca/ --merge
@@ -398,11 +404,14 @@ def export(
     surgery export model-paca/ --merge --format onnx
     surgery export model/ --format onnx
     surgery export model-paca/ --format lora
+    surgery export model-paca/ --format peft-paca
+    surgery export law-paca/ code-paca/ --merge -o both/
     """
+    adapter = adapters[0] if len(adapters) == 1 else None
     if adapter and format_ == "onnx":
         require_model(str(adapter))
-    elif adapter:
-        require_record(adapter)
+    for folder in () if adapter and format_ == "onnx" else adapters:
+        require_record(folder)
     from surgery import show as showing
     from surgery import workflow
 
@@ -416,21 +425,34 @@ def export(
             raise RequestError(str(adapter), f"{given[0]} with a model", expected=f"an adapter, or no {given[0]}")
         result = workflow.export_checkpoint(str(adapter), out, **settings)
     else:
-        folder = workflow.find_adapter(adapter)
-        workflow.require_merge(folder, format_, is_asked=merge)
-        result = workflow.export(folder, out, format=format_, base=base, prompts=prompts, **settings)
+        folders = adapters or (workflow.find_adapter(None),)
+        for folder in folders:
+            workflow.require_merge(folder, format_, is_asked=merge)
+        result = workflow.export(folders, out, format=format_, base=base, prompts=prompts, **settings)
     show(showing.export_lines(result), result, as_json=as_json)
 
 
 @cli.command()
 @click.argument("merged", type=FOLDER)
-@click.option("--adapter", type=FOLDER, help="The adapter's folder, where it is not where it was.")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=FOLDER,
+    multiple=True,
+    help="The adapter's folder, where it is not where it was; of several all of them.",
+)
 @BASE
 @click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
 @click.option("--no-numeric", is_flag=True, help="Compare bytes only; do not run the models.")
 @JSON
 def verify(
-    merged: Path, *, adapter: Path | None, base: str | None, prompts: tuple[str, ...], no_numeric: bool, as_json: bool
+    merged: Path,
+    *,
+    adapters: tuple[Path, ...],
+    base: str | None,
+    prompts: tuple[str, ...],
+    no_numeric: bool,
+    as_json: bool,
 ) -> None:
     """Check that MERGED is its base with the trained columns, and nothing else. Exit code 3 where it is not.
 
@@ -440,7 +462,7 @@ def verify(
     require_record(merged)
     from surgery.verify import verify as run_checks
 
-    result = run_checks(merged, adapter=adapter, base=base, prompts=prompts, numeric=not no_numeric)
+    result = run_checks(merged, adapter=adapters, base=base, prompts=prompts, numeric=not no_numeric)
     show(result.lines(), result, as_json=as_json)
 
 
@@ -582,6 +604,7 @@ def settings(*, as_json: bool) -> None:
 cli.add_command(bench_command)
 cli.add_command(eval_command)
 cli.add_command(generate_command)
+cli.add_command(import_command)
 cli.add_command(plan_command)
 cli.add_command(recipes_command)
 cli.add_command(report_command)

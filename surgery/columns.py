@@ -34,11 +34,12 @@ def random_columns(in_features: int, rank: int, *, seed: int, group: str) -> Ten
 
 
 STRATEGIES: dict[str, Callable[..., Tensor]] = {"random": random_columns}
+STORED = "stored"  # columns that came with an adapter's values, from PEFT or from several adapters: never chosen
 
 
 def require_strategy(name: str) -> None:
     """Raises RequestError for a strategy that is not in the table."""
-    if name not in STRATEGIES:
+    if name not in STRATEGIES and name != STORED:
         raise RequestError(
             "--select",
             f"unknown strategy {name!r}",
@@ -50,4 +51,16 @@ def require_strategy(name: str) -> None:
 def choose_columns(strategy: str, in_features: int, rank: int, *, seed: int, group: str) -> Tensor:
     """The columns of one layer: (rank,) int64, strictly increasing. Raises RequestError for an unknown strategy."""
     require_strategy(strategy)
+    refuse_stored(strategy)
     return STRATEGIES[strategy](in_features, rank, seed=seed, group=group)
+
+
+def refuse_stored(strategy: str) -> None:
+    """Raises RequestError where columns would have to be chosen for a plan whose columns are an adapter's own."""
+    if strategy == STORED:
+        raise RequestError(
+            "--select",
+            f"{STORED!r}, which adapters say whose columns were read from elsewhere",
+            expected=f"one of {', '.join(STRATEGIES)}",
+            fix="Import or unite again, with the --task that is wanted, or apply anew",
+        )

@@ -27,6 +27,7 @@ from surgery.manifest import (
     parse_record,
     read_document,
 )
+from surgery.peft_files import PEFT_PACA
 from surgery.plan import NO_METHOD, SurgeryPlan
 from surgery.runs import CHECKPOINTS, latest_checkpoint, open_run, step_of
 from surgery.table import align, plan_lines, size_text, target_rows
@@ -165,6 +166,7 @@ _KINDS = {
     ADAPTER: "an adapter",
     MERGED: "a merged checkpoint",
     LORA: "a LoRA adapter for PEFT",
+    PEFT_PACA: "an adapter of PEFT's PaCA",
     REMOTE_CODE: "a model with a side network, which transformers loads with trust_remote_code",
     ONNX: "a model with ONNX graphs",
     PATCHED: "an ONNX file with an adapter's columns in it",
@@ -219,7 +221,7 @@ def _inspect_untouched(path: Path, record: Record) -> Inspection:
 
 def _inspect_lora(path: Path, record: Record) -> Inspection:
     merged = MergedFacts(record.manifest.export, record.manifest.checks, "nothing to undo: the base is not in it")
-    return Inspection(str(path), LORA, origin=_origin(path, record), merged=merged, plan=record.plan)
+    return Inspection(str(path), record.kind, origin=_origin(path, record), merged=merged, plan=record.plan)
 
 
 def _inspect_patch(path: Path, record: Record) -> Inspection:
@@ -231,6 +233,7 @@ _INSPECT = {
     ADAPTER: _inspect_adapter,
     MERGED: _inspect_merged,
     LORA: _inspect_lora,
+    PEFT_PACA: _inspect_lora,
     REMOTE_CODE: _inspect_untouched,
     ONNX: _inspect_untouched,
     PATCHED: _inspect_patch,
@@ -266,9 +269,11 @@ def _tied(config: Mapping[str, Any]) -> bool | None:
 
 
 def _origin(folder: Path, record: Record) -> Origin:
-    base, adapter = record.manifest.base, str(record.manifest.adapter.get("path", ""))
+    base, sources = record.manifest.base, record.manifest.parents or (record.manifest.adapter,)
+    paths = [str(source["path"]) for source in sources if source.get("path")]
     name = f"{base.hub_id} (revision {base.revision})" if base.hub_id else base.path
-    return Origin(name, _is_found(folder, base), adapter, bool(adapter) and (folder / adapter).is_dir())
+    is_there = bool(paths) and all((folder / path).is_dir() for path in paths)
+    return Origin(name, _is_found(folder, base), ", ".join(paths), is_there)
 
 
 def _is_found(folder: Path, base: Base) -> bool:

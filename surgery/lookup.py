@@ -13,6 +13,7 @@ BACKENDS = {"local": "surgery.backends.local:BACKEND", "gaudi": "surgery.backend
 EXPORTERS = {
     "safetensors": "exporters.dense:EXPORTER",
     "lora": "exporters.lora:EXPORTER",
+    "peft-paca": "exporters.peft_paca:EXPORTER",
     "remote-code": "exporters.remote_code:EXPORTER",
     "onnx": "exporters.onnx_export:EXPORTER",
 }

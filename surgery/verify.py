@@ -9,7 +9,7 @@ import gc
 import json
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import TRANSFORMERS_5, image_size, quiet_loading
 from surgery.delta import (
     ADAPTER_FILE,
+    ColumnPatch,
     backbone_sha256,
     bits,
     columns_here,
@@ -58,6 +59,7 @@ from surgery.tensorfile import (
     tensor_to_bytes,
     torch_dtype,
 )
+from surgery.union import unite
 from surgery.writing import replace_file
 
 PROMPTS = (
@@ -101,18 +103,20 @@ class _Sides:
 def verify(
     folder: str | Path,
     *,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     base: str | Path | None = None,
     prompts: Sequence[str] = (),
     numeric: bool = True,
 ) -> Verification:
     """Check a merged folder, one with a side network or one with ONNX graphs; write the outcome into its record.
 
+    adapter: where it is not where it was; of a folder that was merged from several, all of them, in any order.
     Raises: CheckError where a check does not hold; NotAModelError, DamagedError, BaseMismatchError.
     """
     folder = Path(folder)
     record, checks, difference = read_record(folder, MERGED, REMOTE_CODE, ONNX), [], None
-    opened, why = _find_adapter(record, folder, adapter)
+    named = (adapter,) if isinstance(adapter, (str, Path)) else tuple(adapter or ())
+    opened, why = _find_adapters(record, folder, tuple(map(Path, named)), base)
     if record.kind == ONNX:
         checks += _check_carried(folder, record, base)
     else:
@@ -138,14 +142,35 @@ def _open_sides(folder: Path, record: Record, adapter: Adapter | None, why: str,
     return _Sides(Checkpoint.open(folder), Checkpoint.open(root), record, undo, adapter, why)
 
 
-def _find_adapter(record: Record, folder: Path, named: str | Path | None) -> tuple[Adapter | None, str]:
-    """The adapter of an export, or why it is not at hand. One that was named must be usable."""
-    source = record.manifest.adapter
+def _find_adapters(
+    record: Record, folder: Path, named: tuple[Path, ...], base: str | Path | None
+) -> tuple[Adapter | None, str]:
+    """The adapter of an export, the union of its adapters, or why it is not at hand. What was named must be usable."""
+    parents = record.manifest.parents
+    if not parents:
+        if len(named) > 1:
+            raise RequestError("--adapter", f"{len(named)} folders for {folder}", expected="the one it was made of")
+        return _find_adapter(record.manifest.adapter, folder, *named)
+    if named and len(named) != len(parents):
+        raise RequestError("--adapter", counted(len(named), "folder"), expected=f"all {len(parents)} it was made of")
+    digests = {file_sha256(path / ADAPTER_FILE): path for path in named if (path / ADAPTER_FILE).is_file()}
+    opened = []
+    for source in parents:
+        at = digests.get(source.get("sha256", ""), named[0]) if named else None
+        found, why = _find_adapter(source, folder, *([at] if at else []))
+        if found is None:
+            return None, f"{why} ({source.get('path', '')}, one of {len(parents)})"
+        opened.append(found)
+    return unite(opened, base if base is not None else find_base(record, folder)), ""
+
+
+def _find_adapter(source: Mapping[str, str], folder: Path, named: Path | None = None) -> tuple[Adapter | None, str]:
+    """An adapter by its recorded path and digest, or why it is not at hand. One that was named must be usable."""
     if not source:
         if named:
             raise RequestError("--adapter", f"{named}, and {folder} was made of none", expected="no --adapter")
         return None, "it was made of none"
-    path = Path(named) if named else folder / source.get("path", "")
+    path = named or folder / source.get("path", "")
     if not named and not (path / ADAPTER_FILE).is_file():
         return None, f"its adapter {source.get('path', '')!r} is not there"
     try:
@@ -263,17 +288,8 @@ def _check_targets(sides: _Sides) -> list[Check]:
     for target in sides.record.plan.targets:
         columns = sides.undo.read(f"{target.module}.columns")
         written, differs = _compare_target(sides, target, columns)
-        if sides.adapter and written is not None:
-            stored = require_columns(sides.adapter.delta, "verify").patches[target.module].stored().to(written.dtype)
-            if not torch.equal(bits_of(stored), bits_of(written)):
-                raise CheckError(
-                    target.weight,
-                    "its columns are not what was trained",
-                    expected="the adapter's values",
-                    fix="Export again",
-                )
-            if differs != bool((bits_of(stored) != bits_of(_original(sides, target).to(stored.dtype))).any()):
-                raise CheckError(target.weight, "it equals the base", expected="the trained columns")
+        if sides.adapter:
+            _require_trained(sides, target, columns, written, differs=differs)
         moved, unmoved = moved + differs, unmoved + (not differs)
     if sides.adapter:
         _check_heads(sides, sides.adapter)
@@ -281,6 +297,36 @@ def _check_targets(sides: _Sides) -> list[Check]:
     if not sides.adapter:
         values = Check("trained columns", "not run", sides.why_no_adapter)
     return [Check("planned columns", "passed", _what_moved(moved, unmoved)), values]
+
+
+def _require_trained(sides: _Sides, target: Target, columns: Tensor, written: Tensor, *, differs: bool) -> None:
+    """A target's columns as written (out, r) are what its adapter trained; of a union, each adapter its own."""
+    original = _original(sides, target).to(written.dtype)
+    moves, left = False, target.rank
+    for patch in _trained_patches(sides, target):
+        at = torch.searchsorted(columns, patch.columns).clamp(max=target.rank - 1)
+        stored = bits_of(patch.stored().to(written.dtype))
+        if not torch.equal(columns[at], patch.columns) or not torch.equal(stored, bits_of(written[:, at])):
+            raise CheckError(
+                target.weight,
+                "its columns are not what was trained",
+                expected="the adapter's values",
+                fix="Export again",
+            )
+        moves, left = moves or not torch.equal(stored, bits_of(original[:, at])), left - len(at)
+    if left:
+        raise CheckError(
+            target.weight, f"{counted(left, 'column')} of no adapter", expected="the trained columns alone"
+        )
+    if differs != moves:
+        raise CheckError(target.weight, "it equals the base", expected="the trained columns")
+
+
+def _trained_patches(sides: _Sides, target: Target) -> list[ColumnPatch]:
+    """What each adapter trained of a target, read from its own file."""
+    assert sides.adapter is not None  # noqa: S101  asked for where there is one
+    deltas = [require_columns(one.delta, "verify") for one in sides.adapter.parents or (sides.adapter,)]
+    return [delta.patches[target.module] for delta in deltas if target.module in delta.patches]
 
 
 def _what_moved(moved: int, unmoved: int) -> str:

@@ -26,6 +26,7 @@ from surgery.runs import notes_of
 from surgery.survey import TaskSpec
 from surgery.tiny import is_tiny, write_tiny
 from surgery.train import TrainResult, launch, result_of, train
+from surgery.union import unite
 from surgery.verify import Verification, verify
 from surgery.writing import parse_size
 
@@ -106,7 +107,7 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 
 def export(  # noqa: PLR0913  the options of one command, all by keyword
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,
     format: str = "safetensors",
@@ -121,18 +122,18 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
 ) -> ExportResult:
     """Write an adapter's checkpoint in a format; the folder appears only after its check held.
 
+    adapter: its folder, or those of several that were trained on one base and whose columns do not overlap.
     dtype: of the files, and with format onnx what its graph computes in; opset and onnx_data: of that format alone.
     Raises: CheckError, BaseMismatchError, DamagedError, ResourceError, OutputExistsError, RequestError.
     """
     started = time.monotonic()
-    opened = open_adapter(adapter)
+    opened, target = _open(adapter, out, format, base)
     exporter = lookup(EXPORTERS, format, "--format")
     _require_accepted(exporter, type(opened.delta), f"--format {format}", opened.delta.ways_out)
-    target = Path(out) if out else default_export_folder(opened.folder, format)
     difference: list[float | None] = []
 
     def checking(folder: Path) -> None:
-        held = verify(folder, adapter=opened.folder, base=base, prompts=prompts)
+        held = verify(folder, adapter=opened.folders, base=base, prompts=prompts)
         difference.append(held.max_logit_difference)
 
     is_checked = check and format in VERIFIED_FORMATS
@@ -150,6 +151,20 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     if result.verification and difference:
         result = replace(result, verification=replace(result.verification, max_logit_difference=difference[0]))
     return result
+
+
+def _open(
+    adapter: str | Path | Sequence[str | Path], out: str | Path | None, format: str, base: str | Path | None
+) -> tuple[Adapter, Path]:
+    """The adapter or the union of several, and the folder to write. Raises: see `unite`."""
+    folders = (adapter,) if isinstance(adapter, (str, Path)) else tuple(adapter)
+    opened = [open_adapter(folder) for folder in folders]
+    if len(opened) == 1:
+        return opened[0], Path(out) if out else default_export_folder(opened[0].folder, format)
+    if not opened or out is None:
+        found = f"{len(opened)} adapters" + ("" if out else " and no -o")
+        raise RequestError("export", found, expected="at least one, and with several the folder to write")
+    return unite(opened, base), Path(out)
 
 
 def _require_accepted(exporter: Any, delta: type[Delta], where: str, fix: str) -> None:

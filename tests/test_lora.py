@@ -20,8 +20,6 @@ from exporters.lora import (
     find_notes,
     padded_rank,
     path_for_peft,
-    saved_modules,
-    task_type,
 )
 from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import Checkpoint
@@ -30,6 +28,7 @@ from surgery.errors import BaseMismatchError, DamagedError, OutputExistsError, R
 from surgery.manifest import Base, read_record
 from surgery.methods.paca import PacaSpec
 from surgery.operate import load, load_base_model
+from surgery.peft_files import saved_modules, task_type
 from surgery.plan import Target
 from surgery.survey import TaskSpec
 from tests.conftest import TinyModel

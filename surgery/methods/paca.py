@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.columns import choose_columns, require_strategy
+from surgery.columns import choose_columns, refuse_stored, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
 from surgery.methods import Method, PlanRequest
@@ -67,6 +67,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
 
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
+    refuse_stored(spec.select)
     model, stored = request.model, request.stored
     sites = find_all_sites(model, request.heads)
     groups = trace_groups(model, sites)
@@ -141,23 +142,26 @@ def fresh(checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePa
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
-    """Open the plan's targets in a frozen model, in place. `delta` gives the columns' values."""
+    """Open the plan's targets in a frozen model, in place. `delta` gives the columns and their values.
+
+    A group's layers share one gathered input where their columns are equal: an adapter may bring other ones for each.
+    """
     spec = PacaSpec(**plan.spec)
     watch_optimizers()
-    shared: dict[tuple[str, int], SharedGather] = {}
+    columns = _own_columns(model, delta) if delta else {t.module: planned_columns(plan, t) for t in plan.targets}
+    shared: dict[tuple[str, bytes], SharedGather] = {}
+    keys = {t.module: (t.group, columns[t.module].numpy().tobytes()) for t in plan.targets}
     for target in plan.targets:
-        shared.setdefault((target.group, target.rank), SharedGather(0)).members += 1
-    if delta:
-        _require_originals(model, delta)
+        shared.setdefault(keys[target.module], SharedGather(0)).members += 1
     for target in plan.targets:
         patch = delta.patches[target.module] if delta else None
         module = model.get_submodule(target.module)
         layer = open_layer(
             module,
-            patch.columns if patch else planned_columns(plan, target),
+            columns[target.module],
             input_axis=target.input_axis,
             storage=torch_dtype(target.dtype),
-            shared=shared[target.group, target.rank],
+            shared=shared[keys[target.module]],
             scale=spec.scale(target.rank),
             opened=OPENED[type(module)],
         )
@@ -167,9 +171,11 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
     keep_statistics(model, plan.frozen)
 
 
-def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
-    """The model holds, in the planned columns, what the adapter's base held there."""
+def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
+    """The adapter's columns by module, in which the model holds what the adapter's base held there."""
+    columns = {}
     for module, patch in delta.patches.items():
+        columns[module] = patch.columns
         weight = model.get_parameter(patch.target.name)
         here = read_columns(weight, patch.columns.to(weight.device), patch.target.input_axis)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
@@ -179,6 +185,7 @@ def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
                 expected="the base this adapter was made for",
                 fix="Name the right base with --base",
             )
+    return columns
 
 
 def trainable_names(plan: SurgeryPlan) -> set[str]:

@@ -160,7 +160,7 @@ PACA_OPTIONS = options(
         "--targets",
         multiple=True,
         callback=_list,
-        help="paca: layers, as all-linear (the default), names, globs or re:PATTERN; commas separate; repeatable.",
+        help="paca: layers, as all-linear (the default), all-conv, names, globs or re:PATTERN; commas separate; repeatable.",
     ),
     click.option("--exclude", multiple=True, callback=_list, help="paca: layers to leave out, in the same way."),
     click.option(
@@ -174,6 +174,12 @@ PACA_OPTIONS = options(
         "--alpha", type=float, help="paca: scale the update by alpha / rank in training. Default: no scaling."
     ),
     click.option("--select", help="paca: how columns are chosen. Default: random."),
+    click.option(
+        "--rows",
+        multiple=True,
+        callback=_list,
+        help="paca: tokens, or numbers as id:7, whose rows of the input embedding train; commas separate; repeatable.",
+    ),
 )
 READ_OPTIONS = options(
     click.option("--cell", help="read: gru, lstm or rnn. Default: gru."),
@@ -219,6 +225,8 @@ def apply(
     \b
     surgery apply model/
     surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
+    surgery apply convnext/ --targets 'all-conv,all-linear'
+    surgery apply model/ --targets embed_tokens --rows '<think>,</think>'
     surgery apply model/ --method read --hidden 64 --layers every:2
     surgery apply model/ --plan
     """

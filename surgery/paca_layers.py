@@ -91,7 +91,7 @@ def gather(x: Tensor, columns_r: Tensor, axis: int = -1) -> Tensor:
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
-def _without_autocast(backward: _Backward) -> _Backward:
+def without_autocast(backward: _Backward) -> _Backward:
     """A backward that casts what it casts by name, on any kind of device: torch.amp.custom_bwd serves only one."""
 
     def run(ctx: Any, dy: Tensor) -> Any:
@@ -117,7 +117,7 @@ class _PacaFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         layer: PacaLayer = ctx.layer
         x_dtype, delta_dtype = ctx.dtypes

@@ -14,7 +14,11 @@ from surgery.side import Stack
 from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
-_TARGET_DEFAULTS = {"parameter": "weight", "sizes": []}  # left out, so that plans of matrices read as they always did
+_TARGET_DEFAULTS = {
+    "parameter": "weight",
+    "sizes": [],
+    "rows": [],
+}  # left out, so that plans of matrices read as they always did
 _OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256")
 
 T = TypeVar("T")
@@ -44,7 +48,8 @@ class Target:
     the weight's bytes in the base, empty while no file has been read.
 
     `parameter` is the module's attribute that holds the weight. Of a weight that is no matrix `sizes` is the shape, and
-    `out_features` the values of one column: the product of the other axes.
+    `out_features` the values of one column: the product of the other axes. Of an embedding `rows` are the tokens whose
+    rows train, where no strategy chooses.
     """
 
     module: str
@@ -58,6 +63,7 @@ class Target:
     sha256: str = ""
     parameter: str = "weight"
     sizes: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where, shape = f"target {self.module}", self.shape
@@ -221,7 +227,10 @@ class SurgeryPlan:
             )
         try:
             parts = dict(document)
-            targets = ({**entry, "sizes": tuple(entry.get("sizes", ()))} for entry in document["targets"])
+            targets = (
+                {**entry, **{name: tuple(entry.get(name, ())) for name in ("sizes", "rows")}}
+                for entry in document["targets"]
+            )
             parts["targets"] = tuple(from_json(Target, entry) for entry in targets)
             whole = ({**entry, "shape": tuple(entry["shape"])} for entry in document["whole"])
             parts["whole"] = tuple(from_json(WholeTarget, entry) for entry in whole)

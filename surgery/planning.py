@@ -13,11 +13,12 @@ from torch import nn
 
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import base_prefix, memory_names
+from surgery.embedding_rows import number_rows
 from surgery.errors import DamagedError, RequestError, UnsupportedError
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import read_document
-from surgery.methods import PlanRequest
+from surgery.methods import LATER, PlanRequest
 from surgery.plan import Stored, SurgeryPlan, WholeTarget
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorInfo
@@ -29,6 +30,7 @@ def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = N
     spec: a method's, such as PacaSpec. Raises: SelectorError, UnsupportedError, NotAModelError, DamagedError.
     """
     require_bare(checkpoint.root)
+    spec = number_rows(checkpoint.root, spec)
     seen = survey(checkpoint.root, task or TaskSpec())
     names = memory_names(seen.model, checkpoint)
     stored = {m.name: _stored(checkpoint[disk]) for disk, m in names.items() if m.is_verbatim}
@@ -72,8 +74,16 @@ def plan_model(
     whole = _plan_whole(model, stored, converted, task=task, heads=heads)
     method = lookup(METHODS, spec.method, "--method")
     parts = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task))
-    plain = json.loads(json.dumps(asdict(spec)))
+    plain = _plain(spec)
     return SurgeryPlan(spec.method, plain, type(model).__name__, task, whole=whole, **parts)
+
+
+def _plain(spec: Any) -> dict[str, Any]:
+    """A spec as JSON; settings marked LATER, which older plans do not have, only where they say something."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
+    default = json.loads(json.dumps(asdict(type(spec)())))
+    later = [entry.name for entry in fields(spec) if entry.metadata == LATER]
+    return {n: value for n, value in plain.items() if n not in later or value != default[n]}
 
 
 def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> Any:

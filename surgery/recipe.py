@@ -56,11 +56,12 @@ class PacaSection(_Section):
     """What PaCA does; see `PacaSpec`."""
 
     rank: int = Field(16, ge=1, description="trained input columns of each layer")
-    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, or all-linear")
+    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, all-linear or all-conv")
     exclude: list[str] = Field([], description="patterns of layers to leave out")
     rank_pattern: dict[str, int] = Field({}, description="rank by pattern; the last match decides")
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
     select: str = Field("random", description="how columns are chosen")
+    rows: list[int | str] = Field([], description="tokens, or numbers, whose rows of the input embedding train")
     seed: int = Field(0, ge=0, description="decides the columns")
 
 

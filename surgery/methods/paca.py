@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from surgery.checkpoint import Checkpoint
 from surgery.columns import choose_columns, refuse_stored, require_strategy
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
+from surgery.embedding_rows import find_embedding, require_rows, without_embedding
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
-from surgery.methods import Method, PlanRequest
-from surgery.paca_kinds import OPENED, keep_statistics, let_statistics_go, moving_statistics
+from surgery.methods import LATER, Method, PlanRequest
+from surgery.paca_kinds import OPENED, keep_statistics, let_go, moving_statistics, route
 from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, read_columns, watch_optimizers
 from surgery.plan import Stored, SurgeryPlan, Target
-from surgery.select import ALL, ALL_LINEAR, CONVOLUTION, LinearSite, asked_rank, ranks_of, resolve
+from surgery.select import ALL, ALL_LINEAR, CONVOLUTION, EMBEDDING, LinearSite, asked_rank, ranks_of, resolve
 from surgery.sharding import whole as gathered
 from surgery.sites import find_all_sites
 from surgery.survey import list_untouched, trace_groups
@@ -34,7 +35,8 @@ class PacaSpec:
 
     rank: trained columns of each layer; rank_pattern: {pattern: rank}, the last match decides; targets, exclude: names,
     globs, `re:` patterns or `all-linear`; alpha: the update is multiplied by alpha / rank while training (None: by 1);
-    select: how columns are chosen; seed: with the layer's name it decides them.
+    select: how columns are chosen; seed: with the layer's name it decides them; rows: tokens, as numbers or, for a
+    folder with a tokenizer, as texts, whose rows of the input embedding train as well.
     """
 
     method: ClassVar[str] = "paca"
@@ -46,6 +48,7 @@ class PacaSpec:
     alpha: float | None = None
     select: str = "random"
     seed: int = 0
+    rows: tuple[int | str, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -53,9 +56,9 @@ class PacaSpec:
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise RequestError("--alpha", str(self.alpha), expected="a positive number")
         require_strategy(self.select)
-        for name in ("targets", "exclude"):
+        for name in ("targets", "exclude", "rows"):
             given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+            object.__setattr__(self, name, (given,) if isinstance(given, (str, int)) else tuple(given))
 
     def scale(self, rank: int) -> float:
         """What the stored difference is multiplied by while training."""
@@ -73,9 +76,16 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     groups = trace_groups(model, sites)
     whole = {target.parameter: target for target in request.whole}
     candidates = [_sized(spec, site) for site in sites if site.name in stored and site.name not in whole]
-    chosen = resolve(candidates, spec.targets, exclude=spec.exclude)
+    embedding = find_embedding(model, candidates, spec.rows)
+    candidates = [site for site in candidates if site.kind != EMBEDDING]
+    selectors = without_embedding(spec.targets, candidates, sites, embedding)
+    chosen = resolve(candidates, selectors, exclude=spec.exclude) if selectors or not embedding else ()
     ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
     targets = tuple(_target(site, stored[site.name], ranks[site.module], groups) for site in chosen)
+    if embedding:
+        rows = require_rows(embedding, spec.rows, model)
+        target = _target(embedding, stored[embedding.name], len(rows), groups)
+        targets = tuple(sorted((*targets, replace(target, rows=rows)), key=lambda target: target.module))
     touched = {target.name: target for target in targets} | whole
     reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
     reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with}
@@ -125,6 +135,8 @@ def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, st
 def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
     """The columns the plan's seed gives a target: (r,) int64, strictly increasing."""
     spec = plan.spec
+    if target.rows:
+        return torch.tensor(target.rows)
     return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
 
 
@@ -168,6 +180,7 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
         if patch:
             layer.start_from(patch.values)
             layer.refresh()
+    route(model)
     keep_statistics(model, plan.frozen)
 
 
@@ -243,7 +256,7 @@ def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
     for layer in layers(model).values():
         close_layer(layer, merge=merge)
-    let_statistics_go(model)
+    let_go(model)
 
 
 METHOD = Method("paca", "arXiv 2503.01905", PacaSpec, plan, fresh, attach, trainable_names, collect, bind, detach)

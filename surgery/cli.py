@@ -160,7 +160,8 @@ PACA_OPTIONS = options(
         "--targets",
         multiple=True,
         callback=_list,
-        help="paca: layers, as all-linear (the default), all-conv, names, globs or re:PATTERN; commas separate; repeatable.",
+        help="paca: layers, as all-linear (the default), all-conv, names, globs or re:PATTERN; commas separate; "
+        "repeatable.",
     ),
     click.option("--exclude", multiple=True, callback=_list, help="paca: layers to leave out, in the same way."),
     click.option(

@@ -21,7 +21,7 @@ def find_all_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearS
     for name, module in model.named_modules():
         is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
         for site, weight in _sites_of(name, module, is_head=is_head):
-            others = [owner for owner in owners[id(weight)] if owner != name]
+            others = [owner for owner in owners[id(weight)] if owner != site.module]
             found.append(_tied(site, others[0]) if others else site)
     return tuple(sorted(found, key=lambda site: (site.module, site.parameter)))
 

@@ -88,7 +88,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
         targets = tuple(sorted((*targets, replace(target, rows=rows)), key=lambda target: target.module))
     touched = {target.name: target for target in targets} | whole
     reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
-    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with}
+    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
     reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
     frozen = moving_statistics(model)
     return {"targets": targets, "untouched": list_untouched(model, touched, reasons), "frozen": frozen}

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import surgery
 from surgery.bench.measure import saved_bytes, take_turns
 from surgery.compat import set_checkpointing
+from surgery.lean_pass import rewrite
 
 SHAPES = {
     "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12,
@@ -69,13 +70,27 @@ def as_lora(model: Any, rank: int) -> Any:
     return get_peft_model(model, config)
 
 
+def as_lean(model: Any, rank: int) -> Any:
+    """PaCA, in lean blocks."""
+    as_paca(model, rank)
+    rewrite(model)
+    return model
+
+
+def as_lean_lora(model: Any, rank: int) -> Any:
+    """PEFT's LoRA, in lean blocks."""
+    wrapped = as_lora(model, rank)
+    rewrite(wrapped)
+    return wrapped
+
+
 def as_full(model: Any, rank: int) -> Any:  # noqa: ARG001
     """All weights train."""
     return model
 
 
 VARIANTS: dict[str, Callable[[Any, int], Any]] = {
-    "floor": as_floor, "paca": as_paca, "lora": as_lora, "full": as_full,
+    "floor": as_floor, "paca": as_paca, "lora": as_lora, "full": as_full, "lean": as_lean, "lean-lora": as_lean_lora,
 }  # fmt: skip
 
 
@@ -132,8 +147,9 @@ def report(result: dict[str, Any], title: str) -> list[str]:
             f"{name:8} {result['trained'][name]:>12,} {statistics.median(times):>9.4f} "
             f"{ratio(times, seconds['floor']):>24} {saved:>14,} {saved / result['saved_bytes']['floor']:>9.3f}"
         )
-    if "lora" in seconds:
-        lines.append(f"paca to lora: {ratio(seconds['paca'], seconds['lora'])}")
+    pairs = (("paca", "lora"), ("lean", "paca"), ("lean-lora", "lora"))
+    for one, other in (pair for pair in pairs if set(pair) <= set(seconds)):
+        lines.append(f"{one} to {other}: {ratio(seconds[one], seconds[other])}")
     return lines
 
 

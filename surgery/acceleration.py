@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 
 from surgery.compat import keep_inputs_frozen
 from surgery.errors import RecipeError, UnsupportedError, shorten
+from surgery.lean_kernels import choose_kernels
+from surgery.lean_pass import rewrite
 from surgery.paca_layers import PacaLayer
 from surgery.recipe import TrainSection
 
@@ -35,6 +37,7 @@ class Kernels:
     attention: str
     compile: bool
     liger: bool
+    lean: str = ""  # what was made so, in words
 
 
 # --- before anything is read
@@ -54,6 +57,8 @@ def require(section: TrainSection, device: str) -> None:
         _require_liger(device)
     if section.compile:
         _require_compile(section, device)
+    if section.lean == "on":
+        _require_lean(section, device)
 
 
 def _require_precision(precision: str, device: str) -> None:
@@ -118,6 +123,15 @@ def missing_liger(device: str) -> str:
     if device != "cuda":
         return f"the device is {device}"
     return "" if importlib.util.find_spec(LIGER_PACKAGE) else "liger-kernel is not installed"
+
+
+def _require_lean(section: TrainSection, device: str) -> None:
+    if device == "hpu":
+        found, fix = "on, and the device is hpu, which has fused norms of its own", "Leave train.lean out"
+        raise UnsupportedError("train.lean", found, expected="cpu or cuda", fix=fix)
+    if section.liger:
+        fix = "Leave one of the two out: lean blocks take Liger's kernels themselves"
+        raise RecipeError("train.lean", "on, given with train.liger", expected="one of the two", fix=fix)
 
 
 def _require_compile(section: TrainSection, device: str) -> None:
@@ -187,6 +201,15 @@ def choose_tf32(tf32: str, device: str, autocast: str) -> bool | None:
     return tf32 == "on" or (tf32 == "auto" and autocast != "fp32")
 
 
+LEAN_WINS = ("cpu",)  # where lean blocks were measured, and a step took no longer: docs/performance.md
+
+
+def choose_lean(section: TrainSection, device: str) -> bool:
+    """Whether blocks are to be lean. `auto`: on devices where that was measured to cost nothing."""
+    is_free = device in LEAN_WINS and not (section.liger or section.compile)
+    return section.lean == "on" or (section.lean == "auto" and is_free)
+
+
 # --- on the model
 
 
@@ -198,10 +221,21 @@ def prepare(model: Any, section: TrainSection, *, device: str, autocast: str) ->
     attention = _set_attention(model, section, device=device, autocast=autocast)
     if section.liger:
         _apply_liger(model)
+    lean = _make_lean(model, section, device) if choose_lean(section, device) else ""
     if section.compile:
         model.compile()  # not the trainer's own way: that sets an environment variable, and later runs compile too
     tf32 = bool(choose_tf32(section.tf32, device, autocast))
-    return Kernels(autocast, tf32, attention, section.compile, section.liger)
+    return Kernels(autocast, tf32, attention, section.compile, section.liger, lean)
+
+
+def _make_lean(model: nn.Module, section: TrainSection, device: str) -> str:
+    """What was made lean, in words. Raises: UnsupportedError where nothing can be; `auto` then leaves all as it is."""
+    try:
+        return rewrite(model, kernels=choose_kernels(device)).line()
+    except UnsupportedError:
+        if section.lean == "on":
+            raise
+        return ""
 
 
 def set_heads(model: nn.Module, heads: Mapping[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.compat import load_tokenizer, quiet_loading
 from surgery.errors import RequestError, SelectorError, UnsupportedError
-from surgery.select import ALL, EMBEDDING, LinearSite, matches
+from surgery.select import ALL, EMBEDDING, LinearSite, matches, means
 
 OPTION, NUMBER = "--rows", "id:"
 
@@ -64,7 +64,7 @@ def _numbered(row: int | str, tokenizer: Any) -> int:
     )
 
 
-def find_embedding(model: nn.Module, sites: Sequence[LinearSite], rows: Sequence[int | str]) -> LinearSite | None:
+def find_embedding(model: Any, sites: Sequence[LinearSite], rows: Sequence[int | str]) -> LinearSite | None:
     """The embedding of the model's input, where rows are asked for. Raises: RequestError, UnsupportedError."""
     if not rows:
         return None
@@ -93,7 +93,7 @@ def without_embedding(
     """The selectors but for those that mean an embedding alone. Raises: SelectorError for one without rows."""
     left = []
     for selector in selectors:
-        is_layer = selector in ALL or any(matches(selector, site.module) for site in sites)
+        is_layer = selector in ALL or any(means(selector, site) for site in sites)
         named = (
             [site for site in every if site.kind == EMBEDDING and matches(selector, site.module)] if selector else []
         )

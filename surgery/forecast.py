@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.acceleration import choose_lean
 from surgery.adapter import find_base
 from surgery.backends.local import choose_device
 from surgery.checkpoint import CONFIG_FILE, RECIPE_ENDINGS, RECORD_FILE, require_model
@@ -126,18 +127,20 @@ def _run(recipe: Recipe, question: Question) -> Run:
     device = question.device or section.device
     if device == "hpu":
         raise UnsupportedError("--device hpu", "no prediction for it", expected="cpu or cuda")
+    kind = choose_device(device) if device == "auto" else device
     return Run(
         batch=section.batch_size,
         sequence=recipe.data.max_length,
         target=question.target,
         dtype=question.dtype,
         precision=section.precision,
-        device=choose_device(device) if device == "auto" else device,
+        device=kind,
         devices=question.devices,
         sharding=question.sharding or ("" if section.strategy == "ddp" else section.strategy),
         checkpointing=section.gradient_checkpointing,
         attention=section.attention,
         cpu_offload=section.cpu_offload,
+        lean=choose_lean(section, kind),
     )
 
 

@@ -19,8 +19,10 @@ from surgery.acceleration import FLASH, set_heads, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, memory_names
 from surgery.errors import RequestError, UnsupportedError, counted, require_known
+from surgery.experts import require_layers, usual_experts
 from surgery.generate import max_positions
 from surgery.images import TASK as IMAGES
+from surgery.lean_pass import rewrite
 from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
 from surgery.plan import Stored, SurgeryPlan
@@ -92,7 +94,7 @@ class Run:
 
     batch: sequences of one forward on each device; target: tokens of an encoder-decoder's output, 0 for as many as of
     its input; dtype: of the weights, fp32, bf16, fp16 or empty for the checkpoint's own; precision: of the computation,
-    as in a recipe; padded: rows differ in length; attention, cpu_offload: as in a recipe.
+    as in a recipe; padded: rows differ in length; attention, cpu_offload: as in a recipe; lean: blocks are.
     """
 
     batch: int = 8
@@ -107,6 +109,7 @@ class Run:
     checkpointing: bool = False
     attention: str = "auto"
     cpu_offload: bool = False
+    lean: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "sequence", "devices"):
@@ -214,6 +217,8 @@ def open_subject(root: Path, method: str, spec: Any, task: TaskSpec, run: Run) -
     seen = survey(root, task)
     dtype = _weight_dtype(root, seen, run)
     plan = None if method == FULL else _plan(root, seen, spec, task, dtype, method=method)
+    if method == LORA and plan:
+        require_layers(plan, "--method lora")
     return _subject(seen, plan, method, dtype, run)
 
 
@@ -228,6 +233,8 @@ def open_planned(root: Path, plan: SurgeryPlan, run: Run) -> Subject:
 def open_attached(model: Any, seen: Survey, method: str, dtype: torch.dtype, run: Run) -> Subject:
     """The same for a model on the meta device that another method has been put on. Raises: UnsupportedError."""
     dry = dry_model(model, seen.task, seen.heads, dtype=dtype)
+    if run.lean:
+        rewrite(model)
     tensors = tuple(_tensors(dry))
     trained = sum(tensor.values() for tensor in tensors if tensor.is_trained)
     kind = next(name for name, known in DTYPES.items() if known == dtype)
@@ -246,8 +253,10 @@ def _plan(root: Path, seen: Survey, spec: Any, task: TaskSpec, dtype: torch.dtyp
     held = dict(own.named_parameters(remove_duplicate=False))
     names = memory_names(seen.model, held)
     kind = dtype_name(dtype)
-    stored = {m.name: Stored(name, kind, tuple(held[name].shape)) for name, m in names.items()}
-    return plan_model(seen.model, spec, stored, {}, task=seen.task, heads=seen.heads)
+    parts = usual_experts(seen.model, lambda _weight: kind)
+    present = {m.name: Stored(name, kind, tuple(held[name].shape)) for name, m in names.items()}
+    stored = {name: entry for name, entry in present.items() if name not in parts}
+    return plan_model(seen.model, spec, stored, {}, task=seen.task, heads=seen.heads, parts=parts)
 
 
 def _has_weights(root: Path) -> bool:
@@ -268,6 +277,8 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
             attach_plan(model, plan, None)
         is_ours = plan is not None and method != LORA
         autocast = (_heads_in_fp32(model, plan, dtype) if is_ours else "") or _autocast(run)
+    if run.lean:
+        rewrite(model)
     dry = replace(dry, is_side=bool(plan and plan.stacks))
     tensors = tuple(_tensors(dry))
     trained = sum(tensor.values() for tensor in tensors if tensor.is_trained)
@@ -461,7 +472,7 @@ def _lines(found: Prediction) -> list[str]:
     kept = [(f"  {kind}", size_text(size)) for kind, size in found.activations.items() if size]
     total = size_text(sum(found.activations.values()))
     table = align([*rows, ("kept for backward", total), *kept, ("sum", size_text(found.total))], right=(1,))
-    checkpointing = ", gradient checkpointing" if run.checkpointing else ""
+    checkpointing = ", gradient checkpointing" * run.checkpointing + ", lean blocks" * run.lean
     head = f"{found.architecture}, {found.method}, {found.trained_values:,} trained values"
     notes = [f"note: {note}" for note in found.notes]
     return [head, f"{shape}{checkpointing}", "", *table, *_fit_lines(found), "", *notes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,15 +21,20 @@ from surgery.adapter import (
     write_adapter,
 )
 from surgery.checkpoint import Checkpoint
+from surgery.choosing import carried, choose, choose_live, looks, require_data
+from surgery.columns import resample_steps
 from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError
+from surgery.experts import expert_name, usual_experts
+from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca import PacaSpec, fresh_live
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
+from surgery.resampling import resample_model
 from surgery.sharding import settle, whole
 from surgery.survey import (
     TASKS,
@@ -82,10 +87,32 @@ def apply(
     checkpoint = Checkpoint.open(root)
     plan = plan_checkpoint(checkpoint, spec or PacaSpec(), task)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        delta = fresh_delta(checkpoint, plan)
+        plan, choice = choose(checkpoint, plan, load_base_model)
+        delta = fresh_delta(checkpoint, plan, choice)
         if base.path:
             base = Base(path=relative_path(root, Path(out)))
         return write_adapter(writer.path, Path(out), checkpoint, delta, Manifest(base))
+
+
+def replanned(adapter: Adapter, checkpoint: Checkpoint, task: TaskSpec) -> Delta:
+    """A fresh adapter's state for another task. Columns that were chosen by looking are the same ones."""
+    plan = adapter.plan
+    spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
+    if not isinstance(adapter.delta, ColumnDelta) or not looks(plan):
+        return fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, task))
+    layers = PacaSpec(rank=1, targets=spec.targets, exclude=spec.exclude, seed=spec.seed)
+    return fresh_delta(checkpoint, *carried(adapter.delta, plan_checkpoint(checkpoint, layers, task)))
+
+
+def plan_in_full(checkpoint: Checkpoint, spec: Any, task: TaskSpec) -> SurgeryPlan:
+    """The plan that `apply` would carry out: where a budget is spread by scores, weights or data are looked at.
+
+    Raises: as `apply`; nothing is written.
+    """
+    plan = plan_checkpoint(checkpoint, spec, task)
+    if looks(plan):
+        require_data(PacaSpec(**plan.spec))
+    return choose(checkpoint, plan, load_base_model)[0] if plan.spec.get("budget") else plan
 
 
 # --- a model in memory
@@ -144,11 +171,12 @@ def align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
+def attach(model: nn.Module, spec: Any = None, *, calibration: Iterable[Mapping[str, Any]] = ()) -> SurgeryPlan:
     """Open a model in place: what the spec's method trains, and a task's head; all else is frozen.
 
-    spec: PacaSpec (the default, as it stands) or ReadSpec. Returns the plan.
-    Raises: SelectorError, UnsupportedError; RequestError when the model is attached already.
+    spec: PacaSpec (the default, as it stands) or ReadSpec. calibration: batches that the model is called with, for
+    columns chosen by inputs or gradients. Returns the plan.
+    Raises: SelectorError, UnsupportedError; RequestError when the model is attached already, or batches are missing.
     """
     _require_plain(model)
     task = _live_task(model)
@@ -156,9 +184,35 @@ def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
     stored = {
         n: Stored(n, dtype_name(p.dtype), tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)
     }
-    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads)
-    attach_plan(model, plan, None)
+    parts = usual_experts(model, lambda weight: dtype_name(weight.dtype))
+    stored = {name: entry for name, entry in stored.items() if name not in parts}
+    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, parts=parts)
+    return attach_chosen(model, plan, calibration)
+
+
+def attach_chosen(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mapping[str, Any]]) -> SurgeryPlan:
+    """Carry out a new plan on a model in memory, its columns chosen first. Returns the plan that this gave."""
+    plan, choice = choose_live(model, plan, calibration)
+    delta = None
+    if choice:
+        held = {w.parameter: model.get_parameter(w.parameter).detach().cpu() for w in plan.whole}
+        whole = {name: WholePatch(value.float(), value.clone()) for name, value in held.items()}
+        delta = fresh_live(model, plan, whole, choice)
+    attach_plan(model, plan, delta)
     return plan
+
+
+def resample(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> bool:
+    """Let other columns train where the plan says so: to be called after each optimizer step, of which `step` is done.
+
+    Returns whether columns were drawn. Raises: RequestError for a plain model, or a plan without `resample`.
+    """
+    plan = state_of(model).plan
+    every = resample_steps(plan.spec.get("resample", ""))
+    if not every:
+        raise RequestError("resample", "the plan draws no columns anew", expected="PacaSpec(resample='every:500')")
+    groups = {target.module: target.group for target in plan.targets}
+    return resample_model(model, optimizer, groups=groups, every=every, seed=plan.spec["seed"], step=step)
 
 
 def _live_task(model: nn.Module) -> str:
@@ -246,6 +300,7 @@ def collect(model: nn.Module) -> Delta:
 def detach(model: nn.Module, *, merge: bool) -> nn.Module:
     """A plain model again, in place: with the trained columns (`merge`), or with the base's. Returns it."""
     state = state_of(model)
+    restore(model)
     lookup(METHODS, state.plan.method, "--method").detach(model, merge=merge)
     if not merge:
         with torch.no_grad():
@@ -296,6 +351,7 @@ def _bind(delta: Delta, model: nn.Module, checkpoint: Checkpoint) -> Delta:
     """The same delta tied to a checkpoint's files by name, dtype and digest."""
     names = memory_names(model, checkpoint)
     disk = {m.name: name for name, m in names.items() if m.is_verbatim}
+    disk |= {expert_name(m.name, m.place): name for name, m in names.items() if m.place}
     prefix = f"{base_prefix(model)}." if any(m.is_prefixed for m in names.values()) else ""
     whole_targets, whole = [], {}
     for target in delta.plan.whole:

@@ -54,7 +54,8 @@ class OpenAttention(nn.MultiheadAttention):
 
     def frozen_rows(self, x: Tensor, rows: slice) -> Tensor:
         """Some rows of the packed projection, as they stand."""
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+        packed: Tensor | None = self.in_proj_bias
+        bias = None if packed is None else packed[rows]
         return functional.linear(x, self.in_proj_weight[rows], bias)
 
     def project(self, x: Tensor, fed: Tensor, rows: slice) -> Tensor:  # noqa: ARG002  opened, it keeps channels of `fed`
@@ -72,7 +73,7 @@ class OpenAttention(nn.MultiheadAttention):
         parts = [part for part in (self, self.out_proj) if isinstance(part, PacaLayer)]
         return torch.is_grad_enabled() and any(part.paca_delta.requires_grad for part in parts)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -86,7 +87,7 @@ class OpenAttention(nn.MultiheadAttention):
         """As nn.MultiheadAttention's, masks and all."""
         settings = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _attend_eagerly(self, query, key, value, *settings)
+            return cast("tuple[Tensor, Tensor | None]", _attend_eagerly(self, query, key, value, *settings))
         self.freshen_all()
         if not self.trains():
             return nn.MultiheadAttention.forward(self, query, key, value, *settings)
@@ -108,7 +109,8 @@ class OpenAttention(nn.MultiheadAttention):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor, *, is_batched: bool) -> list[Tensor]:
         """q (l, b, e), k and v (s, b, e), from as few products as torch takes: equal inputs are projected at once."""
-        width, placed = self.embed_dim, {}
+        width = self.embed_dim
+        placed: dict[int, Tensor] = {}
         for fed in (query, key, value):
             first = fed if is_batched else fed.unsqueeze(1)
             placed[id(fed)] = first.transpose(0, 1) if is_batched and self.batch_first else first
@@ -120,7 +122,7 @@ class OpenAttention(nn.MultiheadAttention):
         for fed, first, last in inputs:
             rows = slice(first * width, last * width)
             packed = self.project(placed[id(fed)], fed, rows)
-            parts = packed.unflatten(-1, (last - first, width)).movedim(-2, 0).contiguous()
+            parts = packed.reshape(*packed.shape[:-1], last - first, width).movedim(-2, 0).contiguous()
             result += parts.unbind(0)
         return result
 
@@ -205,7 +207,8 @@ class PacaAttention(PacaLayer, OpenAttention):
     def project(self, x: Tensor, fed: Tensor, rows: slice) -> Tensor:
         kept = self.paca_gather(fed, self.paca_columns)
         kept = kept.transpose(0, 1) if self.batch_first and fed.dim() == 3 else kept  # as x has been turned
-        return cast("Tensor", _PackedFunction.apply(x, self.paca_delta[rows], kept, self, rows))
+        found: Tensor = _PackedFunction.apply(x, self.paca_delta[rows], kept, self, rows)  # type: ignore[no-untyped-call]
+        return found
 
 
 class PacaOutProjection(PacaLinear, NonDynamicallyQuantizableLinear):

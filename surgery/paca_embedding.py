@@ -6,7 +6,7 @@ numbers, which the caller has anyway; a row's gradient is the sum of what arrive
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class PacaEmbedding(PacaLayer, nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """Shapes: tokens (..), returns (.., width)."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _embed_eagerly(self, tokens)
+            return cast("Tensor", _embed_eagerly(self, tokens))
         return embed(self, tokens)
 
 

@@ -29,7 +29,7 @@ def route(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is nn.MultiheadAttention and isinstance(module.out_proj, PacaLayer):
-            module.__class__ = OpenAttention
+            module.__class__ = OpenAttention  # type: ignore[assignment]
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, PacaLayer) for m in module.modules()):
             module.register_forward_pre_hook(_call_parts)
 
@@ -64,7 +64,7 @@ def let_go(model: nn.Module) -> None:
     """The inverse of `route` and `keep_statistics`: the modules are in the model's own mode again."""
     for module in model.modules():
         if type(module) is OpenAttention:
-            module.__class__ = nn.MultiheadAttention
+            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
         hooks = module._forward_pre_hooks  # noqa: SLF001  a copied model has no handles of its hooks
         for number in [number for number, hook in hooks.items() if hook in (_stay_frozen, _call_parts)]:
             module.training = model.training if hooks.pop(number) is _stay_frozen else module.training

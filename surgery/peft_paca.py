@@ -18,7 +18,7 @@ from torch import Tensor
 
 from surgery.adapter import Adapter, find_model, write_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, path_inside, read_json
-from surgery.columns import STORED
+from surgery.columns import STORED, columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target, require_base
 from surgery.errors import (
     BaseMismatchError,
@@ -52,7 +52,7 @@ from surgery.planning import plan_checkpoint
 from surgery.select import LinearSite, find_sites
 from surgery.survey import TaskSpec, own_task, read_config, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorFile, file_sha256
-from surgery.union import columns_key, shared_groups
+from surgery.union import shared_groups
 from surgery.writing import CheckpointWriter, require_apart
 
 
@@ -190,7 +190,7 @@ def import_peft(
     Raises: NotAModelError, UnsupportedError, DamagedError, BaseMismatchError, OutputExistsError, RequestError.
     """
     peft, out = open_peft(folder), Path(out)
-    root, origin = find_model(*_named_base(peft, base))
+    root, origin = _find_base(peft, base)
     require_apart(out, [root, peft.folder])
     checkpoint = Checkpoint.open(root)
     plan = _plan(peft, checkpoint, task or TaskSpec())
@@ -208,12 +208,15 @@ def import_peft(
     return Imported(adapter, (*_notes(peft, adapter, root), rounding.note()))
 
 
-def _named_base(peft: PeftAdapter, base: str | Path | None) -> tuple[str | Path]:
-    named = base if base is not None else peft.config.get("base_model_name_or_path")
-    if not named or not isinstance(named, (str, Path)):
+def _find_base(peft: PeftAdapter, base: str | Path | None) -> tuple[Path, Base]:
+    """The base that was named, or the configuration's, at its revision. Raises: RequestError, NotAModelError."""
+    if base is not None:
+        return find_model(base)
+    named, revision = peft.config.get("base_model_name_or_path"), peft.config.get("revision")
+    if not named or not isinstance(named, str):
         found = "its configuration names no base"
         raise RequestError(str(peft.folder), found, expected="the model it was trained on", fix="Name it with --base")
-    return (named,)
+    return find_model(named, revision=revision if isinstance(revision, str) else None)
 
 
 def _plan(peft: PeftAdapter, checkpoint: Checkpoint, task: TaskSpec) -> SurgeryPlan:

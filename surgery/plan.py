@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -14,12 +14,9 @@ from surgery.side import Stack
 from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
-_TARGET_DEFAULTS = {
-    "parameter": "weight",
-    "sizes": [],
-    "rows": [],
-}  # left out, so that plans of matrices read as they always did
-_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256")
+# left out, so that plans of matrices read as they always did
+_TARGET_DEFAULTS = {"parameter": "weight", "sizes": [], "holder": "", "place": [], "rows": []}
+_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256", "calibration")
 
 T = TypeVar("T")
 _JSON_TYPES = {"str": str, "int": int, "Mapping[str, Any]": dict, "Mapping[str, str]": dict}
@@ -48,8 +45,11 @@ class Target:
     the weight's bytes in the base, empty while no file has been read.
 
     `parameter` is the module's attribute that holds the weight. Of a weight that is no matrix `sizes` is the shape, and
-    `out_features` the values of one column: the product of the other axes. Of an embedding `rows` are the tokens whose
-    rows train, where no strategy chooses.
+    `out_features` the values of one column: the product of the other axes.
+
+    Of a mixture's experts `module` is a name and no module. `holder` is the module whose `parameter` holds them all,
+    `place` where in it this one lies: (expert, part, of so many equal parts of its outputs), empty where it is all.
+    Of an embedding `rows` are the tokens whose rows train, where no strategy chooses.
     """
 
     module: str
@@ -63,6 +63,8 @@ class Target:
     sha256: str = ""
     parameter: str = "weight"
     sizes: tuple[int, ...] = ()
+    holder: str = ""
+    place: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,12 +78,14 @@ class Target:
         if shape[self.input_axis] != self.in_features or math.prod(shape) != self.out_features * self.in_features:
             expected = f"{self.in_features} along axis {self.input_axis} and {self.out_features} values of each column"
             raise DamagedError(where, f"sizes {list(shape)}", expected=expected)
+        if self.place and (not self.holder or len(self.place) != 3 or not 0 <= self.place[1] < self.place[2]):
+            raise DamagedError(where, f"place {list(self.place)}", expected="an expert and a part of its outputs")
         _require_float(self.module, self.dtype)
 
     @property
     def name(self) -> str:
         """The weight's name in the model."""
-        return f"{self.module}.{self.parameter}"
+        return f"{self.holder or self.module}.{self.parameter}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,6 +139,10 @@ class Stored:
     shape: tuple[int, ...]
 
 
+# by the name of a parameter of experts: the tensors that are put together to it, and the place of each in it
+Parts = Mapping[str, Sequence[tuple[Stored, tuple[int, ...]]]]
+
+
 @dataclass(frozen=True)
 class Untouched:
     """Weights that could have been meant and are not trained: a name with `*` for layer numbers, and why."""
@@ -156,7 +164,7 @@ class SurgeryPlan:
     `prefix` is what the task's class puts before the base's names (`bert.`); `architecture` the class that loads the
     result; `config` the entries of config.json that change. `side`: the tensors of the stacks' side networks, sorted;
     `frozen`: the model's children that stay in eval mode; `backbone_sha256`: the digest of the whole base, empty while
-    no file has been read.
+    no file has been read; `calibration`: the digests of the files that columns were chosen by, by name.
     """
 
     method: str
@@ -172,6 +180,7 @@ class SurgeryPlan:
     side: tuple[SideTarget, ...] = ()
     frozen: tuple[str, ...] = ()
     backbone_sha256: str = ""
+    calibration: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -227,10 +236,8 @@ class SurgeryPlan:
             )
         try:
             parts = dict(document)
-            targets = (
-                {**entry, **{name: tuple(entry.get(name, ())) for name in ("sizes", "rows")}}
-                for entry in document["targets"]
-            )
+            tuples = ("sizes", "place", "rows")
+            targets = ({**e, **{key: tuple(e.get(key, ())) for key in tuples}} for e in document["targets"])
             parts["targets"] = tuple(from_json(Target, entry) for entry in targets)
             whole = ({**entry, "shape": tuple(entry["shape"])} for entry in document["whole"])
             parts["whole"] = tuple(from_json(WholeTarget, entry) for entry in whole)
@@ -249,3 +256,10 @@ class SurgeryPlan:
         targets = tuple(replace(target, sha256="") for target in self.targets)
         whole = tuple(replace(target, sha256="") for target in self.whole)
         return replace(self, targets=targets, whole=whole, backbone_sha256="")
+
+    def as_asked(self) -> SurgeryPlan:
+        """The same plan without what files have decided: digests, and under a budget which layer gets how much."""
+        plan = self.without_digests()
+        if not self.spec.get("budget"):
+            return plan
+        return replace(plan, targets=(replace(plan.targets[0], module="*", rank=1, group="*"),), untouched=())

@@ -15,11 +15,12 @@ from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import base_prefix, memory_names
 from surgery.embedding_rows import number_rows
 from surgery.errors import DamagedError, RequestError, UnsupportedError
+from surgery.experts import expert_parts
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import read_document
-from surgery.methods import LATER, PlanRequest
-from surgery.plan import Stored, SurgeryPlan, WholeTarget
+from surgery.methods import PlanRequest
+from surgery.plan import Parts, Stored, SurgeryPlan, WholeTarget
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorInfo
 
@@ -34,9 +35,11 @@ def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = N
     seen = survey(checkpoint.root, task or TaskSpec())
     names = memory_names(seen.model, checkpoint)
     stored = {m.name: _stored(checkpoint[disk]) for disk, m in names.items() if m.is_verbatim}
-    converted = {m.name: "changed by transformers on loading" for m in names.values() if not m.is_verbatim}
+    parts = expert_parts(names, {disk: _stored(info) for disk, info in checkpoint.items()})
+    changed = (m.name for m in names.values() if not m.is_verbatim and m.name not in parts)
+    converted = dict.fromkeys(changed, "changed by transformers on loading")
     prefix = f"{base_prefix(seen.model)}." if any(m.is_prefixed for m in names.values()) else ""
-    plan = plan_model(seen.model, spec, stored, converted, task=seen.task, heads=seen.heads)
+    plan = plan_model(seen.model, spec, stored, converted, task=seen.task, heads=seen.heads, parts=parts)
     return replace(plan, architecture=seen.architecture, prefix=prefix, config=dict(seen.config_changes))
 
 
@@ -65,25 +68,26 @@ def plan_model(
     *,
     task: str,
     heads: tuple[str, ...],
+    parts: Parts | None = None,
 ) -> SurgeryPlan:
     """The plan for a model, live or on the meta device.
 
-    stored: where each parameter lies, by name; converted: why some cannot be trained; heads: modules of the output.
+    stored: where each parameter lies, by name; converted: why some cannot be trained; heads: modules of the output;
+    parts: where the tensors lie that are put together to parameters of experts.
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
-    whole = _plan_whole(model, stored, converted, task=task, heads=heads)
+    parts = parts or {}
+    whole = _plan_whole(model, stored, {**converted, **dict.fromkeys(parts, "")}, task=task, heads=heads)
     method = lookup(METHODS, spec.method, "--method")
-    parts = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task))
-    plain = _plain(spec)
-    return SurgeryPlan(spec.method, plain, type(model).__name__, task, whole=whole, **parts)
+    planned = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task, parts))
+    return SurgeryPlan(spec.method, plain_spec(spec), type(model).__name__, task, whole=whole, **planned)
 
 
-def _plain(spec: Any) -> dict[str, Any]:
-    """A spec as JSON; settings marked LATER, which older plans do not have, only where they say something."""
+def plain_spec(spec: Any) -> dict[str, Any]:
+    """A spec as a plan holds it: what was added to it later is left out at its default, as older plans have it."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
-    default = json.loads(json.dumps(asdict(type(spec)())))
-    later = [entry.name for entry in fields(spec) if entry.metadata == LATER]
-    return {n: value for n, value in plain.items() if n not in later or value != default[n]}
+    defaults = json.loads(json.dumps(asdict(type(spec)())))
+    return {name: value for name, value in plain.items() if name not in spec.later or value != defaults[name]}
 
 
 def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> Any:

@@ -18,6 +18,7 @@ ALL_CONV = "all-conv"
 LINEAR, CONVOLUTION, ATTENTION, EMBEDDING = "linear", "convolution", "attention", "embedding"
 # What a selector for all of a kind means; packed attention is made of linear layers.
 ALL: Mapping[str, tuple[str, ...]] = {ALL_LINEAR: (LINEAR, ATTENTION), ALL_CONV: (CONVOLUTION,)}
+EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class LinearSite:
     `Conv1D` (in, out). `is_head`: it makes the model's output. `tied_with`: another module holding the same storage.
     `parameter` and `sizes` are as a `Target` has them. `unfit`: why it cannot be opened; empty where it can.
     `is_narrow`: it has fewer inputs than the rank asked for, and all-conv leaves it out.
+
+    A tensor of a mixture's experts is no layer: of it `holder` and `place` are as a `Target` has them, too.
     """
 
     module: str
@@ -38,6 +41,8 @@ class LinearSite:
     tied_with: str = ""
     parameter: str = "weight"
     sizes: tuple[int, ...] = ()
+    holder: str = ""
+    place: tuple[int, ...] = ()
     kind: str = LINEAR
     unfit: str = ""
     is_narrow: bool = False
@@ -45,7 +50,7 @@ class LinearSite:
     @property
     def name(self) -> str:
         """The weight's name in the model."""
-        return f"{self.module}.{self.parameter}"
+        return f"{self.holder or self.module}.{self.parameter}"
 
 
 def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite, ...]:
@@ -92,6 +97,11 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
+def means(pattern: str, site: LinearSite) -> bool:
+    """Whether a pattern means a site. `experts` means all tensors of experts."""
+    return bool(site.holder) if pattern == EXPERTS else matches(pattern, site.module)
+
+
 def check_pattern(pattern: str, option: str) -> None:
     """Raises SelectorError for a regular expression that does not compile or an empty pattern."""
     if not pattern:
@@ -117,7 +127,8 @@ def resolve(
 ) -> tuple[LinearSite, ...]:
     """The sites that `selectors` mean and `exclude` does not, ordered by name.
 
-    `all-linear` is every linear layer but heads and tied ones, `all-conv` every convolution likewise. Raises:
+    `all-linear` is every linear layer but heads and tied ones, `all-conv` every convolution likewise,
+    `experts` every tensor of experts. Raises:
     SelectorError: a selector or an exclusion that matches nothing, a tied layer asked for by name, or nothing left;
     UnsupportedError: a selector that means layers alone that cannot be opened.
     """
@@ -126,7 +137,7 @@ def resolve(
         chosen.update({site.module: site for site in _select_one(sites, selector)})
     for pattern in exclude:
         check_pattern(pattern, "--exclude")
-        hit = [name for name in chosen if matches(pattern, name)]
+        hit = [name for name, site in chosen.items() if means(pattern, site)]
         if not hit:
             raise _nothing_matches(pattern, "--exclude", list(chosen.values()))
         for name in hit:
@@ -147,9 +158,13 @@ def _select_one(sites: Sequence[LinearSite], selector: str) -> list[LinearSite]:
     check_pattern(selector, "--targets")
     if selector in ALL:
         kinds = ALL[selector]
-        free = [site for site in sites if not (site.is_head or site.tied_with or site.unfit or site.is_narrow)]
+        free = [
+            site
+            for site in sites
+            if not (site.is_head or site.tied_with or site.unfit or site.is_narrow or site.holder)
+        ]
         return [site for site in free if site.kind in kinds]
-    named = [site for site in sites if matches(selector, site.module) or _is_parameter(selector, site)]
+    named = [site for site in sites if means(selector, site) or _is_parameter(selector, site)]
     if not named:
         raise _nothing_matches(selector, "--targets", sites)
     hit = [site for site in named if not site.unfit]
@@ -171,12 +186,12 @@ def _select_one(sites: Sequence[LinearSite], selector: str) -> list[LinearSite]:
 
 def _is_parameter(selector: str, site: LinearSite) -> bool:
     """Of several weights in one module each can be named."""
-    return site.parameter != "weight" and matches(selector, site.name)
+    return site.kind == ATTENTION and matches(selector, site.name)
 
 
 def asked_rank(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int:
     """The number of columns asked for: the last pattern that means a site decides, else `rank`."""
-    return [rank, *(value for pattern, value in rank_pattern.items() if matches(pattern, site.module))][-1]
+    return [rank, *(value for pattern, value in rank_pattern.items() if means(pattern, site))][-1]
 
 
 def rank_of(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int:
@@ -199,7 +214,7 @@ def ranks_of(sites: Sequence[LinearSite], rank: int, rank_pattern: Mapping[str, 
     ranks = {site.module: rank_of(site, rank, rank_pattern) for site in sites}
     for number, pattern in enumerate(rank_pattern):
         later = list(rank_pattern)[number + 1 :]
-        decided = [s for s in sites if matches(pattern, s.module) and not any(matches(p, s.module) for p in later)]
+        decided = [s for s in sites if means(pattern, s) and not any(means(p, s) for p in later)]
         if not decided:
             raise _nothing_matches(pattern, "--rank-pattern", sites)
     return ranks

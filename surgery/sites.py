@@ -58,19 +58,24 @@ def _convolution(name: str, module: nn.Conv2d, *, is_head: bool) -> LinearSite:
     return LinearSite(name, values, sizes[1], 1, is_head=is_head, sizes=sizes, kind=CONVOLUTION, unfit=unfit)
 
 
+def _packed(module: nn.MultiheadAttention) -> Any:
+    """The weight of all three input projections; None where each has its own."""
+    return module.in_proj_weight
+
+
 def _attention(name: str, module: nn.MultiheadAttention, *, is_head: bool) -> Iterator[tuple[LinearSite, Any]]:
     """Both projections. `unfit` where queries, keys and values have weights of their own, or attention more inputs."""
-    unfit = ""
-    if module.in_proj_weight is None:
+    unfit, packed_weight = "", _packed(module)
+    if packed_weight is None:
         unfit = "queries, keys and values of different widths"
     elif module.bias_k is not None or module.add_zero_attn:
         unfit = "attention with added keys (add_bias_kv, add_zero_attn)"
-    if module.in_proj_weight is not None:
-        rows, width = map(int, module.in_proj_weight.shape)
+    if packed_weight is not None:
+        rows, width = map(int, packed_weight.shape)
         packed = LinearSite(
             name, rows, width, 1, is_head=is_head, parameter="in_proj_weight", kind=ATTENTION, unfit=unfit
         )
-        yield packed, module.in_proj_weight
+        yield packed, packed_weight
     rows, width = map(int, module.out_proj.weight.shape)
     out = LinearSite(f"{name}.out_proj", rows, width, 1, is_head=is_head, kind=ATTENTION, unfit=unfit)
     yield out, module.out_proj.weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from surgery.compat import (
 )
 from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest, shorten
 from surgery.plan import Untouched
-from surgery.select import ATTENTION, CONVOLUTION, EMBEDDING, LinearSite
+from surgery.select import ATTENTION, CONVOLUTION, EMBEDDING, LINEAR, LinearSite
 
 TRACE_TOKENS = 8
 
@@ -236,38 +236,43 @@ def _trace_inputs(model: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str]:
+def trace_groups(model: nn.Module, sites: Sequence[LinearSite], others: Iterable[str] = ()) -> dict[str, str]:
     """Each layer's group: the first name among the layers fed by the same tensor objects along the same axis.
+
+    Other modules join the layers' groups, or have one of their own; no group gets another name for it.
 
     One forward of a twin's base model (heads may look at values) with fake tensors, which have sizes and no values. A
     model that cannot be traced, or a layer that was not reached, shares with no one.
     """
-    seen: dict[str, list[tuple[Tensor, int]]] = {site.module: [] for site in sites}
+    names = [*sorted(site.module for site in sites), *sorted(others)]
+    seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in names}
 
-    def watch(site: LinearSite) -> Any:
-        return lambda _module, args, kwargs: seen[site.module].extend(_fed(site, args, kwargs))
+    kinds = {site.module: site.kind for site in sites}
+
+    def watch(name: str) -> Any:
+        return lambda _module, args, kwargs: seen[name].extend(_fed(kinds.get(name, LINEAR), args, kwargs))
 
     try:
         twin = meta_twin(model)
-        for site in sites:
-            twin.get_submodule(site.module).register_forward_pre_hook(watch(site), with_kwargs=True)
+        for name in seen:
+            twin.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
         dry_run(twin)
     except Exception:  # noqa: BLE001  any failure of foreign code in a dry run means: no sharing, and nothing else
         seen = {name: [] for name in seen}
     groups: dict[tuple[tuple[int, int], ...], str] = {}
     result = {}
-    for name in sorted(seen):
+    for name in names:
         key = tuple((id(tensor), axis) for tensor, axis in seen[name])
         result[name] = groups.setdefault(key, name) if key else name
     return result
 
 
-def _fed(site: LinearSite, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
+def _fed(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
     """What a layer is given in one call, and which axis of it the channels run along, counted from the front."""
-    if site.kind == EMBEDDING:
+    if kind == EMBEDDING:
         return []
-    if site.kind != ATTENTION:
-        behind = 3 if site.kind == CONVOLUTION else 1
+    if kind != ATTENTION:
+        behind = 3 if kind == CONVOLUTION else 1
         return [(tensor, tensor.dim() - behind) for tensor in args[:1] if isinstance(tensor, Tensor)]
     named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
     given = {id(named[name]): named[name] for name in ("query", "key", "value")}

@@ -106,7 +106,10 @@ def _layers(count: int) -> str:
 
 def target_lines(plan: SurgeryPlan) -> list[str]:
     """The table of the layers whose columns train."""
-    head = ("layers", "count", "out x in", "dtype", "rank", "same input", "trained values")
+    sharing = (
+        "same columns" if any(target.holder for target in plan.targets) else "same input"
+    )  # experts' inputs differ
+    head = ("layers", "count", "out x in", "dtype", "rank", sharing, "trained values")
     rows = [head]
     for row in target_rows(plan.targets):
         size = f"{row.shape[0]} x {row.shape[1]}"

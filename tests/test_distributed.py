@@ -76,6 +76,13 @@ VARIANTS = (
     Variant("evaluated", settings={"eval_steps": 4}, strategies=("ddp",)),
     Variant("conv1d", "gpt2", strategies=("fsdp2",)),
     Variant("bf16", dtype=torch.bfloat16),
+    Variant(
+        "experts",
+        "mixtral",
+        PacaSpec(rank=4, targets=("all-linear", "experts"), experts="own"),
+        overrides={"num_local_experts": 3},
+        strategies=("fsdp2",),
+    ),
     Variant("head", "bert", task="sequence-classification", data="labelled.jsonl"),
     Variant("seq2seq", "t5", data="pairs.jsonl", strategies=("ddp",)),
     Variant("read", "bert", ReadSpec(hidden=8), task="sequence-classification", data="labelled.jsonl"),

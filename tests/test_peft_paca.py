@@ -182,9 +182,26 @@ def test_the_base_that_its_config_names_is_the_default(tiny_model: TinyModel, tm
     assert f"Next: surgery export {tmp_path / 'ours'} --merge" in done.out
     assert console("export", tmp_path / "ours", "--merge").code == 0
     assert console("inspect", tmp_path / "ours").code == 0
+    assert console("plan", tmp_path / "ours", "--sequence", 16, "--batch", 1).code == 0
     configure(tmp_path / "theirs", base_model_name_or_path=None)
     code, _, error = console("import", tmp_path / "theirs", "-o", tmp_path / "none")
     assert (code, "Name it with --base" in error) == (2, True)
+
+
+def test_a_base_on_the_hub_is_asked_for_at_its_revision(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration's revision is that of the base which was trained, not the newest."""
+    asked: list[tuple[object, object]] = []
+
+    def find(model: object, *, revision: object = None) -> object:
+        asked.append((model, revision))
+        raise NotAModelError(str(model), "not here")
+
+    monkeypatch.setattr("surgery.peft_paca.find_model", find)
+    configure(theirs, base_model_name_or_path="someone/llama", revision="abc123")
+    for base in (None, "someone/other"):
+        with pytest.raises(NotAModelError):
+            import_peft(theirs, theirs.parent / "ours", base=base)
+    assert asked == [("someone/llama", "abc123"), ("someone/other", None)]
 
 
 # --- written
@@ -280,6 +297,9 @@ def test_layers_that_peft_does_not_train_are_refused(tiny_model: TinyModel, tmp_
     gpt2 = make_adapter(tiny_model("gpt2"), tmp_path / "gpt2")
     with pytest.raises(UnsupportedError, match=r"expected nn\.Linear"):
         export(gpt2, tmp_path / "out")
+    experts = make_adapter(tiny_model("mixtral"), tmp_path / "experts", PacaSpec(rank=4, targets=("experts",)))
+    with pytest.raises(UnsupportedError, match="expected targets that are layers"):
+        export(experts, tmp_path / "out")
     wide = make_adapter(tiny_model("llama"), tmp_path / "wide", PacaSpec(rank=40, targets=("down_proj", "q_proj"),
                                                                        rank_pattern={"q_proj": 4}))  # fmt: skip
     with pytest.raises(UnsupportedError, match="has 32 columns, expected 40"):

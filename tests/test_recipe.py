@@ -389,7 +389,7 @@ WRONG_EXPORTS: tuple[tuple[str, type[SurgeryError], str], ...] = (
     ("export.format=onxx", RequestError, r"export\.format: unknown name 'onxx'"),
     ("export.max_shard_size=huge", RequestError, r"--max-shard-size: 'huge' .*expected a size such as 5GB\.$"),
     ("export.format=remote-code", UnsupportedError, r"export\.format: remote-code: a PaCA adapter .*expected a READ"),
-    ("export.format=remote-code", UnsupportedError, r"Set export\.format to safetensors, lora or onnx\.$"),
+    ("export.format=remote-code", UnsupportedError, r"Set export\.format to safetensors, lora, peft-paca or onnx\.$"),
     ("method=read", UnsupportedError, r"export\.format: safetensors: a READ adapter .*expected a PaCA adapter"),
     ("method=read", UnsupportedError, r"Set export\.format to remote-code or onnx\.$"),
     ("method=read export.format=lora", UnsupportedError, r"export\.format: lora: a READ adapter"),

@@ -127,6 +127,7 @@ def prediction_run(subject: Subject) -> Run:
         precision=subject.autocast,
         device=subject.device,
         checkpointing=spec.checkpointing,
+        lean=spec.lean,
     )
 
 

@@ -55,6 +55,7 @@ class BenchSpec(BaseModel):
     warmup: int = Field(3, ge=1)
     fit_bytes: int | None = Field(None, ge=1)
     checkpointing: bool = False
+    lean: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
     dtype: Literal["", "fp32", "bf16", "fp16"] = ""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -72,8 +73,8 @@ class BenchSpec(BaseModel):
     metric: str = ""
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return self.model_dump(mode="json")
+        """As JSON has it. `lean` stands there only where it is on: results from before it was there stay the same."""
+        return self.model_dump(mode="json", exclude=None if self.lean else {"lean"})
 
 
 def read_spec(model: str, options: Mapping[str, Any], settings: Sequence[str] = ()) -> BenchSpec:
@@ -270,6 +271,8 @@ def parse_method(text: str) -> Entry:
 
 def _require_size(text: str, variant: Variant, settings: Mapping[str, Any], values: str | int | None) -> None:
     size = settings.get(variant.size) if variant.size else None
+    if "budget" in settings and (size is not None or values is not None):
+        raise RequestError(f"{OPTION} {text}", "budget and another size", expected="one of the two")
     if size is not None and values is not None:
         raise RequestError(f"{OPTION} {text}", f"{variant.size} and {VALUES}", expected="one of the two")
     if size is not None and (type(size) is not int or size < 1):
@@ -288,7 +291,7 @@ def default_size(entry: Entry, spec: BenchSpec) -> int:
 
 def wanted_values(entry: Entry, spec: BenchSpec) -> str | int | None:
     """What a method's trained values shall come near to, where its size is to be found from that; else None."""
-    if entry.values is not None or not entry.variant.size:
+    if entry.values is not None or not entry.variant.size or "budget" in entry.settings:
         return entry.values
     is_reference = entry.variant.name == "paca"
     return f"paca:r={spec.rank}" if spec.equal == "values" and entry.size is None and not is_reference else None

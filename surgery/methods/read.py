@@ -56,6 +56,7 @@ class ReadSpec:
     """
 
     method: ClassVar[str] = "read"
+    later: ClassVar[tuple[str, ...]] = ()
 
     cell: str = "gru"
     hidden: int = 256

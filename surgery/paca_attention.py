@@ -109,7 +109,8 @@ class OpenAttention(nn.MultiheadAttention):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor, *, is_batched: bool) -> list[Tensor]:
         """q (l, b, e), k and v (s, b, e), from as few products as torch takes: equal inputs are projected at once."""
-        width = self.embed_dim
+        width: int = self.embed_dim
+        inputs: tuple[tuple[Tensor, int, int], ...]
         placed: dict[int, Tensor] = {}
         for fed in (query, key, value):
             first = fed if is_batched else fed.unsqueeze(1)
@@ -117,7 +118,7 @@ class OpenAttention(nn.MultiheadAttention):
         if key is not value:
             inputs = ((query, 0, 1), (key, 1, 2), (value, 2, 3))
         else:
-            inputs = ((query, 0, 3),) if query is key else ((query, 0, 1), (key, 1, 3))  # type: ignore[assignment]
+            inputs = ((query, 0, 3),) if query is key else ((query, 0, 1), (key, 1, 3))
         result: list[Tensor] = []
         for fed, first, last in inputs:
             rows = slice(first * width, last * width)

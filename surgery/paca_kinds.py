@@ -29,7 +29,7 @@ def route(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is nn.MultiheadAttention and isinstance(module.out_proj, PacaLayer):
-            module.__class__ = OpenAttention  # type: ignore[assignment]
+            module.__class__ = OpenAttention
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, PacaLayer) for m in module.modules()):
             module.register_forward_pre_hook(_call_parts)
 

@@ -65,7 +65,7 @@ def shard(model: nn.Module, *, device: str, cpu_offload: bool = False) -> None:
 
 
 def require_even(name: str, layer: PacaLayer) -> None:
-    """The outputs of a layer whose rows are not its weight's divide by the number of ranks. Raises: UnsupportedError."""
+    """The outputs of such a layer divide by the number of ranks. Raises: UnsupportedError."""
     outputs = layer.paca_weight.shape[1 - layer.input_axis]
     if outputs % count():
         raise UnsupportedError(

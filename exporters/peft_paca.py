@@ -22,6 +22,7 @@ from exporters.lora import PeftContents, base_notes, refuse_settings, write_peft
 from surgery.adapter import Adapter
 from surgery.delta import ColumnDelta, ColumnPatch, require_columns
 from surgery.errors import UnsupportedError
+from surgery.experts import require_layers
 from surgery.paca_layers import combine
 from surgery.peft_files import DELTA, INDICES, PACA, PEFT_PACA, PREFIX, saved_modules, task_type
 from surgery.plan import SurgeryPlan, Target
@@ -125,10 +126,10 @@ def find_chunks(delta: ColumnDelta, rank: int, scale: float, rounding: Rounding)
         yield tensor_to_bytes(delta.whole[whole.parameter].stored(whole.dtype))
 
 
-def find_notes(plan: SurgeryPlan, rank: int, alpha: float) -> list[str]:
-    """What a person who loads the adapter must know, one sentence each."""
-    notes = base_notes(plan)
-    smaller = [target for target in plan.targets if target.rank < rank]
+def find_notes(plan: SurgeryPlan, widths: Mapping[str, int], alpha: float) -> list[str]:
+    """What a person who loads the adapter must know, one sentence each. widths: how many columns, by module."""
+    notes, rank = base_notes(plan), max(widths.values())
+    smaller = [module for module, width in widths.items() if width < rank]
     if smaller:
         notes.append(
             f"PEFT has one rank for all layers, here {rank}: {len(smaller)} layers get further columns of delta 0,"
@@ -145,12 +146,13 @@ def find_notes(plan: SurgeryPlan, rank: int, alpha: float) -> list[str]:
 def require_linear(plan: SurgeryPlan, rank: int) -> None:
     """PEFT trains columns of nn.Linear alone, as many in each. Raises: UnsupportedError."""
     where = f"--format {PEFT_PACA}"
+    require_layers(plan, where)
     for target in plan.targets:
         if target.input_axis != 1 or target.sizes or target.parameter != "weight":
             found = (
                 f"{target.module}, whose weight is {list(target.shape)} with the inputs along axis {target.input_axis}"
             )
-            fix = "Use --format lora, which PEFT knows for it, or --merge"
+            fix = "Use --merge, or --format lora where PEFT has LoRA for such a layer"
             raise UnsupportedError(where, found, expected="nn.Linear: PEFT's PaCA trains no other", fix=fix)
         if target.in_features < rank:
             found = f"{target.module} has {target.in_features} columns"
@@ -175,12 +177,13 @@ def export(
     """
     refuse_settings(PEFT_PACA, dtype, max_shard_bytes)
     delta = require_columns(adapter.delta, f"--format {PEFT_PACA}")
-    plan, rank = adapter.plan, max(delta.widths().values())
+    plan, widths = adapter.plan, delta.widths()
+    rank = max(widths.values())
     require_linear(plan, rank)
     alpha, rounding = alpha_of(plan, rank), Rounding()
 
     def settings() -> Mapping[str, Any]:
-        notes = [*find_notes(plan, rank, alpha), rounding.note()]
+        notes = [*find_notes(plan, widths, alpha), rounding.note()]
         return {"format": PEFT_PACA, "rank": rank, "notes": notes}
 
     contents = PeftContents(

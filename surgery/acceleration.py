@@ -62,6 +62,20 @@ def require(section: TrainSection, device: str) -> None:
         _require_lean(section, device)
 
 
+def require_for_quantized(section: TrainSection, device: str, kind: str) -> None:
+    """Refuse what a run on a quantized base has not. kind: how it is held. Raises: UnsupportedError."""
+    base = f"a base held as {kind}"
+    if section.strategy != "ddp":
+        found = f"{section.strategy} with {base}, whose packed weights have no rows to be divided"
+        raise UnsupportedError("train.strategy", found, expected="ddp", fix="Leave it out; each device holds the base")
+    if section.compile:
+        raise UnsupportedError("train.compile", f"true with {base}", expected="false", fix="Leave it out")
+    if device == "hpu":
+        raise UnsupportedError(
+            "train.device", f"hpu with {base}", expected="cpu or cuda", fix="Apply without --quantize"
+        )
+
+
 def _require_precision(precision: str, device: str) -> None:
     if precision == "bf16" and device == "cuda" and not has_bf16():
         raise UnsupportedError(

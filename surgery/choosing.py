@@ -195,8 +195,7 @@ def calibration_batches(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> list[B
         found = f"a {plan.architecture} has no task, and rows mean nothing to it"
         raise UnsupportedError(f"--select {spec.select}", found, expected="a model with one", fix=fix)
     prepared = _prepare(root, plan, spec)
-    size = 1 if STRATEGIES[spec.select].looks_at == INPUTS else BATCH_ROWS
-    return draw_batches(prepared, rows=spec.calibration_rows, size=size, seed=spec.seed)
+    return draw_batches(prepared, rows=spec.calibration_rows, select=spec.select, seed=spec.seed)
 
 
 def _prepare(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> Prepared:
@@ -209,8 +208,9 @@ def _prepare(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> Prepared:
     return prepare(data, task=plan.task, tokenizer=read_tokenizer(root), labels=labels)
 
 
-def draw_batches(prepared: Prepared, *, rows: int, size: int, seed: int) -> list[Batch]:
-    """At most so many rows of a training set, `size` a batch, as a function of the seed and the set."""
+def draw_batches(prepared: Prepared, *, rows: int, select: str, seed: int) -> list[Batch]:
+    """At most so many rows of a training set, in batches for a strategy, as a function of the seed and the set."""
+    size = 1 if STRATEGIES[select].looks_at == INPUTS else BATCH_ROWS
     generator = torch.Generator().manual_seed(generator_seed(seed, "calibration"))
     order = torch.randperm(len(prepared.train), generator=generator)[:rows].tolist()
     parts = [order[start : start + size] for start in range(0, len(order), size)]

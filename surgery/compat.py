@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5.0")
+ANY_IMAGE_SIZE = 224
 _LEGACY_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
@@ -258,6 +259,16 @@ def download_config(hub_id: str) -> Path:
         raise OSError(str(error)) from error
 
 
+def forget_quantizer(model: Any) -> None:
+    """Take off what transformers notes of a model whose files were quantized: its trainer takes no such model.
+
+    PEFT's adapters alone would be let through, and what we put into the layers it does not know.
+    """
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+
+
 def fall_silent() -> None:
     """No remark, warning or bar from this process: another one says it."""
     transformers_logging.set_verbosity_error()
@@ -309,6 +320,13 @@ def load_tokenizer(folder: Path) -> Any:
             )
             return PreTrainedTokenizerFast.from_pretrained(folder, **changes)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width of the images that a model was made for; convolutional ones that name none take any size."""
+    size = config.to_dict().get("image_size") or ANY_IMAGE_SIZE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width
 
 
 def load_image_processor(folder: Path) -> Any:

@@ -73,7 +73,7 @@ def swap(layer: PacaLayer, known: Held, columns_r: Tensor) -> None:
     known: what the layer holds, of which the weight is fresh; columns_r: (r,) int64, strictly increasing.
     """
     new = columns_r[~torch.isin(columns_r, known.columns)]
-    original = read_columns(layer.weight, new.to(layer.weight.device), layer.input_axis).cpu()
+    original = _read(layer, new)
     known = known.joined(Held(new, torch.zeros(original.shape, dtype=known.delta.dtype), original))
     _set_active(layer, known.pick(columns_r))
     layer.paca_past = known.without(columns_r)
@@ -92,9 +92,7 @@ def _set_active(layer: PacaLayer, chosen: Held) -> None:
 @torch.no_grad()
 def restore(layer: PacaLayer, columns_r: Tensor, past_columns_m: Tensor, past_delta_om: Tensor) -> None:
     """From the base's weight to where some columns train and others have. The former's difference is set apart."""
-    device = layer.weight.device
-    original = read_columns(layer.weight, past_columns_m.to(device), layer.input_axis).cpu()
-    first = read_columns(layer.weight, columns_r.to(device), layer.input_axis).cpu()
+    original, first = _read(layer, past_columns_m), _read(layer, columns_r)
     _set_active(layer, Held(columns_r, torch.zeros_like(first, dtype=layer.paca_delta.dtype), first))
     layer.paca_past = past = Held(past_columns_m, past_delta_om, original)
     _write(layer, past, combine(past.original, past.delta, layer.paca_scale))
@@ -103,7 +101,7 @@ def restore(layer: PacaLayer, columns_r: Tensor, past_columns_m: Tensor, past_de
 @torch.no_grad()
 def open_past(layer: PacaLayer, columns_m: Tensor, values_om: Tensor) -> None:
     """Tell a layer of columns that have trained, and do not now: the weight holds them from here on."""
-    original = read_columns(layer.weight, columns_m.to(layer.weight.device), layer.input_axis).cpu()
+    original = _read(layer, columns_m)
     delta = (values_om.to(layer.paca_delta.dtype) - original.to(layer.paca_delta.dtype)) / layer.paca_scale
     layer.paca_past = Held(columns_m, delta, original)
     _write(layer, layer.paca_past, values_om)
@@ -115,7 +113,16 @@ def reset(layer: PacaLayer) -> None:
     _write(layer, everything, everything.original)
 
 
+def _read(layer: PacaLayer, columns: Tensor) -> Tensor:
+    """Columns as the weight holds them: (o, c), on the CPU."""
+    if not len(columns):  # which cannot be told apart from others once it has no values
+        return layer.paca_original.detach().to("cpu", copy=True)[:, :0]
+    return read_columns(layer.weight, columns.to(layer.weight.device), layer.input_axis).cpu()
+
+
 def _write(layer: PacaLayer, place: Held, values_ou: Tensor) -> None:
+    if not len(place.columns):
+        return
     weight = layer.weight.data
     rounded = values_ou.to(layer.paca_storage).to(weight.dtype).to(weight.device)
     write_columns(weight, place.columns.to(weight.device), rounded, layer.input_axis)

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from surgery.bench.energy import Meter
 from surgery.bench.methods import trained
-from surgery.bench.results import Row
+from surgery.bench.results import FLOOR, Row
 from surgery.bench.spec import Entry
 from surgery.bench.subject import Batch, Feed, Subject, enter, put_on
 
@@ -66,20 +66,21 @@ def take_turns(
     warmup: int,
     device: str = "cpu",
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call by name: all on the same batch, then on the next, in an order drawn anew every round.
 
-    The first `warmup` rounds are not counted.
+    The first `warmup` rounds are not counted. clock: what seconds are read from.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order = random.Random(seed)
     for number, batch in enumerate(batches):
         for name in order.sample(list(functions), len(functions)):
             wait(device)
-            started = time.perf_counter()
+            started = clock()
             functions[name](batch)
             wait(device)
-            elapsed = time.perf_counter() - started
+            elapsed = clock() - started
             if number >= warmup:
                 seconds[name].append(elapsed)
     return seconds
@@ -188,7 +189,8 @@ def measure_inference(
     seconds = take_turns(forwards, batches, warmup=spec.warmup, device=subject.device, seed=1)
     for entry in entries:
         row = rows[entry.name]
-        row.inference_seconds, row.merged = seconds[entry.name], entry.variant.merge is not None
+        row.inference_seconds = seconds[entry.name]
+        row.merged = None if entry.variant.name == FLOOR else entry.variant.merge is not None
 
 
 def deployed(subject: Subject, entry: Entry, base: Any, *, in_place: bool = False) -> Any:

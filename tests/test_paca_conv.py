@@ -30,7 +30,7 @@ from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
 from surgery.tiny import image_settings
-from surgery.train import train
+from surgery.train import train as run_training
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel
 from tests.test_images import write_folder
@@ -79,7 +79,7 @@ def test_a_run_trains_is_resumed_and_exported(
         settings = TrainSection(
             device="cpu", max_steps=4, batch_size=6, learning_rate=1e-2, save_steps=2, gradient_accumulation=2
         )
-        results[name] = train(tmp_path / name, data, settings, resume=resume)
+        results[name] = run_training(tmp_path / name, data, settings, resume=resume)
 
     fit("whole")
     assert results["whole"].steps == 4

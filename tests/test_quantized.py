@@ -212,6 +212,18 @@ def test_a_dense_weight_lives_for_one_product(llama: Path, tmp_path: Path, monke
     assert set(alive) == {0}
 
 
+def test_a_frozen_adapter_keeps_no_dense_weight_either() -> None:
+    """Where nothing trains and the input asks for its gradient, nothing at all is kept."""
+    layer, weight = layer_of("nf4", bias=True)
+    layer.requires_grad_(requires_grad=False)
+    x, kept = drawn(3, 32).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        result = layer(x)
+    result.sum().backward()
+    assert kept == []
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 32))
+
+
 def test_checkpointing_gives_the_same_gradients(llama: Path, tmp_path: Path) -> None:
     """A layer that is run again sees the same weight."""
     operate.apply(llama, tmp_path / "a", DOUBLE)

@@ -448,6 +448,7 @@ def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command
         ("export {a} --merge --format onnx -o {out}", 5, "an adapter on a quantized base"),
         ("patch {stored} {a} -o {out}", 5, "patch: an adapter on a quantized base"),
         ("train {a} --data {data} compile=true", 5, "train.compile"),
+        ("plan {llama} paca.quantize=nf4 --devices 2 --sharding fsdp2", 5, "fsdp2 with a base held as nf4"),
     ),
     ids=lambda value: value if isinstance(value, str) and "{" in value else "",
 )

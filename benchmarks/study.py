@@ -3,6 +3,7 @@
     python benchmarks/study.py --out study                        all sets of benchmarks/study.yaml, one after the other
     python benchmarks/study.py --out study --sets sst2 cola       two of them; another process may do others meanwhile
     python benchmarks/study.py --out study --steps 4 --tune-steps 2 --seeds 1 --sets gsm8k      how long it will take
+    python benchmarks/study.py --out study-columns --methods columns    which columns PaCA trains, at equal values
     python benchmarks/study.py --out study --tables               what has been found so far, as docs/study.md shows it
 
 A run that was stopped goes on where it was. Data and stories260K lie in ../shared/data, or the folder that
@@ -40,8 +41,8 @@ FOLDERS = {
 }
 
 
-def spec_of(name: str, study: dict[str, Any], out: Path, changes: dict[str, Any]) -> BenchSpec:
-    """One set's specification, with its data found or made."""
+def spec_of(name: str, study: dict[str, Any], out: Path, changes: dict[str, Any], methods: str = "") -> BenchSpec:
+    """One set's specification, with its data found or made. methods: another list than the common one."""
     own = dict(study["sets"][name])
     data = {key: [str(DATA / file) for file in own["data"][key]] for key in ("train", "eval") if key in own["data"]}
     data = {**own["data"], **data}
@@ -50,7 +51,8 @@ def spec_of(name: str, study: dict[str, Any], out: Path, changes: dict[str, Any]
     if "eval_rows" in own:
         data["eval"] = [str(draw(Path(data["eval"][0]), own.pop("eval_rows"), out))]
     document = {**study["common"], **own, **changes, "model": str(FOLDERS[own["model"]]), "data": data}
-    document["methods"] = [*study["common"]["methods"], *document.pop("also", [])]
+    also = document.pop("also", [])
+    document["methods"] = study[methods] if methods else [*study["common"]["methods"], *also]
     data["max_length"] = document["sequence"]
     return make_spec(document, f"{STUDY.name}, {name}")
 
@@ -82,7 +84,7 @@ def _write(path: Path, text: str) -> Path:
 
 def table(results: Results) -> list[str]:
     """A set's results in Markdown: what was learnt, beside what it takes; the floor learns nothing."""
-    lora = results.row(RATIO_TO)
+    lora = results.row(RATIO_TO) or results.lora()
     head = ("method", "trained", results.metric, "spread", "rate", "step / LoRA", "kept, MB", "peak, MB")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in results.rows:
@@ -107,6 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--sets", nargs="+", choices=study["sets"], default=list(study["sets"]))
+    parser.add_argument(
+        "--methods", choices=("columns",), default="", help="a list of the file in place of the common one"
+    )
     parser.add_argument("--tables", action="store_true", help="print the tables of what lies in --out, and run nothing")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--tune-steps", type=int)
@@ -122,7 +127,7 @@ def main() -> None:
     command = shlex.join(["python", *sys.argv])
     for name in arguments.sets:
         started, folder = time.monotonic(), arguments.out / name
-        spec = spec_of(name, study, arguments.out / "data", changes)
+        spec = spec_of(name, study, arguments.out / "data", changes, arguments.methods)
         has_begun = (folder / RESULTS_FILE).is_file()
 
         def say(text: str, name: str = name) -> None:

@@ -365,9 +365,11 @@ def write_undo(path: Path, checkpoint: Checkpoint, delta: ColumnDelta) -> None:
     texts |= {f"file:{name}": (checkpoint.root / name).read_bytes() for name in names}
     heads = {f"{name}.original": w.original for name, w in delta.whole.items() if w.original is not None}
     entries: list[tuple[str, str, tuple[int, ...]]] = []
+    widths = delta.widths()
     for target in delta.plan.targets:
-        entries.append((f"{target.module}.columns", "I64", (target.rank,)))
-        entries.append((f"{target.module}.original", target.dtype, (target.out_features, target.rank)))
+        width = widths[target.module]
+        entries.append((f"{target.module}.columns", "I64", (width,)))
+        entries.append((f"{target.module}.original", target.dtype, (target.out_features, width)))
     entries += [(name, dtype_name(head.dtype), tuple(head.shape)) for name, head in heads.items()]
     entries += [(name, "U8", (len(text),)) for name, text in texts.items()]
 

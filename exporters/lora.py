@@ -95,7 +95,7 @@ def weight_entries(plan: SurgeryPlan, rank: int) -> list[tuple[str, str, tuple[i
 def selector(patch: ColumnPatch, rank: int) -> torch.Tensor:
     """lora_A: (rank, in) float32, row j one-hot at the j-th trained column, rows past the last one zero."""
     rows_ri = torch.zeros((rank, patch.target.in_features))
-    rows_ri[torch.arange(patch.target.rank), patch.columns] = 1.0
+    rows_ri[torch.arange(len(patch.columns)), patch.columns] = 1.0
     return rows_ri
 
 
@@ -105,7 +105,7 @@ def difference(patch: ColumnPatch, rank: int) -> torch.Tensor:
     The values are taken as a merge stores them, in the base's dtype: the adapter and the merged checkpoint agree.
     """
     added_or = torch.zeros((patch.target.out_features, rank))
-    added_or[:, : patch.target.rank] = patch.stored().double() - patch.original.double()
+    added_or[:, : len(patch.columns)] = patch.stored().double() - patch.original.double()
     return added_or
 
 
@@ -148,11 +148,12 @@ def export(
     Raises: RequestError for settings that mean nothing here; BaseMismatchError, OutputExistsError, ResourceError.
     """
     refuse_settings(LORA, dtype, max_shard_bytes)
-    plan, rank = adapter.plan, padded_rank(max(target.rank for target in adapter.plan.targets))
+    delta = require_columns(adapter.delta, "--format lora")
+    plan, rank = adapter.plan, padded_rank(max(delta.widths().values()))
     contents = PeftContents(
         LORA,
         weight_entries(plan, rank),
-        lambda: _chunks(require_columns(adapter.delta, "--format lora"), rank),
+        lambda: _chunks(delta, rank),
         lambda name, revision: build_config(plan, rank, name, revision),
         lambda: {"format": LORA, "rank": rank, "notes": find_notes(plan, rank)},
     )

@@ -22,6 +22,7 @@ from exporters.lora import PeftContents, base_notes, refuse_settings, write_peft
 from surgery.adapter import Adapter
 from surgery.delta import ColumnDelta, ColumnPatch, require_columns
 from surgery.errors import UnsupportedError
+from surgery.experts import require_layers
 from surgery.paca_layers import combine
 from surgery.peft_files import DELTA, INDICES, PACA, PEFT_PACA, PREFIX, saved_modules, task_type
 from surgery.plan import SurgeryPlan, Target
@@ -105,7 +106,7 @@ def padded(patch: ColumnPatch, delta_or: Tensor, rank: int) -> tuple[Tensor, Ten
     """Delta (out, rank) and indices (rank,), strictly increasing; further columns are the first free ones."""
     free = torch.ones(patch.target.in_features, dtype=torch.bool)
     free[patch.columns] = False
-    extra = free.nonzero()[: rank - patch.target.rank, 0]
+    extra = free.nonzero()[: rank - len(patch.columns), 0]
     indices, order = torch.cat([patch.columns, extra]).sort()
     zeros = delta_or.new_zeros((len(delta_or), len(extra)))
     return torch.cat([delta_or, zeros], dim=1)[:, order], indices
@@ -145,12 +146,13 @@ def find_notes(plan: SurgeryPlan, rank: int, alpha: float) -> list[str]:
 def require_linear(plan: SurgeryPlan, rank: int) -> None:
     """PEFT trains columns of nn.Linear alone, as many in each. Raises: UnsupportedError."""
     where = f"--format {PEFT_PACA}"
+    require_layers(plan, where)
     for target in plan.targets:
         if target.input_axis != 1 or target.sizes or target.parameter != "weight":
             found = (
                 f"{target.module}, whose weight is {list(target.shape)} with the inputs along axis {target.input_axis}"
             )
-            fix = "Use --format lora, which PEFT knows for it, or --merge"
+            fix = "Use --merge, or --format lora where PEFT has LoRA for such a layer"
             raise UnsupportedError(where, found, expected="nn.Linear: PEFT's PaCA trains no other", fix=fix)
         if target.in_features < rank:
             found = f"{target.module} has {target.in_features} columns"
@@ -174,7 +176,8 @@ def export(
     BaseMismatchError, OutputExistsError, ResourceError.
     """
     refuse_settings(PEFT_PACA, dtype, max_shard_bytes)
-    plan, rank = adapter.plan, max(target.rank for target in adapter.plan.targets)
+    delta = require_columns(adapter.delta, f"--format {PEFT_PACA}")
+    plan, rank = adapter.plan, max(delta.widths().values())
     require_linear(plan, rank)
     alpha, rounding = alpha_of(plan, rank), Rounding()
 
@@ -185,7 +188,7 @@ def export(
     contents = PeftContents(
         PEFT_PACA,
         weight_entries(plan, rank),
-        lambda: find_chunks(require_columns(adapter.delta, f"--format {PEFT_PACA}"), rank, alpha / rank, rounding),
+        lambda: find_chunks(delta, rank, alpha / rank, rounding),
         lambda name, revision: build_config(plan, rank, alpha, name, revision),
         settings,
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the table below
     from surgery.operate import collect as collect
     from surgery.operate import detach as detach
     from surgery.operate import load as load
+    from surgery.operate import resample as resample
     from surgery.operate import save as save
     from surgery.peft_paca import import_peft as import_peft
     from surgery.planning import plan_checkpoint as plan_checkpoint
@@ -46,6 +47,7 @@ _NAMES = {
     "detach": "surgery.operate",
     "import_peft": "surgery.peft_paca",
     "load": "surgery.operate",
+    "resample": "surgery.operate",
     "plan_checkpoint": "surgery.planning",
     "save": "surgery.operate",
     "train": "surgery.train",

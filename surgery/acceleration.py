@@ -20,6 +20,7 @@ from surgery.compat import keep_inputs_frozen
 from surgery.errors import RecipeError, UnsupportedError, shorten
 from surgery.lean_kernels import choose_kernels
 from surgery.lean_pass import rewrite
+from surgery.paca_experts import opened_experts
 from surgery.paca_layers import PacaLayer
 from surgery.recipe import TrainSection
 
@@ -297,6 +298,9 @@ def switch_attention(model: Any, wanted: str) -> None:
 
 def _apply_liger(model: Any) -> None:
     """Liger's kernels in this instance (its rotary embedding: in the whole process). Raises: UnsupportedError."""
+    if opened_experts(model):
+        found = "columns of experts train, and its kernels run experts of their own"
+        raise UnsupportedError("train.liger", found, expected="frozen experts", fix="Leave liger or the experts out")
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json, require_model
-from surgery.columns import generator_seed
+from surgery.columns import Choice, generator_seed
 from surgery.compat import quiet_loading
 from surgery.delta import ADAPTER_FILE, Delta, WholePatch, bytes_sha256, read_delta
 from surgery.errors import BaseMismatchError, DamagedError, NotAModelError, shorten
@@ -90,11 +90,24 @@ def find_base(record: Record, folder: Path, base: str | Path | None = None) -> P
     return path.resolve()
 
 
-def fresh_delta(checkpoint: Checkpoint, plan: SurgeryPlan) -> Delta:
-    """The delta that changes nothing, with the base's digests; heads newly drawn from the plan's seed."""
+def fresh_delta(checkpoint: Checkpoint, plan: SurgeryPlan, choice: Choice | None = None) -> Delta:
+    """The delta that changes nothing, with the base's digests; heads newly drawn from the plan's seed.
+
+    choice: the columns, where the seed does not decide them.
+    """
     whole, heads = _fresh_whole(checkpoint, plan)
-    delta: Delta = lookup(METHODS, plan.method, "--method").fresh(checkpoint, replace(plan, whole=heads), whole)
+    chosen = (choice,) if choice else ()
+    delta: Delta = lookup(METHODS, plan.method, "--method").fresh(
+        checkpoint, replace(plan, whole=heads), whole, *chosen
+    )
     return delta
+
+
+@torch.no_grad()
+def draw_heads(model: Any, checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
+    """Give a base's model the heads that a fresh adapter of the plan has."""
+    for name, patch in _fresh_whole(checkpoint, plan)[0].items():
+        model.get_parameter(name).copy_(patch.values)
 
 
 def _fresh_whole(checkpoint: Checkpoint, plan: SurgeryPlan) -> tuple[dict[str, WholePatch], tuple[WholeTarget, ...]]:

@@ -153,6 +153,13 @@ def _ranks(_context: click.Context, _option: click.Parameter, values: tuple[str,
     return parse_rank_pattern(values)
 
 
+def _pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in split_list(values)]
+    if wrong := next((name for name, equals, column in pairs if not (name and equals and column)), None):
+        raise RequestError("--calibration-columns", repr(wrong), expected="ROLE=COLUMN, such as text=0")
+    return {name: column for name, _, column in pairs}
+
+
 # Options of methods have no defaults here: those are the spec's, and what was not given is not passed on.
 PACA_OPTIONS = options(
     click.option("-r", "--rank", type=int, help="paca: input columns to train in each layer. Default: 16."),
@@ -174,7 +181,25 @@ PACA_OPTIONS = options(
     click.option(
         "--alpha", type=float, help="paca: scale the update by alpha / rank in training. Default: no scaling."
     ),
-    click.option("--select", help="paca: how columns are chosen. Default: random."),
+    click.option(
+        "--select",
+        help="paca: random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH (JSON, or an "
+        "adapter). Default: random.",
+    ),
+    click.option("--budget", help="paca: in place of a rank, so many values or a part of the layers', such as 0.5%."),
+    click.option("--resample", help="paca: draw other columns every so many steps of training, as every:500."),
+    click.option(
+        "--calibration-data", multiple=True, help="paca: data to choose columns by, as for `train`; repeatable."
+    ),
+    click.option(
+        "--calibration-columns",
+        multiple=True,
+        metavar="ROLE=COLUMN",
+        callback=_pairs,
+        help="paca: what their columns mean, such as text=0.",
+    ),
+    click.option("--calibration-rows", type=int, help="paca: how many rows, drawn by the seed. Default: 64."),
+    click.option("--calibration-length", type=int, help="paca: tokens of each at most. Default: 512."),
     click.option(
         "--quantize",
         help="paca: hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, torchao-int8 or torchao-int4.",
@@ -228,6 +253,8 @@ def apply(
     surgery apply model/
     surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
     surgery apply model/ -r 64 --quantize nf4
+    surgery apply model/ --select gradient --calibration-data train.jsonl --budget 0.5%
+    surgery apply model/ --resample every:500
     surgery apply model/ --targets all-linear,experts --experts own
     surgery apply model/ --method read --hidden 64 --layers every:2
     surgery apply model/ --plan
@@ -237,7 +264,7 @@ def apply(
     from surgery import show as showing
     from surgery.adapter import find_model
     from surgery.checkpoint import Checkpoint
-    from surgery.planning import make_spec, plan_checkpoint
+    from surgery.planning import make_spec
     from surgery.survey import TaskSpec
 
     given = {name: value for name, value in settings.items() if value is not None and value not in ((), {})}
@@ -246,7 +273,7 @@ def apply(
     folder = out or workflow.default_adapter_folder(model, method)
     if plan_only:
         checkpoint = Checkpoint.open(find_model(model)[0])
-        plan = plan_checkpoint(checkpoint, spec, wanted)
+        plan = operate.plan_in_full(checkpoint, spec, wanted)
         need, step = showing.needs(checkpoint, plan), showing.step_memory(checkpoint, plan)
         lines = [*table.plan_lines(plan), "", *showing.need_lines(checkpoint, plan), *step.lines]
         show(lines, {"plan": plan.to_dict(), "need": need, "step_memory": step.document}, as_json=as_json)

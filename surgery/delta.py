@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import Checkpoint
+from surgery.columns import RANDOM
 from surgery.errors import BaseMismatchError, DamagedError, UnsupportedError
 from surgery.plan import SurgeryPlan, Target
 from surgery.tensorfile import TensorFile, dtype_name, torch_dtype
@@ -34,22 +35,29 @@ class ColumnPatch:
 
     Shapes: columns (r,) int64, strictly increasing; values (out, r) float32 (float64 for a float64 base), finite: they
     replace, they are not added; original (out, r) in the base's dtype. Raises: DamagedError.
+
+    Where columns are drawn anew during training there are more than the target's rank: `active` (rank,) int64 are those
+    that train now, and `scores` (in,) float64, where there are any, say how likely each column is drawn later.
     """
 
     target: Target
     columns: Tensor
     values: Tensor
     original: Tensor
+    active: Tensor | None = None
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
-        where, wanted = f"adapter, {self.target.module}", (self.target.out_features, self.target.rank)
-        if self.columns.dtype != torch.int64 or tuple(self.columns.shape) != (self.target.rank,):
+        rank = self.target.rank if self.active is None else max(self.target.rank, self.columns.numel())
+        where, wanted = f"adapter, {self.target.module}", (self.target.out_features, rank)
+        if self.columns.dtype != torch.int64 or tuple(self.columns.shape) != (rank,):
             found = f"columns {self.columns.dtype} {tuple(self.columns.shape)}"
-            raise DamagedError(where, found, expected=f"int64 ({self.target.rank},)")
+            raise DamagedError(where, found, expected=f"int64 ({rank},)")
         rising = bool((self.columns[1:] > self.columns[:-1]).all())
         if not rising or int(self.columns[0]) < 0 or int(self.columns[-1]) >= self.target.in_features:
             expected = f"strictly increasing ones below {self.target.in_features}"
             raise DamagedError(where, "columns out of order or out of range", expected=expected)
+        self._require_draws(where)
         for name, tensor in (("values", self.values), ("original", self.original)):
             if tuple(tensor.shape) != wanted:
                 raise DamagedError(where, f"{name} {tuple(tensor.shape)}", expected=str(wanted))
@@ -59,6 +67,21 @@ class ColumnPatch:
             raise DamagedError(where, f"original {self.original.dtype}", expected=self.target.dtype)
         require_finite(where, self.values)
         require_fits(where, self.stored())
+
+    def _require_draws(self, where: str) -> None:
+        """What is drawn from, and what was drawn last. Raises: DamagedError."""
+        active, scores, rank = self.active, self.scores, self.target.rank
+        if active is not None:
+            is_whole = active.dtype == torch.int64 and tuple(active.shape) == (rank,)
+            if not is_whole or not bool((active[1:] > active[:-1]).all() and torch.isin(active, self.columns).all()):
+                found = f"active {active.dtype} {tuple(active.shape)}"
+                raise DamagedError(where, found, expected=f"{rank} of its columns, strictly increasing")
+        if scores is not None:
+            if scores.dtype != torch.float64 or tuple(scores.shape) != (self.target.in_features,):
+                found = f"scores {scores.dtype} {tuple(scores.shape)}"
+                raise DamagedError(where, found, expected=f"float64 ({self.target.in_features},)")
+            if not bool((scores.isfinite() & (scores >= 0)).all()):
+                raise DamagedError(where, "scores below zero or not finite", expected="likelihoods")
 
     def stored(self) -> Tensor:
         """The values in the base's dtype: the one cast there is. (out, r)."""
@@ -146,7 +169,17 @@ class ColumnDelta:
             tensors[f"{module}.columns"] = patch.columns.contiguous()
             tensors[f"{module}.values"] = patch.values.contiguous()
             tensors[f"{module}.original"] = patch.original.contiguous()
+            draws = {"active": patch.active, "scores": patch.scores}
+            tensors |= {
+                f"{module}.{part}": t.clone() for part, t in draws.items() if t is not None
+            }  # shared in a group
         return _file_bytes(tensors, self.whole)
+
+    def widths(self) -> dict[str, int]:
+        """How many columns of each target are there: its rank, or more where they were drawn anew."""
+        if isinstance(self.patches, _StoredPatches):
+            return self.patches.widths()
+        return {module: len(patch.columns) for module, patch in self.patches.items()}
 
 
 @dataclass(frozen=True)
@@ -246,12 +279,21 @@ class _StoredPatches(Mapping[str, ColumnPatch]):
     def __init__(self, tensors: TensorFile, plan: SurgeryPlan) -> None:
         self._tensors = tensors
         self._targets = {target.module: target for target in plan.targets}
+        self._draws = _draws(plan)
 
     def __getitem__(self, module: str) -> ColumnPatch:
-        read = self._tensors.read
+        read, draws = self._tensors.read, self._draws
         return ColumnPatch(
-            self._targets[module], read(f"{module}.columns"), read(f"{module}.values"), read(f"{module}.original")
+            self._targets[module],
+            read(f"{module}.columns"),
+            read(f"{module}.values"),
+            read(f"{module}.original"),
+            read(f"{module}.active") if "active" in draws else None,
+            read(f"{module}.scores") if "scores" in draws else None,
         )
+
+    def widths(self) -> dict[str, int]:
+        return {module: self._tensors.infos[f"{module}.columns"].shape[0] for module in self}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
@@ -260,9 +302,17 @@ class _StoredPatches(Mapping[str, ColumnPatch]):
         return len(self._targets)
 
 
+def _draws(plan: SurgeryPlan) -> tuple[str, ...]:
+    """What a patch has beside its columns: where they are drawn anew those that train now, and what is drawn by."""
+    if not plan.spec.get("resample"):
+        return ()
+    return ("active",) if plan.spec["select"] == RANDOM else ("active", "scores")
+
+
 def adapter_names(plan: SurgeryPlan) -> set[str]:
     """The tensors of a plan's adapter file."""
-    names = {f"{t.module}.{part}" for t in plan.targets for part in ("columns", "values", "original")}
+    parts = ("columns", "values", "original", *_draws(plan))
+    names = {f"{t.module}.{part}" for t in plan.targets for part in parts}
     names |= {t.parameter for t in plan.side} | {f"{w.parameter}.whole" for w in plan.whole}
     return names | {f"{w.parameter}.original" for w in plan.whole if w.sha256}
 
@@ -374,7 +424,7 @@ def columns_here(target: Target, columns: npt.NDArray[np.int64], first: int, val
 def read_target(checkpoint: Checkpoint, target: Target, columns: Tensor) -> tuple[str, Tensor]:
     """The sha256 of a target's bytes and its columns (out, r), in one pass and constant memory."""
     digest = hashlib.sha256()
-    original = torch.empty((target.out_features, target.rank), dtype=torch_dtype(target.dtype))
+    original = torch.empty((target.out_features, len(columns)), dtype=torch_dtype(target.dtype))
     picked, wanted = bits(original), columns.numpy()
     for first, chunk in checkpoint.row_chunks(target.weight):
         digest.update(chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,8 @@ from surgery.adapter import (
     write_adapter,
 )
 from surgery.checkpoint import Checkpoint
+from surgery.choosing import carried, choose, choose_live, looks, require_data
+from surgery.columns import RANDOM, resample_steps
 from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError, UnsupportedError
@@ -29,11 +31,12 @@ from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca import PacaSpec, fresh_live
 from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
 from surgery.quantized import KINDS, is_quantized, kind_of, live_dtype, quantize
 from surgery.quantized_base import require_package
+from surgery.resampling import resample_model
 from surgery.sharding import settle, whole
 from surgery.survey import (
     TASKS,
@@ -88,10 +91,32 @@ def apply(
     if plan.quantization:
         require_package(plan.quantization.kind)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        delta = fresh_delta(checkpoint, plan)
+        plan, choice = choose(checkpoint, plan, load_base_model)
+        delta = fresh_delta(checkpoint, plan, choice)
         if base.path:
             base = Base(path=relative_path(root, Path(out)))
         return write_adapter(writer.path, Path(out), checkpoint, delta, Manifest(base))
+
+
+def replanned(adapter: Adapter, checkpoint: Checkpoint, task: TaskSpec) -> Delta:
+    """A fresh adapter's state for another task. Columns that were chosen by looking are the same ones."""
+    plan = adapter.plan
+    spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
+    if not isinstance(adapter.delta, ColumnDelta) or not looks(plan):
+        return fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, task))
+    layers = PacaSpec(rank=1, targets=spec.targets, exclude=spec.exclude, seed=spec.seed)
+    return fresh_delta(checkpoint, *carried(adapter.delta, plan_checkpoint(checkpoint, layers, task)))
+
+
+def plan_in_full(checkpoint: Checkpoint, spec: Any, task: TaskSpec) -> SurgeryPlan:
+    """The plan that `apply` would carry out: where a budget is spread by scores, weights or data are looked at.
+
+    Raises: as `apply`; nothing is written.
+    """
+    plan = plan_checkpoint(checkpoint, spec, task)
+    if looks(plan):
+        require_data(PacaSpec(**plan.spec))
+    return choose(checkpoint, plan, load_base_model)[0] if plan.spec.get("budget") else plan
 
 
 # --- a model in memory
@@ -179,11 +204,12 @@ def align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
+def attach(model: nn.Module, spec: Any = None, *, calibration: Iterable[Mapping[str, Any]] = ()) -> SurgeryPlan:
     """Open a model in place: what the spec's method trains, and a task's head; all else is frozen.
 
-    spec: PacaSpec (the default, as it stands) or ReadSpec. Returns the plan.
-    Raises: SelectorError, UnsupportedError; RequestError when the model is attached already.
+    spec: PacaSpec (the default, as it stands) or ReadSpec. calibration: batches that the model is called with, for
+    columns chosen by inputs or gradients. Returns the plan.
+    Raises: SelectorError, UnsupportedError; RequestError when the model is attached already, or batches are missing.
     """
     _require_plain(model)
     task = _live_task(model)
@@ -195,12 +221,14 @@ def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
     stored = {name: entry for name, entry in stored.items() if name not in parts}
     held = _held_live(model, stored)
     plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, parts=parts, held=held)
+    if plan.quantization and plan.spec["select"] != RANDOM:
+        found = f"select {plan.spec['select']!r} over a model held as {plan.quantization.kind}"
+        raise UnsupportedError("attach", found, expected=RANDOM, fix="Apply to a folder, and load the adapter")
     if plan.quantization and not held:
         names = plan.quantization.layers
         require_package(plan.quantization.kind)
         _hold_quantized(model, plan.quantization, {n: model.get_parameter(f"{n}.weight").dtype for n in names})
-    attach_plan(model, plan, None)
-    return plan
+    return attach_chosen(model, plan, calibration)
 
 
 def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | None:
@@ -220,6 +248,31 @@ def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | No
         shape = (module.out_features, module.in_features)
         stored[f"{name}.weight"] = Stored(f"{name}.weight", dtype_name(live_dtype(module, default)), shape)
     return Quantization(kinds[0], is_stored=False, layers={name: f"{name}.weight" for name in packed})
+
+
+def attach_chosen(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mapping[str, Any]]) -> SurgeryPlan:
+    """Carry out a new plan on a model in memory, its columns chosen first. Returns the plan that this gave."""
+    plan, choice = choose_live(model, plan, calibration)
+    delta = None
+    if choice:
+        held = {w.parameter: model.get_parameter(w.parameter).detach().cpu() for w in plan.whole}
+        whole = {name: WholePatch(value.float(), value.clone()) for name, value in held.items()}
+        delta = fresh_live(model, plan, whole, choice)
+    attach_plan(model, plan, delta)
+    return plan
+
+
+def resample(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> bool:
+    """Let other columns train where the plan says so: to be called after each optimizer step, of which `step` is done.
+
+    Returns whether columns were drawn. Raises: RequestError for a plain model, or a plan without `resample`.
+    """
+    plan = state_of(model).plan
+    every = resample_steps(plan.spec.get("resample", ""))
+    if not every:
+        raise RequestError("resample", "the plan draws no columns anew", expected="PacaSpec(resample='every:500')")
+    groups = {target.module: target.group for target in plan.targets}
+    return resample_model(model, optimizer, groups=groups, every=every, seed=plan.spec["seed"], step=step)
 
 
 def _live_task(model: nn.Module) -> str:

@@ -373,7 +373,7 @@ def open_experts(
     """
     require_way(experts)
     if not isinstance(experts, PacaExperts):
-        experts.__class__ = _opened_class(type(experts))
+        experts.__class__ = _opened_class(cast("Any", type(experts)))
         experts.paca_parts = {}
     weight = experts._parameters[parameter]  # noqa: SLF001  by name, as the class has it
     if weight.dim() != 3 or not weight.is_floating_point():

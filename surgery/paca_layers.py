@@ -38,7 +38,7 @@ class SharedGather:
     def __init__(self, members: int) -> None:
         self.members = members
         self._columns: Tensor | None = None
-        self._forget()
+        self.forget()
 
     def one_tensor(self, columns_r: Tensor) -> Tensor:
         """The group's columns as one tensor object, by which a compiler sees that all members gather the same.
@@ -50,7 +50,8 @@ class SharedGather:
             self._columns = ours = columns_r
         return ours
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of what was gathered: the next member gathers anew."""
         self._source: weakref.ref[Tensor] | None = None
         self._kept: Tensor | None = None
         self._version = self._left = 0
@@ -66,7 +67,7 @@ class SharedGather:
             self._source, self._version, self._kept, self._left = weakref.ref(x), version, kept, self.members
         self._left -= 1
         if self._left == 0:
-            self._forget()
+            self.forget()
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class SharedGather:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.members, self._columns = state["members"], state["_columns"]
-        self._forget()
+        self.forget()
 
 
 def gather(x: Tensor, columns_r: Tensor) -> Tensor:
@@ -260,6 +261,8 @@ class PacaLayer(nn.Module):
     paca_storage: torch.dtype
     paca_pending: bool
     paca_seen: tuple[int, ...]
+    paca_past: Any = None  # `surgery.resampling.Held`: columns that trained before and do not now
+    paca_scores: Tensor | None = None  # by which later columns are drawn (i,), where not evenly
     paca_is_sharded = False  # True where `surgery.sharding` has given each rank some of the rows
     paca_is_gathered = False  # True where DeepSpeed puts the parameters together anew for each use
     input_axis: int
@@ -455,10 +458,19 @@ def close_layer(layer: PacaLayer, *, merge: bool) -> None:
         layer.refresh()
     else:
         write_columns(layer.weight.data, layer.paca_columns, layer.paca_original.data, layer.input_axis)
+        if (past := layer.paca_past) is not None:
+            write_columns(
+                layer.weight.data,
+                past.columns.to(layer.weight.device),
+                past.original.to(layer.weight),
+                layer.input_axis,
+            )
     for name in ("paca_delta", "paca_original", "paca_columns"):
         delattr(layer, name)
     for name in ("paca_gather", "paca_number", "paca_scale", "paca_storage", "paca_pending", "paca_seen"):
         delattr(layer, name)
+    for name in ("paca_past", "paca_scores"):
+        vars(layer).pop(name, None)  # where other columns are drawn from time to time
     module.__class__ = next(plain for plain, opened in SWAPS.items() if opened is type(layer))
 
 

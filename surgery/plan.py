@@ -16,7 +16,7 @@ from surgery.tensorfile import FLOAT_DTYPES
 SCHEMA = 1
 # left out, so that plans of matrices read as they always did
 _TARGET_DEFAULTS = {"parameter": "weight", "sizes": [], "holder": "", "place": []}
-_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256", "quantization")
+_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256", "calibration", "quantization")
 
 T = TypeVar("T")
 _JSON_TYPES = {"str": str, "int": int, "Mapping[str, Any]": dict, "Mapping[str, str]": dict}
@@ -179,7 +179,8 @@ class SurgeryPlan:
     `prefix` is what the task's class puts before the base's names (`bert.`); `architecture` the class that loads the
     result; `config` the entries of config.json that change. `side`: the tensors of the stacks' side networks, sorted;
     `frozen`: the model's children that stay in eval mode; `backbone_sha256`: the digest of the whole base, empty while
-    no file has been read; `quantization`: None where the base is held as its files have it.
+    no file has been read; `calibration`: the digests of the files that columns were chosen by, by name;
+    `quantization`: None where the base is held as its files have it.
     """
 
     method: str
@@ -195,6 +196,7 @@ class SurgeryPlan:
     side: tuple[SideTarget, ...] = ()
     frozen: tuple[str, ...] = ()
     backbone_sha256: str = ""
+    calibration: Mapping[str, str] = field(default_factory=dict)
     quantization: Quantization | None = None
     schema: int = SCHEMA
 
@@ -273,3 +275,10 @@ class SurgeryPlan:
         targets = tuple(replace(target, sha256="") for target in self.targets)
         whole = tuple(replace(target, sha256="") for target in self.whole)
         return replace(self, targets=targets, whole=whole, backbone_sha256="")
+
+    def as_asked(self) -> SurgeryPlan:
+        """The same plan without what files have decided: digests, and under a budget which layer gets how much."""
+        plan = self.without_digests()
+        if not self.spec.get("budget"):
+            return plan
+        return replace(plan, targets=(Target("*", "*", 1, 1, 1, "F32", 1, "*"),), untouched=())

@@ -102,8 +102,8 @@ def plan_model(
 def plain_spec(spec: Any) -> dict[str, Any]:
     """A spec as a plan holds it: what was added to it later is left out at its default, as older plans have it."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
-    defaults = {entry.name: entry.default for entry in fields(spec) if entry.name in spec.later}
-    return {name: value for name, value in plain.items() if value != defaults.get(name, ...)}
+    defaults = json.loads(json.dumps(asdict(type(spec)())))
+    return {name: value for name, value in plain.items() if name not in spec.later or value != defaults[name]}
 
 
 def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> Any:

@@ -182,17 +182,20 @@ def _united_plan(deltas: Sequence[ColumnDelta]) -> SurgeryPlan:
     for delta in deltas:
         for target in delta.plan.targets:
             targets.setdefault(target.module, target)
-            ranks[target.module] += target.rank
-            columns = columns_key(delta.patches[target.module].columns)
+            numbers = delta.patches[target.module].columns
+            ranks[target.module] += len(numbers)  # more than its rank where they were drawn anew
+            columns = columns_key(numbers)
             keys[target.module] = (*keys.get(target.module, ()), target.group, columns)
     groups = shared_groups(keys)
     united = tuple(replace(targets[m], rank=ranks[m], group=groups[m]) for m in sorted(targets))
     whole = {target.parameter: target for plan in plans for target in plan.whole}
-    spec = {**plans[0].spec, "rank": max(ranks.values()), "targets": [target.module for target in united]}
+    chosen_by = ("budget", "resample")  # and the data for it: the columns are there
+    spec = {n: v for n, v in plans[0].spec.items() if n not in chosen_by and not n.startswith("calibration_")}
+    spec = {**spec, "rank": max(ranks.values()), "targets": [target.module for target in united]}
     spec |= {"exclude": [], "rank_pattern": {}, "alpha": None, "select": STORED}
     untouched = _still_untouched(plans[0], united, whole)
     ordered = tuple(whole[name] for name in sorted(whole))
-    return replace(plans[0], spec=spec, targets=united, whole=ordered, untouched=untouched)
+    return replace(plans[0], spec=spec, targets=united, whole=ordered, untouched=untouched, calibration={})
 
 
 def _still_untouched(

@@ -322,9 +322,9 @@ def _check_dequantized(sides: _Sides) -> list[Check]:
 def _require_trained(sides: _Sides, target: Target, columns: Tensor, written: Tensor, *, differs: bool) -> None:
     """A target's columns as written (out, r) are what its adapter trained; of a union, each adapter its own."""
     original = _original(sides, target).to(written.dtype)
-    moves, left = False, target.rank
+    moves, left = False, len(columns)
     for patch in _trained_patches(sides, target):
-        at = torch.searchsorted(columns, patch.columns).clamp(max=target.rank - 1)
+        at = torch.searchsorted(columns, patch.columns).clamp(max=len(columns) - 1)
         stored = bits_of(patch.stored().to(written.dtype))
         if not torch.equal(columns[at], patch.columns) or not torch.equal(stored, bits_of(written[:, at])):
             raise CheckError(
@@ -409,7 +409,7 @@ def _original(sides: _Sides, target: Target) -> Tensor:
 def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Tensor, bool]:
     """The merged columns (out, r), and whether anything differs. Raises CheckError where another column does."""
     kind = _dtype_of(sides, sides.base[target.weight])
-    written = torch.empty((target.out_features, target.rank), dtype=torch_dtype(kind))
+    written = torch.empty((target.out_features, len(columns)), dtype=torch_dtype(kind))
     picked, wanted = bits(written), columns.numpy()
     differs = False
     for first, ours, theirs in _chunk_pairs(sides, target.weight):
@@ -423,7 +423,7 @@ def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Ten
             raise CheckError(
                 target.weight,
                 "columns outside the plan differ from the base",
-                expected=f"only its {target.rank} planned columns to differ",
+                expected=f"only its {len(columns)} planned columns to differ",
                 fix="Export again",
             )
     return written, differs

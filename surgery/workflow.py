@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
+from surgery.choosing import has_same_data
 from surgery.delta import ColumnDelta, Delta, SideDelta
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
 from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, ONNX_PATCH, UNDO, backend_of, resolve
@@ -378,7 +379,8 @@ def _require_same_plan(recipe: Recipe, spec: Any, folder: Path) -> None:
     if adapter.plan.whole and not task.labels:
         task = TaskSpec(task.name, tuple(adapter.plan.config.get("id2label", {}).values()))
     planned = plan_checkpoint(Checkpoint.open(find_model(recipe.model)[0]), spec, task)
-    if planned.without_digests() != adapter.plan.without_digests() and not _is_fresh(adapter, planned):
+    is_same = planned.as_asked() == replace(adapter.plan, calibration={}).as_asked()
+    if not (is_same and has_same_data(adapter.plan)) and not _is_fresh(adapter, planned):
         raise OutputExistsError(
             str(folder),
             "an adapter that another plan made",

@@ -297,6 +297,9 @@ def test_layers_that_peft_does_not_train_are_refused(tiny_model: TinyModel, tmp_
     gpt2 = make_adapter(tiny_model("gpt2"), tmp_path / "gpt2")
     with pytest.raises(UnsupportedError, match=r"expected nn\.Linear"):
         export(gpt2, tmp_path / "out")
+    experts = make_adapter(tiny_model("mixtral"), tmp_path / "experts", PacaSpec(rank=4, targets=("experts",)))
+    with pytest.raises(UnsupportedError, match="expected targets that are layers"):
+        export(experts, tmp_path / "out")
     wide = make_adapter(tiny_model("llama"), tmp_path / "wide", PacaSpec(rank=40, targets=("down_proj", "q_proj"),
                                                                        rank_pattern={"q_proj": 4}))  # fmt: skip
     with pytest.raises(UnsupportedError, match="has 32 columns, expected 40"):

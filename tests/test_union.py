@@ -109,6 +109,16 @@ def test_a_union_attached_computes_what_its_merge_does(
     assert groups["k_proj"] == groups["v_proj"] != groups["q_proj"]
 
 
+def test_experts_of_one_and_attention_of_another_are_united(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Experts are tensors of their own on disk, and one in memory: their union is verified, also by running it."""
+    base = tiny_model("mixtral")
+    make_adapter(base, tmp_path / "a", PacaSpec(rank=4, targets=("self_attn.*",)), seed=1)
+    make_adapter(base, tmp_path / "b", PacaSpec(rank=3, targets=("experts",), experts="own"), seed=2)
+    done = surgery.export([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert done.verification is not None
+    assert {check.name: check.result for check in done.verification.checks} == dict.fromkeys(ALL, "passed")
+
+
 def test_what_is_still_untouched_is_counted(three: list[Path]) -> None:
     """The MLPs of the layer that nobody trains, and no attention."""
     union = unite([open_adapter(folder) for folder in three])

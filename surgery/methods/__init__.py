@@ -35,10 +35,10 @@ class PlanRequest:
 class Method:
     """A method as a record of functions; what is trained whole, heads, is none of its business.
 
-    plan: (spec, request) -> its fields of a SurgeryPlan; fresh: (checkpoint, plan, whole) -> the delta that changes
-    nothing; attach: (frozen model, plan, delta or None), in place; trainable_names: (plan) -> what it trains; collect:
-    (model, plan, whole, the base's columns) -> delta; bind: (delta, checkpoint, names on disk, whole) -> the delta tied
-    to files; detach: (model, merge=..), in place.
+    plan: (spec, request) -> its fields of a SurgeryPlan; fresh: (checkpoint, plan, whole, and the choice where columns
+    have been chosen) -> the delta that changes nothing; attach: (frozen model, plan, delta or None), in place;
+    trainable_names: (plan) -> what it trains; collect: (model, plan, whole, the base's columns) -> delta; bind: (delta,
+    checkpoint, names on disk, whole) -> the delta tied to files; detach: (model, merge=..), in place.
     """
 
     name: str

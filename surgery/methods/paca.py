@@ -7,16 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.columns import STORED, choose_columns, columns_key, random_columns, refuse_stored, require_strategy
+from surgery.columns import (
+    FILE,
+    RANDOM,
+    STRATEGIES,
+    Choice,
+    budget_values,
+    choose_columns,
+    columns_key,
+    even_scores,
+    is_file,
+    random_columns,
+    read_columns_file,
+    refuse_stored,
+    require_strategy,
+    resample_steps,
+    spread,
+    takes_data,
+)
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
-from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError, require_known
+from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError, closest, require_known
 from surgery.experts import (
     by_parameter,
     columns_of,
@@ -45,10 +63,14 @@ from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_qu
 from surgery.plan import Quantization, Stored, SurgeryPlan, Target
 from surgery.quantized import GROUP, is_quantized, quantizable, require_kind
 from surgery.quantized_base import packed_names, seen_weight, stored_sha256, stored_weight
+from surgery.resampling import held as held_columns
+from surgery.resampling import open_past
 from surgery.select import ALL_LINEAR, EXPERTS, LinearSite, find_sites, ranks_of, resolve
 from surgery.sharding import whole as gathered
 from surgery.survey import list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES, torch_dtype
+
+CALIBRATION = ("calibration_data", "calibration_columns", "calibration_rows", "calibration_length")
 
 
 @dataclass(frozen=True)
@@ -60,10 +82,15 @@ class PacaSpec:
     select: how columns are chosen; seed: with the layer's name it decides them; experts: whether a mixture's experts
     have `shared` columns or each its `own`, where `targets` name them; quantize: how the base is held while it is
     frozen, a kind of `surgery.quantized.KINDS` or empty for as it is.
+
+    budget: so many values, or such a part of the targets' (`0.5%`), in place of a rank: spread over the layers by the
+    columns' scores. resample: `every:500` draws other columns every so many optimizer steps. What looks at inputs or
+    gradients takes calibration_data: files or ids, of which calibration_rows are drawn by the seed and cut to
+    calibration_length tokens; calibration_columns: role -> column, as of any data.
     """
 
     method: ClassVar[str] = "paca"
-    later: ClassVar[tuple[str, ...]] = ("experts", "quantize")
+    later: ClassVar[tuple[str, ...]] = ("experts", "quantize", "budget", "resample", *CALIBRATION)
 
     rank: int = 16
     targets: tuple[str, ...] = (ALL_LINEAR,)
@@ -74,6 +101,12 @@ class PacaSpec:
     seed: int = 0
     experts: str = SHARED
     quantize: str = ""
+    budget: str = ""
+    resample: str = ""
+    calibration_data: tuple[str, ...] = ()
+    calibration_columns: Mapping[str, str] = field(default_factory=dict)
+    calibration_rows: int = 64
+    calibration_length: int = 512
 
     def __post_init__(self) -> None:
         require_known("--experts", self.experts, (SHARED, OWN))
@@ -84,9 +117,42 @@ class PacaSpec:
         require_strategy(self.select)
         if self.quantize:
             require_kind(self.quantize)
-        for name in ("targets", "exclude"):
+        for name in ("targets", "exclude", "calibration_data"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "budget", str(self.budget))
+        self._require_columns()
+
+    def _require_columns(self) -> None:
+        """What says which columns fits together, and nothing of it would be ignored.
+
+        Raises: RequestError, UnsupportedError.
+        """
+        sizes = {"--rank": self.rank != type(self).rank, "--rank-pattern": bool(self.rank_pattern)}
+        given = next((name for name, is_given in sizes.items() if is_given), "")
+        if self.budget:
+            budget_values(self.budget, 1 << 62)
+            if given:
+                raise RequestError("--budget", f"given with {given}", expected="one of the two")
+        if is_file(self.select) and (given or self.budget):
+            found = f"given with --select {self.select}, which says how many there are"
+            raise RequestError(given or "--budget", found, expected="the file alone")
+        if resample_steps(self.resample) and is_file(self.select):
+            found = f"--select {self.select}, which names one set of columns"
+            raise UnsupportedError("--resample", found, expected="a strategy to draw others by", fix="Leave it out")
+        if not (takes_data(self.select)):
+            self._require_no_data()
+        if self.calibration_rows < 1 or self.calibration_length < 2:
+            found = f"{self.calibration_rows} rows of {self.calibration_length} tokens"
+            raise RequestError("--calibration-rows", found, expected="1 row of 2 tokens, or more")
+
+    def _require_no_data(self) -> None:
+        for entry in fields(self):
+            default = {} if entry.name == "calibration_columns" else entry.default
+            if entry.name.startswith("calibration_") and getattr(self, entry.name) != default:
+                option = f"--{entry.name.replace('_', '-')}"
+                wanted = " or ".join(name for name in STRATEGIES if takes_data(name))
+                raise RequestError(option, f"given with --select {self.select}", expected=f"{wanted} with it")
 
     def scale(self, rank: int) -> float:
         """What the stored difference is multiplied by while training."""
@@ -96,7 +162,8 @@ class PacaSpec:
 def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     """The layers whose columns will train, and the matrices that will not.
 
-    Raises: SelectorError, UnsupportedError, DamagedError.
+    A budget is spread evenly here: where scores say otherwise, `surgery.choosing` does.
+    Raises: SelectorError, UnsupportedError, DamagedError, RequestError for a budget that cannot be met.
     """
     refuse_stored(spec.select)
     model, stored = request.model, request.stored
@@ -106,7 +173,9 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     whole = {target.parameter: target for target in request.whole}
     candidates = [site for site in sites if site.name in stored and site.name not in whole]
     chosen = resolve([*candidates, *(site for site, _ in experts)], spec.targets, exclude=spec.exclude)
-    ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
+    _require_layers_alone(spec, chosen)
+    ranks = _ranks(spec, chosen, groups)
+    chosen = tuple(site for site in chosen if site.module in ranks)
     _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
     for holder in {site.holder for site in chosen if site.holder}:
         require_way(model.get_submodule(holder))
@@ -123,11 +192,24 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _require_choice(spec: PacaSpec, request: PlanRequest) -> None:
+    """Columns over a packed weight are drawn once, and by what is known without it. Raises: UnsupportedError."""
+    kind = spec.quantize or (request.quantization.kind if request.quantization else "")
+    if kind and spec.resample:
+        found = f"{spec.resample} over a base held as {kind}: columns that no longer train would have no place in it"
+        raise UnsupportedError("--resample", found, expected="a base in 16 or 32 bits", fix="Leave one of the two out")
+    known = (RANDOM,) if request.quantization else (RANDOM, "magnitude", "lowrank")
+    if kind and spec.select not in known and not is_file(spec.select):
+        found = f"{spec.select} over a base held as {kind}"
+        raise UnsupportedError("--select", found, expected=f"{', '.join(known)} or file:PATH", fix="Take one of these")
+
+
 def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSite]) -> Quantization | None:
     """How the base will be held: every linear layer that can be is quantized, trained or not, but for the heads.
 
     Raises: UnsupportedError where none can be; RequestError where it is quantized already.
     """
+    _require_choice(spec, request)
     if not spec.quantize:
         return request.quantization
     if request.quantization:
@@ -146,6 +228,58 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
     return Quantization(
         spec.quantize, is_stored=False, layers={name: request.stored[f"{name}.weight"].weight for name in names}
     )
+
+
+def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:
+    """Experts have columns that the seed decides, once and for all. Raises: UnsupportedError."""
+    expert = next((site.module for site in chosen if site.holder), "")
+    settings = {"--select": spec.select != RANDOM, "--budget": spec.budget, "--resample": spec.resample}
+    given = next((name for name, is_given in settings.items() if is_given), "")
+    if expert and given:
+        fix = f"Leave out {given}, or {EXPERTS} among the --targets"
+        raise UnsupportedError(given, f"experts train ({expert})", expected="linear layers alone", fix=fix)
+
+
+def _ranks(spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
+    """How many columns of each layer train, by module; a budget may leave some out."""
+    if is_file(spec.select):
+        return {module: len(columns) for module, columns in named_columns(spec.select, chosen, groups).items()}
+    return _even_ranks(spec, chosen, groups) if spec.budget else ranks_of(chosen, spec.rank, spec.rank_pattern)
+
+
+def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Mapping[str, str]) -> dict[str, Tensor]:
+    """The columns that a file names for each layer, or for the group that it is in. Raises: RequestError."""
+    named, result = read_columns_file(Path(select.removeprefix(FILE))), {}
+    for site in sites:
+        found = named.get(site.module, named.get(groups[site.module]))
+        if found is None:
+            hint = closest(site.module, named) or "Name the layers with --targets"
+            raise RequestError(f"--select {select}", f"no columns for {site.module}", expected="some", fix=hint)
+        if int(found[-1]) >= site.in_features:
+            expected = f"columns below {site.in_features}, its width"
+            raise RequestError(f"--select {select}", f"{site.module}: column {int(found[-1])}", expected=expected)
+        result[site.module] = found
+    surplus = sorted(set(named) - {site.module for site in sites} - {groups[site.module] for site in sites})
+    if surplus:
+        strange, fix = f"columns for {surplus[0]!r}, which does not train", closest(surplus[0], result)
+        raise RequestError(f"--select {select}", strange, expected="the layers that --targets means", fix=fix)
+    return result
+
+
+def _even_ranks(spec: PacaSpec, sites: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
+    """Ranks by module that use up a budget, of each group the same part of its columns.
+
+    A layer may get none; where scores will decide, one column stands for that.
+    """
+    values: dict[str, int] = {}
+    widths = {groups[site.module]: site.in_features for site in sites}
+    for site in sites:
+        values[groups[site.module]] = values.get(groups[site.module], 0) + site.out_features
+    scores = [even_scores(group, width, values[group], seed=spec.seed) for group, width in sorted(widths.items())]
+    ranks = spread(scores, budget_values(spec.budget, sum(site.out_features * site.in_features for site in sites)))
+    if spec.select != RANDOM:
+        ranks = dict.fromkeys(widths, 1) | ranks
+    return {site.module: ranks[groups[site.module]] for site in sites if groups[site.module] in ranks}
 
 
 def _settle_experts(
@@ -197,24 +331,28 @@ QUANTIZABLE = ("F16", "BF16", "F32")
 def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
     """The columns the plan's seed gives a target: (r,) int64, strictly increasing.
 
-    Of a plan whose columns are an adapter's own, any: without the adapter only sizes are asked for.
+    Of a plan whose columns are an adapter's own or chosen by looking, any: without them only sizes are asked for.
     """
+    return random_columns(target.in_features, target.rank, seed=plan.spec["seed"], group=target.group)
+
+
+def _seed_columns(plan: SurgeryPlan, target: Target) -> Tensor:
+    """The same where nothing else may decide. Raises: UnsupportedError."""
     spec = plan.spec
-    if spec["select"] == STORED:
-        return random_columns(target.in_features, target.rank, seed=spec["seed"], group=target.group)
     return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
 
 
-def fresh(checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePatch]) -> ColumnDelta:
+def fresh(
+    checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePatch], choice: Choice | None = None
+) -> ColumnDelta:
     """Read every target once: its digest and its columns, unchanged. Raises: RequestError for stored columns."""
     refuse_stored(plan.spec["select"])
     patches, targets = {}, []
     for target in plan.targets:
-        columns = planned_columns(plan, target)
+        columns = choice.columns[target.module] if choice else _seed_columns(plan, target)
         digest, original = _read_columns(checkpoint, plan.quantization, target, columns)
         bound = replace(target, sha256=digest)
-        master = torch.float64 if original.dtype == torch.float64 else torch.float32
-        patches[target.module] = ColumnPatch(bound, columns, original.to(master, copy=True), original)
+        patches[target.module] = _unmoved(plan, bound, columns, original, choice)
         targets.append(bound)
     return ColumnDelta(replace(plan, targets=tuple(targets)), patches, whole)
 
@@ -227,6 +365,25 @@ def _read_columns(
         return read_target(checkpoint, target, columns)
     weight = seen_weight(checkpoint, quantization, target.weight)
     return stored_sha256(checkpoint, target.weight), weight.index_select(1, columns)
+
+
+def fresh_live(model: nn.Module, plan: SurgeryPlan, whole: Mapping[str, WholePatch], choice: Choice) -> ColumnDelta:
+    """The same of a model in memory, for columns that were chosen by looking at it."""
+    patches = {}
+    for target in plan.targets:
+        columns, weight = choice.columns[target.module], model.get_parameter(target.name)
+        original = read_columns(weight, columns.to(weight.device), target.input_axis).cpu()
+        patches[target.module] = _unmoved(plan, target, columns, original, choice)
+    return ColumnDelta(plan, patches, whole)
+
+
+def _unmoved(
+    plan: SurgeryPlan, target: Target, columns: Tensor, original: Tensor, choice: Choice | None
+) -> ColumnPatch:
+    master = torch.float64 if original.dtype == torch.float64 else torch.float32
+    active = columns if plan.spec.get("resample") else None
+    scores = choice.scores.get(target.module) if choice else None
+    return ColumnPatch(target, columns, original.to(master, copy=True), original, active, scores)
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
@@ -258,8 +415,21 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
             axis = target.input_axis
             layer = open_layer(module, own, input_axis=axis, storage=storage, shared=gather, scale=scale)
         if patch:
-            layer.start_from(patch.values)
-            layer.refresh()
+            _start(layer, patch)
+
+
+def _active_columns(patch: ColumnPatch) -> Tensor:
+    return patch.columns if patch.active is None else patch.active
+
+
+def _start(layer: PacaLayer, patch: ColumnPatch) -> None:
+    """Let a layer hold a patch's values: of the columns that train, and of those that did before."""
+    is_active = torch.isin(patch.columns, _active_columns(patch))
+    layer.start_from(patch.values[:, is_active])
+    layer.refresh()
+    layer.paca_scores = patch.scores
+    if not bool(is_active.all()):
+        open_past(layer, patch.columns[~is_active], patch.values[:, ~is_active])
 
 
 def _require_held(model: nn.Module, plan: SurgeryPlan) -> None:
@@ -320,7 +490,7 @@ def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
     """The adapter's columns by module, in which the model holds what the adapter's base held there."""
     columns = {}
     for module, patch in delta.patches.items():
-        columns[module] = patch.columns
+        columns[module] = _active_columns(patch)
         if not patch.target.holder and is_quantized(model.get_submodule(module)):
             continue  # the base's own columns are not in the model: its file's digest says which base it is
         weight = model.get_parameter(patch.target.name)
@@ -355,6 +525,9 @@ def collect(
         if target.holder:
             continue
         layer = opened[target.module]
+        if plan.spec.get("resample"):
+            patches[target.module] = _collect_all(layer, target)
+            continue
         held = gathered(layer.paca_original)
         values = combine(held, gathered(layer.paca_delta), layer.paca_scale)
         original = originals.get(target.module, held.to(layer.paca_storage))
@@ -376,6 +549,14 @@ def _collect_experts(
             columns = columns_of(part.paca_columns, target)
             patches[target.module] = ColumnPatch(target, columns, take(values, target), original)
     return patches
+
+
+def _collect_all(layer: PacaLayer, target: Target) -> ColumnPatch:
+    """All columns that have trained, each once."""
+    everything, now = held_columns(layer), layer.paca_columns.to("cpu", copy=True)
+    values = combine(everything.original, everything.delta, layer.paca_scale)
+    original = everything.original.to(layer.paca_storage)
+    return ColumnPatch(target, everything.columns, values, original, now, layer.paca_scores)
 
 
 def bind(
@@ -453,7 +634,7 @@ def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, s
         )
     is_same = patch.values == patch.original.to(patch.values.dtype)  # unmoved: the file may say it more exactly
     values = torch.where(is_same, original.to(patch.values.dtype), patch.values)
-    return ColumnPatch(replace(target, sha256=digest), patch.columns, values, original)
+    return replace(patch, target=replace(target, sha256=digest), values=values, original=original)
 
 
 def detach(model: nn.Module, *, merge: bool) -> None:

@@ -167,6 +167,8 @@ def _checkpoint_columns(adapter: Adapter, checkpoint: Path) -> dict[str, Tensor]
     if not isinstance(adapter.delta, ColumnDelta) or not (checkpoint / STATE_FILE).is_file():
         return None
     tensors, spec = TensorFile(checkpoint / STATE_FILE), adapter.plan.spec
+    if spec.get("resample"):
+        return None  # other columns than the adapter's train by now
     found = {}
     for target in adapter.plan.targets:
         name = f"{layer_of(target)}.paca_delta"

@@ -308,7 +308,7 @@ def _plan_pairs(plan: SurgeryPlan) -> _Pairs:
     method = (
         f"{plan.method}, {plan.spec['cell']} {plan.spec['hidden']} wide"
         if plan.stacks
-        else f"{plan.method}, rank {ranks}"
+        else f"{plan.method}, rank {ranks}{_chosen_by(plan.spec)}"
     )
     return [
         ("method", method),
@@ -316,6 +316,13 @@ def _plan_pairs(plan: SurgeryPlan) -> _Pairs:
         *([("base held as", held_text(plan.quantization))] if plan.quantization else []),
         ("plan", plan.id),
     ]
+
+
+def _chosen_by(spec: Mapping[str, Any]) -> str:
+    """How columns were chosen, where not at random once and for all."""
+    how = f", columns by {spec['select']}" if spec.get("select", "random") != "random" else ""
+    budget = f", of a budget of {spec['budget']}" if spec.get("budget") else ""
+    return how + budget + (f", drawn anew {spec['resample']}" if spec.get("resample") else "")
 
 
 def _plan_summary(plan: SurgeryPlan) -> dict[str, Any]:

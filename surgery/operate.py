@@ -22,7 +22,7 @@ from surgery.adapter import (
 )
 from surgery.checkpoint import Checkpoint
 from surgery.choosing import carried, choose, choose_live, looks, require_data
-from surgery.columns import RANDOM, resample_steps
+from surgery.columns import resample_steps
 from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError, UnsupportedError
@@ -221,14 +221,41 @@ def attach(model: nn.Module, spec: Any = None, *, calibration: Iterable[Mapping[
     stored = {name: entry for name, entry in stored.items() if name not in parts}
     held = _held_live(model, stored)
     plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, parts=parts, held=held)
-    if plan.quantization and plan.spec["select"] != RANDOM:
-        found = f"select {plan.spec['select']!r} over a model held as {plan.quantization.kind}"
-        raise UnsupportedError("attach", found, expected=RANDOM, fix="Apply to a folder, and load the adapter")
-    if plan.quantization and not held:
-        names = plan.quantization.layers
+    return attach_chosen(model, plan, calibration)
+
+
+def attach_chosen(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mapping[str, Any]]) -> SurgeryPlan:
+    """Carry out a new plan on a model in memory, its columns chosen first. Returns the plan that this gave."""
+    plan, choice = choose_live(model, plan, calibration)
+    delta = None
+    if choice:
+        held = {w.parameter: model.get_parameter(w.parameter).detach().cpu() for w in plan.whole}
+        whole = {name: WholePatch(value.float(), value.clone()) for name, value in held.items()}
+        delta = fresh_live(model, plan, whole, choice)
+    _hold_as_planned(model, plan)
+    attach_plan(model, plan, delta)
+    return plan
+
+
+def _hold_as_planned(model: nn.Module, plan: SurgeryPlan) -> None:
+    """Quantize the layers of a dense model that its plan says are held so."""
+    names = plan.quantization.layers if plan.quantization else ()
+    if plan.quantization and not any(is_quantized(model.get_submodule(name)) for name in names):
         require_package(plan.quantization.kind)
         _hold_quantized(model, plan.quantization, {n: model.get_parameter(f"{n}.weight").dtype for n in names})
-    return attach_chosen(model, plan, calibration)
+
+
+def resample(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> bool:
+    """Let other columns train where the plan says so: to be called after each optimizer step, of which `step` is done.
+
+    Returns whether columns were drawn. Raises: RequestError for a plain model, or a plan without `resample`.
+    """
+    plan = state_of(model).plan
+    every = resample_steps(plan.spec.get("resample", ""))
+    if not every:
+        raise RequestError("resample", "the plan draws no columns anew", expected="PacaSpec(resample='every:500')")
+    groups = {target.module: target.group for target in plan.targets}
+    return resample_model(model, optimizer, groups=groups, every=every, seed=plan.spec["seed"], step=step)
 
 
 def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | None:
@@ -248,31 +275,6 @@ def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | No
         shape = (module.out_features, module.in_features)
         stored[f"{name}.weight"] = Stored(f"{name}.weight", dtype_name(live_dtype(module, default)), shape)
     return Quantization(kinds[0], is_stored=False, layers={name: f"{name}.weight" for name in packed})
-
-
-def attach_chosen(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mapping[str, Any]]) -> SurgeryPlan:
-    """Carry out a new plan on a model in memory, its columns chosen first. Returns the plan that this gave."""
-    plan, choice = choose_live(model, plan, calibration)
-    delta = None
-    if choice:
-        held = {w.parameter: model.get_parameter(w.parameter).detach().cpu() for w in plan.whole}
-        whole = {name: WholePatch(value.float(), value.clone()) for name, value in held.items()}
-        delta = fresh_live(model, plan, whole, choice)
-    attach_plan(model, plan, delta)
-    return plan
-
-
-def resample(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> bool:
-    """Let other columns train where the plan says so: to be called after each optimizer step, of which `step` is done.
-
-    Returns whether columns were drawn. Raises: RequestError for a plain model, or a plan without `resample`.
-    """
-    plan = state_of(model).plan
-    every = resample_steps(plan.spec.get("resample", ""))
-    if not every:
-        raise RequestError("resample", "the plan draws no columns anew", expected="PacaSpec(resample='every:500')")
-    groups = {target.module: target.group for target in plan.targets}
-    return resample_model(model, optimizer, groups=groups, every=every, seed=plan.spec["seed"], step=step)
 
 
 def _live_task(model: nn.Module) -> str:

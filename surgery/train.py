@@ -173,9 +173,9 @@ def train(
         fall_silent()
     with interruptible() as interruption, joined(device):
         adapter = open_adapter(folder)
+        _require_resampling(adapter.plan, settings, device)
         if adapter.plan.quantization:
             acceleration.require_for_quantized(settings, device, adapter.plan.quantization.kind)
-        _require_resampling(adapter.plan, settings, device)
         anew = _for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
         run = _Run.describe(adapter, plan, data, settings)

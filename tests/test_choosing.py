@@ -239,7 +239,7 @@ def test_a_group_shares_the_columns_of_its_summed_scores(tiny_model: TinyModel, 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
 @pytest.mark.parametrize("select", ("lowrank", "gradient"))
 def test_memory_and_files_choose_the_same(family: str, select: str, tiny_model: TinyModel, tmp_path: Path) -> None:
-    """`attach` to a model and `apply` to its checkpoint: the same columns by weights; by gradients, of the same rows."""
+    """`attach` to a model and `apply` to its checkpoint give the same columns; by gradients, of the same rows."""
     root = tiny_model(family)
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 60)

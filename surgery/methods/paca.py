@@ -19,6 +19,7 @@ from surgery.columns import (
     FILE,
     RANDOM,
     STRATEGIES,
+    WEIGHTS,
     Choice,
     budget_values,
     choose_columns,
@@ -34,6 +35,7 @@ from surgery.columns import (
     takes_data,
 )
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
+from surgery.embedding_rows import find_embedding, require_rows, without_embedding
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError, closest, require_known
 from surgery.experts import (
     by_parameter,
@@ -49,6 +51,7 @@ from surgery.experts import (
 )
 from surgery.methods import Method, PlanRequest
 from surgery.paca_experts import OWN, SHARED, close_experts, open_experts, opened_experts, part_name, require_way
+from surgery.paca_kinds import OPENED, keep_statistics, let_go, moving_statistics, route
 from surgery.paca_layers import (
     PacaLayer,
     SharedGather,
@@ -61,12 +64,24 @@ from surgery.paca_layers import (
 )
 from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_quantized
 from surgery.plan import Quantization, Stored, SurgeryPlan, Target
-from surgery.quantized import GROUP, is_quantized, quantizable, require_kind
+from surgery.quantized import GROUP, dequantize, is_quantized, quantizable, require_kind
 from surgery.quantized_base import packed_names, seen_weight, stored_sha256, stored_weight
 from surgery.resampling import held as held_columns
 from surgery.resampling import open_past
-from surgery.select import ALL_LINEAR, EXPERTS, LinearSite, find_sites, ranks_of, resolve
+from surgery.select import (
+    ALL,
+    ALL_LINEAR,
+    CONVOLUTION,
+    EMBEDDING,
+    EXPERTS,
+    LINEAR,
+    LinearSite,
+    asked_rank,
+    ranks_of,
+    resolve,
+)
 from surgery.sharding import whole as gathered
+from surgery.sites import find_all_sites
 from surgery.survey import list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES, torch_dtype
 
@@ -87,10 +102,12 @@ class PacaSpec:
     columns' scores. resample: `every:500` draws other columns every so many optimizer steps. What looks at inputs or
     gradients takes calibration_data: files or ids, of which calibration_rows are drawn by the seed and cut to
     calibration_length tokens; calibration_columns: role -> column, as of any data.
+
+    rows: tokens, as numbers or, for a folder with a tokenizer, as texts, whose rows of the input embedding train too.
     """
 
     method: ClassVar[str] = "paca"
-    later: ClassVar[tuple[str, ...]] = ("experts", "quantize", "budget", "resample", *CALIBRATION)
+    later: ClassVar[tuple[str, ...]] = ("experts", "quantize", "budget", "resample", *CALIBRATION, "rows")
 
     rank: int = 16
     targets: tuple[str, ...] = (ALL_LINEAR,)
@@ -107,6 +124,7 @@ class PacaSpec:
     calibration_columns: Mapping[str, str] = field(default_factory=dict)
     calibration_rows: int = 64
     calibration_length: int = 512
+    rows: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
         require_known("--experts", self.experts, (SHARED, OWN))
@@ -117,9 +135,9 @@ class PacaSpec:
         require_strategy(self.select)
         if self.quantize:
             require_kind(self.quantize)
-        for name in ("targets", "exclude", "calibration_data"):
+        for name in ("targets", "exclude", "calibration_data", "rows"):
             given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+            object.__setattr__(self, name, (given,) if isinstance(given, (str, int)) else tuple(given))
         object.__setattr__(self, "budget", str(self.budget))
         self._require_columns()
 
@@ -167,13 +185,17 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     """
     refuse_stored(spec.select)
     model, stored = request.model, request.stored
-    sites = find_sites(model, request.heads)
+    sites = find_all_sites(model, request.heads)
     experts = find_experts(model, stored, request.parts)
     groups = trace_groups(model, sites, holders(model))
     whole = {target.parameter: target for target in request.whole}
-    candidates = [site for site in sites if site.name in stored and site.name not in whole]
-    chosen = resolve([*candidates, *(site for site, _ in experts)], spec.targets, exclude=spec.exclude)
-    _require_layers_alone(spec, chosen)
+    candidates = [_sized(spec, site) for site in sites if site.name in stored and site.name not in whole]
+    embedding = find_embedding(model, candidates, spec.rows)
+    candidates = [site for site in candidates if site.kind != EMBEDDING]
+    everything = [*candidates, *(site for site, _ in experts)]
+    selectors = without_embedding(spec.targets, everything, sites, embedding)
+    chosen = resolve(everything, selectors, exclude=spec.exclude) if selectors or not embedding else ()
+    _require_layers_alone(spec, [*chosen, *([embedding] if embedding else [])])
     ranks = _ranks(spec, chosen, groups)
     chosen = tuple(site for site in chosen if site.module in ranks)
     _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
@@ -181,27 +203,23 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
         require_way(model.get_submodule(holder))
     places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
     targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
+    if embedding:
+        rows = require_rows(embedding, spec.rows, model)
+        target = _target(embedding, stored[embedding.name], len(rows), groups)
+        targets = tuple(sorted((*targets, replace(target, rows=rows)), key=lambda target: target.module))
     touched = {target.name: target for target in targets} | whole
     reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
-    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with}
-    reasons |= {site.name: "not selected" for site in candidates if not site.is_head and not site.tied_with}
+    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
+    reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
     reasons |= {site.name: "experts: name them in --targets" for site, _ in experts}
     quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
+    _require_dense_where_needed(spec, quantization, request)
     return {
-        "targets": targets, "untouched": list_untouched(model, touched, reasons), "quantization": quantization
-    }  # fmt: skip
-
-
-def _require_choice(spec: PacaSpec, request: PlanRequest) -> None:
-    """Columns over a packed weight are drawn once, and by what is known without it. Raises: UnsupportedError."""
-    kind = spec.quantize or (request.quantization.kind if request.quantization else "")
-    if kind and spec.resample:
-        found = f"{spec.resample} over a base held as {kind}: columns that no longer train would have no place in it"
-        raise UnsupportedError("--resample", found, expected="a base in 16 or 32 bits", fix="Leave one of the two out")
-    known = (RANDOM,) if request.quantization else (RANDOM, "magnitude", "lowrank")
-    if kind and spec.select not in known and not is_file(spec.select):
-        found = f"{spec.select} over a base held as {kind}"
-        raise UnsupportedError("--select", found, expected=f"{', '.join(known)} or file:PATH", fix="Take one of these")
+        "targets": targets,
+        "untouched": list_untouched(model, touched, reasons),
+        "frozen": moving_statistics(model),
+        "quantization": quantization,
+    }
 
 
 def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSite]) -> Quantization | None:
@@ -209,7 +227,6 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
 
     Raises: UnsupportedError where none can be; RequestError where it is quantized already.
     """
-    _require_choice(spec, request)
     if not spec.quantize:
         return request.quantization
     if request.quantization:
@@ -230,14 +247,42 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
     )
 
 
+def _require_dense_where_needed(spec: PacaSpec, quantization: Quantization | None, request: PlanRequest) -> None:
+    """Columns that go out are written into the weight, and some strategies read it. Raises: UnsupportedError."""
+    if quantization and spec.resample:
+        found = f"a base held as {quantization.kind}, into which no column can be written"
+        raise UnsupportedError("--resample", found, expected="a dense base", fix="Leave out one of them")
+    if request.quantization and not is_file(spec.select) and STRATEGIES[spec.select].looks_at == WEIGHTS:
+        found = f"weights that are held as {request.quantization.kind}"
+        fix = "Choose by activation or gradient, or start from the checkpoint that it was quantized from"
+        raise UnsupportedError(f"--select {spec.select}", found, expected="dense weights to look at", fix=fix)
+
+
+def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
+    """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is."""
+    asked = asked_rank(site, spec.rank, spec.rank_pattern)
+    return replace(site, is_narrow=site.kind == CONVOLUTION and asked > site.in_features)
+
+
+def why_left(site: LinearSite) -> str:
+    """Why a layer that could have been meant does not train."""
+    if site.is_narrow and not site.unfit:
+        return f"convolution of {site.in_features} channels, fewer than the rank"
+    return site.unfit or ("not selected" if site.kind in ALL[ALL_LINEAR] else site.kind)
+
+
 def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:
-    """Experts have columns that the seed decides, once and for all. Raises: UnsupportedError."""
-    expert = next((site.module for site in chosen if site.holder), "")
+    """Layers that are no linear ones have columns that the seed decides, or rows that are named, once and for all.
+
+    Raises: UnsupportedError.
+    """
+    expert = next((site for site in chosen if site.holder or site.kind != LINEAR), None)
     settings = {"--select": spec.select != RANDOM, "--budget": spec.budget, "--resample": spec.resample}
     given = next((name for name, is_given in settings.items() if is_given), "")
     if expert and given:
-        fix = f"Leave out {given}, or {EXPERTS} among the --targets"
-        raise UnsupportedError(given, f"experts train ({expert})", expected="linear layers alone", fix=fix)
+        kind, name = ("experts", EXPERTS) if expert.holder else (f"{expert.kind} layers", expert.module)
+        fix = f"Leave out {given}, or {name} among the --targets"
+        raise UnsupportedError(given, f"{kind} train ({expert.module})", expected="linear layers alone", fix=fix)
 
 
 def _ranks(spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
@@ -333,12 +378,16 @@ def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
 
     Of a plan whose columns are an adapter's own or chosen by looking, any: without them only sizes are asked for.
     """
+    if target.rows:
+        return torch.tensor(target.rows)
     return random_columns(target.in_features, target.rank, seed=plan.spec["seed"], group=target.group)
 
 
 def _seed_columns(plan: SurgeryPlan, target: Target) -> Tensor:
     """The same where nothing else may decide. Raises: UnsupportedError."""
     spec = plan.spec
+    if target.rows:
+        return torch.tensor(target.rows)
     return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
 
 
@@ -357,21 +406,13 @@ def fresh(
     return ColumnDelta(replace(plan, targets=tuple(targets)), patches, whole)
 
 
-def _read_columns(
-    checkpoint: Checkpoint, quantization: Quantization | None, target: Target, columns: Tensor
-) -> tuple[str, Tensor]:
-    """A target's digest and its columns (out, r) in the base's files: of packed ones what they stand for."""
-    if quantization is None or not quantization.is_stored or target.module not in quantization.layers:
-        return read_target(checkpoint, target, columns)
-    weight = seen_weight(checkpoint, quantization, target.weight)
-    return stored_sha256(checkpoint, target.weight), weight.index_select(1, columns)
-
-
 def fresh_live(model: nn.Module, plan: SurgeryPlan, whole: Mapping[str, WholePatch], choice: Choice) -> ColumnDelta:
     """The same of a model in memory, for columns that were chosen by looking at it."""
     patches = {}
     for target in plan.targets:
-        columns, weight = choice.columns[target.module], model.get_parameter(target.name)
+        columns, module = choice.columns[target.module], model.get_submodule(target.module)
+        is_packed = is_quantized(module)
+        weight = dequantize(module, torch_dtype(target.dtype)) if is_packed else model.get_parameter(target.name)
         original = read_columns(weight, columns.to(weight.device), target.input_axis).cpu()
         patches[target.module] = _unmoved(plan, target, columns, original, choice)
     return ColumnDelta(plan, patches, whole)
@@ -384,6 +425,16 @@ def _unmoved(
     active = columns if plan.spec.get("resample") else None
     scores = choice.scores.get(target.module) if choice else None
     return ColumnPatch(target, columns, original.to(master, copy=True), original, active, scores)
+
+
+def _read_columns(
+    checkpoint: Checkpoint, quantization: Quantization | None, target: Target, columns: Tensor
+) -> tuple[str, Tensor]:
+    """A target's digest and its columns (out, r) in the base's files: of packed ones what they stand for."""
+    if quantization is None or not quantization.is_stored or target.module not in quantization.layers:
+        return read_target(checkpoint, target, columns)
+    weight = seen_weight(checkpoint, quantization, target.weight)
+    return stored_sha256(checkpoint, target.weight), weight.index_select(1, columns)
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
@@ -412,10 +463,12 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
             original = patch.original if patch else None
             layer = open_quantized(module, own, original=original, storage=storage, shared=gather, scale=scale)
         else:
-            axis = target.input_axis
-            layer = open_layer(module, own, input_axis=axis, storage=storage, shared=gather, scale=scale)
+            axis, kind = target.input_axis, OPENED[type(module)]
+            layer = open_layer(module, own, input_axis=axis, storage=storage, shared=gather, scale=scale, opened=kind)
         if patch:
             _start(layer, patch)
+    route(model)
+    keep_statistics(model, plan.frozen)
 
 
 def _active_columns(patch: ColumnPatch) -> Tensor:
@@ -649,6 +702,7 @@ def detach(model: nn.Module, *, merge: bool) -> None:
             close_quantized(layer, merge=merge, dtype=dtype)
         else:
             close_layer(layer, merge=merge)
+    let_go(model)
 
 
 METHOD = Method("paca", "arXiv 2503.01905", PacaSpec, plan, fresh, attach, trainable_names, collect, bind, detach)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.bench.measure import saved_bytes, take_turns
-from surgery.methods.paca import moving_statistics
+from surgery.paca_kinds import moving_statistics
 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "convnext": (

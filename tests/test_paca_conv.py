@@ -22,7 +22,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE, require_columns
 from surgery.errors import SelectorError, UnsupportedError
 from surgery.images import PROCESSOR_FILE, TASK
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load, save
 from surgery.paca_conv import PacaConv2d
 from surgery.paca_layers import SharedGather, gather, layers, open_layer, read_columns

@@ -81,7 +81,6 @@ VARIANTS = (
         "mixtral",
         PacaSpec(rank=4, targets=("all-linear", "experts"), experts="own"),
         overrides={"num_local_experts": 3},
-        strategies=("fsdp2",),
     ),
     Variant("head", "bert", task="sequence-classification", data="labelled.jsonl"),
     Variant("seq2seq", "t5", data="pairs.jsonl", strategies=("ddp",)),

@@ -234,7 +234,7 @@ def test_shared_experts_gather_with_the_layers_beside_them(monkeypatch: pytest.M
     attach(model, RANK_4)
     real = paca_experts.gather
     for module in (paca_experts, __import__("surgery.paca_layers", fromlist=["gather"])):
-        monkeypatch.setattr(module, "gather", lambda x, columns: (calls.append(x.shape), real(x, columns))[1])
+        monkeypatch.setattr(module, "gather", lambda x, *rest: (calls.append(x.shape), real(x, *rest))[1])
     loss_of(model, sample_inputs("mixtral"))
     assert len(calls) == 2 * 5
 
@@ -545,6 +545,16 @@ def test_ways_in_which_nothing_trains_are_refused(tiny_model: TinyModel, tmp_pat
     apply(tiny_model("mixtral"), tmp_path / "adapter", RANK_4)
     code, error = command("export", tmp_path / "adapter", "--format", "lora", "-o", tmp_path / "lora")
     assert (code, "24 tensors of experts" in error, (tmp_path / "lora").exists()) == (5, True, False)
+
+
+@pytest.mark.parametrize(
+    "setting", ({"quantize": "nf4"}, {"budget": "1%"}, {"resample": "every:5"}, {"select": "magnitude"}), ids=str
+)
+def test_settings_that_experts_do_not_have_are_refused(setting: dict[str, str], tiny_model: TinyModel) -> None:
+    """A quantized base, budgets, scores and other draws are for linear layers: exit code 5 and what to leave out."""
+    sizes: dict[str, Any] = {} if "budget" in setting else {"rank": 4}
+    with pytest.raises(UnsupportedError, match=r"experts train \(.*Leave out"):
+        plan_checkpoint(Checkpoint.open(tiny_model("mixtral")), PacaSpec(targets=ALL, **sizes, **setting))
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_damaged(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -79,8 +79,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     ranks = _ranks(spec, chosen, groups)
     chosen = tuple(site for site in chosen if site.module in ranks)
     _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
-    for holder in {site.holder for site in chosen if site.holder}:
-        require_way(model.get_submodule(holder))
+    _require_trainable_experts(spec, request, chosen)
     places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
     targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
     if embedding:
@@ -149,6 +148,16 @@ def why_left(site: LinearSite) -> str:
     if site.is_narrow and not site.unfit:
         return f"convolution of {site.in_features} channels, fewer than the rank"
     return site.unfit or ("not selected" if site.kind in ALL[ALL_LINEAR] else site.kind)
+
+
+def _require_trainable_experts(spec: PacaSpec, request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
+    """Experts multiply in a way in which columns train, beside layers held as they are. Raises: UnsupportedError."""
+    experts = [site for site in chosen if site.holder]
+    for holder in {site.holder for site in experts}:
+        require_way(request.model.get_submodule(holder))
+    if experts and (spec.quantize or request.quantization):
+        found = f"experts train ({experts[0].module}) beside a quantized base, which has not been tried"
+        raise UnsupportedError("--quantize", found, expected="a base in 16 or 32 bits", fix=f"Leave out {EXPERTS}")
 
 
 def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:

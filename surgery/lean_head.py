@@ -152,6 +152,8 @@ def find_loss(model: Any) -> tuple[str, Logits] | str:
     path = next(path for path, module in model.named_modules() if module is head)
     if type(head) is not nn.Linear:
         return f"{path} is a {type(head).__name__}, which trains or is wrapped"
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return f"{path} trains, and a gradient of its size would be kept"
     if not inner or "." in path:
         return f"{name} has its head at {path}, not beside its base model"
     try:

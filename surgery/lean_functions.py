@@ -377,7 +377,7 @@ def _in_chunks(
     dbias = torch.zeros_like(bias_v, dtype=wide) if bias_v is not None and wants[2] else None
     for start, stop in chunks_of(hidden_nh.shape[0], weight_vh.shape[0]):
         part_ch = hidden_nh[start:stop]
-        z_cv = functional.linear(part_ch, weight_vh, bias_v)
+        z_cv = [functional.linear(part_ch, weight_vh, bias_v)]  # handed over, so that it goes when it is done with
         loss, dz_cv = _one_chunk(z_cv, labels, slice(start, stop), how.logits, wants=any(wants))
         total += loss
         if dz_cv is None:
@@ -392,15 +392,18 @@ def _in_chunks(
 
 
 def _one_chunk(
-    z_cv: Tensor, labels: _Labels, rows: slice, logits: Logits, *, wants: bool
+    given: list[Tensor], labels: _Labels, rows: slice, logits: Logits, *, wants: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The summed loss of some rows of the head's output, and the gradient of that output where it is wanted."""
+    z_cv = given.pop()
+    dtype, kept = z_cv.dtype, z_cv if logits.cap is not None else z_cv.new_empty(0)
     labels_c1 = labels.labels_n[rows].unsqueeze(1)
     log_cv = torch.log_softmax(logits.forward(z_cv).to(torch.float32), -1)
+    del z_cv
     loss = -(log_cv.gather(1, labels_c1).squeeze(1) * labels.counts_n[rows]).sum()
     if not wants:
         return loss, None
     dlog_cv = torch.zeros_like(log_cv).scatter_(1, labels_c1, -labels.scale_n[rows].unsqueeze(1))
     dlogits_cv = _aten._log_softmax_backward_data(dlog_cv, log_cv, 1, torch.float32)  # noqa: SLF001  autograd's own
     del log_cv, dlog_cv
-    return loss, logits.backward(dlogits_cv.to(z_cv.dtype), z_cv)
+    return loss, logits.backward(dlogits_cv.to(dtype), kept)

@@ -150,10 +150,18 @@ def find_loss(model: Any) -> tuple[str, Logits] | str:
     if head is None:
         return f"{name} has no language model's head"
     path = next(path for path, module in model.named_modules() if module is head)
-    if type(head) is not nn.Linear:
-        return f"{path} is a {type(head).__name__}, which trains or is wrapped"
     if not inner or "." in path:
         return f"{name} has its head at {path}, not beside its base model"
+    if type(head) is not nn.Linear:
+        return f"{path} is a {type(head).__name__}, which trains or is wrapped"
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return f"{path} trains, and a gradient of its size would be kept"
+    return _try_out(model, path)
+
+
+def _try_out(model: Any, path: str) -> tuple[str, Logits] | str:
+    """Run stand-ins of the class with each change of logits that its configuration may mean."""
+    name = type(model).__name__
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)

@@ -75,7 +75,7 @@ def built(family: str, dtype: torch.dtype = torch.float32, **overrides: object) 
 
 def pair(family: str, dtype: torch.dtype = torch.float32, **overrides: object) -> tuple[Any, Any]:
     """A model with PaCA in it, whose embeddings ask for a gradient, and the same made lean."""
-    plain = built(family, dtype, **overrides)
+    plain = built(family, dtype, tie_word_embeddings=False, **overrides)
     attach(plain, PacaSpec(rank=4))
     plain.get_input_embeddings().weight.requires_grad_()
     lean = copy.deepcopy(plain)
@@ -138,8 +138,7 @@ def test_what_a_class_does_to_its_logits_is_done(family: str, overrides: Mapping
     plain: Any = transformers.AutoModelForCausalLM.from_config(config).double().train()
     plain.lm_head.weight.data.mul_(30.0)
     plain.requires_grad_(requires_grad=False).get_input_embeddings().weight.requires_grad_()
-    if family == "cohere":
-        plain.lm_head.weight = nn.Parameter(plain.lm_head.weight.detach(), requires_grad=False)  # it is tied
+    plain.lm_head.weight = nn.Parameter(plain.lm_head.weight.detach(), requires_grad=False)  # where it is tied
     lean = copy.deepcopy(plain)
     assert rewrite(lean).loss
     ids = torch.randint(64, (2, 7))
@@ -170,7 +169,7 @@ def test_any_method_and_setting_can_have_it(method: str) -> None:
     elif method != "full":
         attach(plain, PacaSpec(rank=4))
     lean = copy.deepcopy(plain)
-    assert rewrite(lean).loss
+    assert rewrite(lean).loss == (method != "full")
     if method == "checkpointing":
         for model in (plain, lean):
             set_checkpointing(model, on=True)
@@ -180,7 +179,7 @@ def test_any_method_and_setting_can_have_it(method: str) -> None:
         kept = [saved_bytes(model, lambda one=model: one(**batch).loss) for model in (lean, plain)]  # type: ignore[misc]
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)
     assert furthest([a for a, b in zip(ours, theirs, strict=True) if b.any()], [b for b in theirs if b.any()]) < 2e-6
-    assert kept[0] < 0.9 * kept[1]
+    assert kept[0] < 0.95 * kept[1]
 
 
 def test_peft_wraps_a_lean_model() -> None:
@@ -349,7 +348,7 @@ def test_a_forward_that_fails_leaves_nothing_asked() -> None:
     _, lean = pair("llama")
     with pytest.raises(IndexError):
         lean(input_ids=torch.full((1, 3), 10**6), labels=torch.zeros(1, 3, dtype=torch.long))
-    assert lean(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits is not None
+    assert lean(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.shape[-1] == lean.config.vocab_size
 
 
 def test_detach_leaves_a_plain_model() -> None:

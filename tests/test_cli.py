@@ -434,8 +434,8 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     (
         ("apply model --rows a,id:7 --rows b --quantize nf4 --experts own --select gradient --budget 5% "
-         "--resample every:9 --calibration-data c.jsonl --calibration-data d.jsonl --calibration-columns text=0,label=1 "
-         "--calibration-rows 3 --calibration-length 8"),
+         "--resample every:9 --calibration-data c.jsonl --calibration-data d.jsonl --calibration-columns "
+         "text=0,label=1 --calibration-rows 3 --calibration-length 8"),
         {
             "spec": PacaSpec(
                 rows=("a", "id:7", "b"), quantize="nf4", experts="own", select="gradient", budget="5%",

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                     the table of docs/performance.md
     python benchmarks/memory.py --shape llama-8b-layer --dtype bf16 --batch 1 --tokens 2048
+    python benchmarks/memory.py --lean              the same in lean blocks
     python benchmarks/memory.py --shape llama-8b --predict-only --device cuda --dtype bf16 --batch 1 --tokens 2048
 
 Measured are a forward and backward of the model in memory: bytes that autograd's hooks see, and the peak of all tensors
@@ -25,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import surgery
 from surgery.bench.measure import saved_bytes
 from surgery.compat import keep_inputs_frozen, set_checkpointing
+from surgery.lean_pass import rewrite
 from surgery.memory import Run, open_subject, predict
 from surgery.methods.read import ReadSpec
 from surgery.saved import LiveBytes
@@ -57,6 +59,8 @@ def measure(arguments: argparse.Namespace, method: str) -> tuple[int, int]:
     torch.manual_seed(0)
     config = config_of(arguments)
     model = VARIANTS[method](LlamaForCausalLM(config).to(DTYPES[arguments.dtype]), arguments.rank).train()
+    if arguments.lean:
+        rewrite(model)
     if arguments.checkpointing:
         set_checkpointing(model, on=True)
         if method in ("paca", "read"):
@@ -87,6 +91,7 @@ def foretell(arguments: argparse.Namespace, method: str) -> tuple[int, int, floa
         devices=arguments.devices,
         sharding=arguments.sharding,
         checkpointing=arguments.checkpointing,
+        lean=arguments.lean,
     )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -111,6 +116,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--sharding", default="")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--lean", action="store_true", help="with lean blocks")
     parser.add_argument("--predict-only", action="store_true", help="do not build the model")
     arguments = parser.parse_args()
     print(f"{arguments.shape}, {arguments.dtype}, {arguments.batch} x {arguments.tokens} tokens, rank {arguments.rank}")

@@ -17,6 +17,7 @@ import itertools
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def measure(arguments: argparse.Namespace, *, checkpointing: bool) -> dict[str, 
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
     steps = {name: functools.partial(step, model, optimizers[name]) for name, model in models.items()}
     batches = itertools.repeat(batch, arguments.warmup + arguments.rounds)
-    seconds = take_turns(steps, batches, warmup=arguments.warmup, device=device)
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    seconds = take_turns(steps, batches, warmup=arguments.warmup, device=device, clock=clock)
     result["seconds"] = seconds
     result["trained"] = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in models.items()}
     return result
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpointing", choices=("both", "yes", "no"), default="both")
+    parser.add_argument("--processor-time", action="store_true", help="CPU: seconds of this process, not of the clock")
     parser.add_argument("--json", type=Path, help="write the raw figures there")
     parser.add_argument("--write", type=Path, help="only write the shape's config.json to that folder")
     arguments = parser.parse_args()

@@ -84,8 +84,7 @@ def _write(path: Path, text: str) -> Path:
 
 def table(results: Results) -> list[str]:
     """A set's results in Markdown: what was learnt, beside what it takes; the floor learns nothing."""
-    names = [row.method for row in results.rows]
-    lora = results.row(RATIO_TO if RATIO_TO in names else next(name for name in names if name.startswith("lora")))
+    lora = results.row(RATIO_TO) or results.lora()
     head = ("method", "trained", results.metric, "spread", "rate", "step / LoRA", "kept, MB", "peak, MB")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in results.rows:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from exporters.dense import KEEP, Exporter, require_targets, sourced
+from exporters.dense import KEEP, Exporter, base_digest, require_targets, sourced
 from surgery.adapter import Adapter, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ColumnDelta, ColumnPatch, require_base, require_columns
@@ -74,9 +74,13 @@ def find_notes(plan: SurgeryPlan, rank: int) -> list[str]:
 
 def base_notes(plan: SurgeryPlan) -> list[str]:
     """How the base must be loaded, where it is not loaded as it is."""
-    if not plan.config:
-        return []
-    return [f"the base must be loaded as {plan.architecture} with {json.dumps(dict(plan.config))}"]
+    notes = []
+    if plan.config:
+        notes.append(f"the base must be loaded as {plan.architecture} with {json.dumps(dict(plan.config))}")
+    if plan.quantization:
+        kind = plan.quantization.kind
+        notes.append(f"training saw the base as {kind}: load it so to compute what was trained")
+    return notes
 
 
 def weight_entries(plan: SurgeryPlan, rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -215,7 +219,7 @@ def path_for_peft(root: Path) -> str:
 def _require_base(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
     require_targets(checkpoint, plan)
     for target in plan.targets:
-        require_base(target, checkpoint.sha256(target.weight), str(checkpoint.root))
+        require_base(target, base_digest(checkpoint, plan, target), str(checkpoint.root))
 
 
 def _record(adapter: Adapter, out: Path, base: Base, files: Mapping[str, str], contents: PeftContents) -> Record:

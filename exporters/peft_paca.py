@@ -126,10 +126,10 @@ def find_chunks(delta: ColumnDelta, rank: int, scale: float, rounding: Rounding)
         yield tensor_to_bytes(delta.whole[whole.parameter].stored(whole.dtype))
 
 
-def find_notes(plan: SurgeryPlan, rank: int, alpha: float) -> list[str]:
-    """What a person who loads the adapter must know, one sentence each."""
-    notes = base_notes(plan)
-    smaller = [target for target in plan.targets if target.rank < rank]
+def find_notes(plan: SurgeryPlan, widths: Mapping[str, int], alpha: float) -> list[str]:
+    """What a person who loads the adapter must know, one sentence each. widths: how many columns, by module."""
+    notes, rank = base_notes(plan), max(widths.values())
+    smaller = [module for module, width in widths.items() if width < rank]
     if smaller:
         notes.append(
             f"PEFT has one rank for all layers, here {rank}: {len(smaller)} layers get further columns of delta 0,"
@@ -177,12 +177,13 @@ def export(
     """
     refuse_settings(PEFT_PACA, dtype, max_shard_bytes)
     delta = require_columns(adapter.delta, f"--format {PEFT_PACA}")
-    plan, rank = adapter.plan, max(delta.widths().values())
+    plan, widths = adapter.plan, delta.widths()
+    rank = max(widths.values())
     require_linear(plan, rank)
     alpha, rounding = alpha_of(plan, rank), Rounding()
 
     def settings() -> Mapping[str, Any]:
-        notes = [*find_notes(plan, rank, alpha), rounding.note()]
+        notes = [*find_notes(plan, widths, alpha), rounding.note()]
         return {"format": PEFT_PACA, "rank": rank, "notes": notes}
 
     contents = PeftContents(

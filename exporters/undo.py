@@ -52,6 +52,10 @@ def undo(merged: Path, out: Path) -> Path:
 
 
 def _require_kept_dtype(merged: Path, record: Record) -> None:
+    if record.manifest.export.get("merge_base") == "dequantized":
+        raise UnsupportedError(str(merged), "a merge with --merge-base dequantized, which has not the base's values",
+                               expected="one with --merge-base original",
+                               fix=f"The base itself is {_describe(record.manifest.base)}")  # fmt: skip
     dtype = record.manifest.export.get("dtype")
     if dtype != _KEEP:
         raise UnsupportedError(str(merged), f"a merge with --dtype {dtype}, whose rounding lost the base's values",

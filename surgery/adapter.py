@@ -126,7 +126,7 @@ def _fresh_whole(checkpoint: Checkpoint, plan: SurgeryPlan) -> tuple[dict[str, W
 
 def draw_parameters(root: Path, plan: SurgeryPlan) -> dict[str, Tensor]:
     """New parameters, drawn as the model's class draws them, from (seed, module name)."""
-    config = configured(read_config(root), plan.config)
+    config = configured(read_config(root, takes_4bit=True), plan.config)
     with torch.device("meta"), quiet_loading():
         model: Any = class_for(config, plan.task)(config)
     owners = sorted({target.parameter.rpartition(".")[0] for target in plan.whole})

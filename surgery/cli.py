@@ -28,7 +28,7 @@ from surgery.cli_plan import plan_command
 from surgery.cli_recipes import recipes_command
 from surgery.cli_report import report_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
-from surgery.terminal import say, show
+from surgery.terminal import hush_libraries, say, show
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -207,6 +207,10 @@ PACA_OPTIONS = options(
     click.option("--calibration-rows", type=int, help="paca: how many rows, drawn by the seed. Default: 64."),
     click.option("--calibration-length", type=int, help="paca: tokens of each at most. Default: 512."),
     click.option(
+        "--quantize",
+        help="paca: hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, torchao-int8 or torchao-int4.",
+    ),
+    click.option(
         "--experts", help="paca: columns of a mixture's experts, shared by all or each its own. Default: shared."
     ),
 )
@@ -258,6 +262,7 @@ def apply(
     surgery apply model/ --targets embed_tokens --rows '<think>,</think>'
     surgery apply model/ --select gradient --calibration-data train.jsonl --budget 0.5%
     surgery apply model/ --resample every:500
+    surgery apply model/ -r 64 --quantize nf4
     surgery apply model/ --targets all-linear,experts --experts own
     surgery apply model/ --method read --hidden 64 --layers every:2
     surgery apply model/ --plan
@@ -410,6 +415,10 @@ def train(
 @click.option("--opset", type=int, help="With --format onnx: the version of ONNX's operators, 20 or newer.")
 @click.option("--onnx-data", help="With --format onnx: safetensors (weights are not copied) or copy (model.onnx_data).")
 @click.option("--max-shard-size", help="Cut files anew, e.g. 5GB. Default: the base's own files.")
+@click.option(
+    "--merge-base",
+    help="Of a quantized base: write the columns into the original base, or the dequantized one. Default: original.",
+)
 @click.option("--no-verify", is_flag=True, help="Leave out the check of what was written.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
 @BASE
@@ -425,6 +434,7 @@ def export(
     opset: int | None,
     onnx_data: str | None,
     max_shard_size: str | None,
+    merge_base: str | None,
     no_verify: bool,
     prompts: tuple[str, ...],
     base: str | None,
@@ -441,6 +451,7 @@ def export(
     \b
     surgery export model-paca/ --merge
     surgery export model-paca/ --merge -o out/ --max-shard-size 5GB
+    surgery export model-paca/ --merge --merge-base dequantized
     surgery export model-paca/ --merge --format onnx
     surgery export model/ --format onnx
     surgery export model-paca/ --format lora
@@ -460,7 +471,8 @@ def export(
         "opset": opset, "onnx_data": onnx_data,
     }  # fmt: skip
     if adapter and format_ == "onnx" and workflow.is_checkpoint(adapter):
-        given = [name for name, value in (("--merge", merge), ("--base", base), ("--prompt", prompts)) if value]
+        given = [name for name, value in (("--merge", merge), ("--base", base), ("--prompt", prompts),
+                                          ("--merge-base", merge_base)) if value]  # fmt: skip
         if given:
             raise RequestError(str(adapter), f"{given[0]} with a model", expected=f"an adapter, or no {given[0]}")
         result = workflow.export_checkpoint(str(adapter), out, **settings)
@@ -468,7 +480,8 @@ def export(
         folders = adapters or (workflow.find_adapter(None),)
         for folder in folders:
             workflow.require_merge(folder, format_, is_asked=merge)
-        result = workflow.export(folders, out, format=format_, base=base, prompts=prompts, **settings)
+        settings |= {"merge_base": merge_base, "prompts": prompts}
+        result = workflow.export(folders, out, format=format_, base=base, **settings)
     show(showing.export_lines(result), result, as_json=as_json)
 
 
@@ -654,6 +667,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: run, turn every error into one line and its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: others may need the core
+    hush_libraries()
     verbose = any(flag in arguments[:2] for flag in ("-v", "--verbose"))
     signal.signal(signal.SIGTERM, _stop)
     try:

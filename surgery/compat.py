@@ -259,6 +259,16 @@ def download_config(hub_id: str) -> Path:
         raise OSError(str(error)) from error
 
 
+def forget_quantizer(model: Any) -> None:
+    """Take off what transformers notes of a model whose files were quantized: its trainer takes no such model.
+
+    PEFT's adapters alone would be let through, and what we put into the layers it does not know.
+    """
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+
+
 def fall_silent() -> None:
     """No remark, warning or bar from this process: another one says it."""
     transformers_logging.set_verbosity_error()

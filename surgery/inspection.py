@@ -30,7 +30,7 @@ from surgery.manifest import (
 from surgery.peft_files import PEFT_PACA
 from surgery.plan import NO_METHOD, SurgeryPlan
 from surgery.runs import CHECKPOINTS, latest_checkpoint, open_run, step_of
-from surgery.table import align, plan_lines, size_text, target_rows
+from surgery.table import align, held_text, plan_lines, size_text, target_rows
 
 MODEL, LORA = "model", "lora"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
@@ -286,6 +286,8 @@ def _is_found(folder: Path, base: Base) -> bool:
 
 def _why_no_undo(folder: Path, record: Record) -> str:
     dtype = record.manifest.export.get("dtype")
+    if record.manifest.export.get("merge_base") == "dequantized":
+        return "not possible: with --merge-base dequantized the base's values are not in it"
     if dtype != "keep":
         return f"not possible: --dtype {dtype} rounded the base's values"
     return "" if path_inside(folder, UNDO_FILE).is_file() else f"not possible: {UNDO_FILE} is missing"
@@ -306,13 +308,21 @@ def _plan_pairs(plan: SurgeryPlan) -> _Pairs:
     method = (
         f"{plan.method}, {plan.spec['cell']} {plan.spec['hidden']} wide"
         if plan.stacks
-        else f"{plan.method}, rank {ranks}"
+        else f"{plan.method}, rank {ranks}{_chosen_by(plan.spec)}"
     )
     return [
         ("method", method),
         ("task", f"{plan.task}, loaded as {plan.architecture}"),
+        *([("base held as", held_text(plan.quantization))] if plan.quantization else []),
         ("plan", plan.id),
     ]
+
+
+def _chosen_by(spec: Mapping[str, Any]) -> str:
+    """How columns were chosen, where not at random once and for all."""
+    how = f", columns by {spec['select']}" if spec.get("select", "random") != "random" else ""
+    budget = f", of a budget of {spec['budget']}" if spec.get("budget") else ""
+    return how + budget + (f", drawn anew {spec['resample']}" if spec.get("resample") else "")
 
 
 def _plan_summary(plan: SurgeryPlan) -> dict[str, Any]:
@@ -327,7 +337,7 @@ def _plan_summary(plan: SurgeryPlan) -> dict[str, Any]:
         "stacks": [asdict(stack) for stack in plan.stacks],
         "whole": [asdict(target) for target in plan.whole],
         "untouched": [asdict(entry) for entry in plan.untouched],
-    }
+    } | ({"quantization": asdict(plan.quantization)} if plan.quantization else {})
 
 
 def _open_run(step: int) -> str:

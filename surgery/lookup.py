@@ -33,6 +33,8 @@ EXTRAS = {
     "peft": "lora",
     "PIL": "images",
     "vl_convert": "report",
+    "bitsandbytes": "bnb",
+    "torchao": "torchao",
 }  # by what is imported
 CALLED = {"PIL": "Pillow"}  # where a package is imported by another name than it is known by
 

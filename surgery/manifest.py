@@ -33,7 +33,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Check:
-    """A check that ran (or did not, and why): `result` is `passed`, `failed` or `not run`."""
+    """A check that ran (or did not, and why): `result` is `passed`, `failed`, `measured` or `not run`."""
 
     name: str
     result: str

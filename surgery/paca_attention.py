@@ -113,8 +113,8 @@ class OpenAttention(nn.MultiheadAttention):
         inputs: tuple[tuple[Tensor, int, int], ...]
         placed: dict[int, Tensor] = {}
         for fed in (query, key, value):
-            first = fed if is_batched else fed.unsqueeze(1)
-            placed[id(fed)] = first.transpose(0, 1) if is_batched and self.batch_first else first
+            batched = fed if is_batched else fed.unsqueeze(1)
+            placed[id(fed)] = batched.transpose(0, 1) if is_batched and self.batch_first else batched
         if key is not value:
             inputs = ((query, 0, 1), (key, 1, 2), (value, 2, 3))
         else:

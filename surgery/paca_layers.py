@@ -113,7 +113,7 @@ class _PacaFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, delta_or: Tensor, kept: Tensor, layer: PacaLayer) -> Tensor:
         ctx.save_for_backward(kept)
         ctx.layer, ctx.dtypes, ctx.shape = layer, (x.dtype, delta_or.dtype), x.shape
-        ctx.weight = None if layer.paca_is_gathered else layer.weight.detach()
+        ctx.weight = layer.kept_weight()
         return layer.frozen_forward(x)
 
     @staticmethod
@@ -124,9 +124,7 @@ class _PacaFunction(torch.autograd.Function):
         x_dtype, delta_dtype = ctx.dtypes
         dx = ddelta_or = None
         if ctx.needs_input_grad[0]:
-            if ctx.weight is None:
-                layer.refresh()  # what forward used is gone, and was put together again
-            weight = layer.weight.detach() if ctx.weight is None else ctx.weight
+            weight = layer.weight_again() if ctx.weight is None else ctx.weight
             dx = layer.input_gradient(dy, weight, ctx.shape).to(x_dtype)
         if ctx.needs_input_grad[1]:
             (kept,) = ctx.saved_tensors
@@ -295,6 +293,16 @@ class PacaLayer(nn.Module):
             gradient_or = gradient_or.mul_(self.paca_scale)
         self.paca_pending = True  # whatever uses this gradient, the next forward refreshes
         return gradient_or
+
+    def kept_weight(self) -> Tensor | None:
+        """What backward takes the input's gradient with; None where that is put together again (`weight_again`)."""
+        return None if self.paca_is_gathered else self.weight.detach()
+
+    def weight_again(self) -> Tensor:
+        """The weight for backward where what forward used is gone: gathered parameters were put together again."""
+        self.refresh()
+        weight: Tensor = self.weight.detach()
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():

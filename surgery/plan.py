@@ -16,7 +16,7 @@ from surgery.tensorfile import FLOAT_DTYPES
 SCHEMA = 1
 # left out, so that plans of matrices read as they always did
 _TARGET_DEFAULTS = {"parameter": "weight", "sizes": [], "holder": "", "place": [], "rows": []}
-_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256", "calibration")
+_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256", "calibration", "quantization")
 
 T = TypeVar("T")
 _JSON_TYPES = {"str": str, "int": int, "Mapping[str, Any]": dict, "Mapping[str, str]": dict}
@@ -152,6 +152,23 @@ class Untouched:
     reason: str
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How the base's weights are held in memory, while it is frozen.
+
+    `kind` is a key of `surgery.quantized.KINDS`; `is_stored`: the base's files hold them so already, otherwise they are
+    quantized when it is loaded; `layers`: of each quantized layer its weight's key in the checkpoint, by module.
+    """
+
+    kind: str
+    is_stored: bool
+    layers: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.kind or not self.layers or type(self.is_stored) is not bool:
+            raise DamagedError("plan", f"a quantization {self.kind!r} of {len(self.layers)} layers", expected="some")
+
+
 NO_METHOD = "none"
 
 
@@ -164,7 +181,8 @@ class SurgeryPlan:
     `prefix` is what the task's class puts before the base's names (`bert.`); `architecture` the class that loads the
     result; `config` the entries of config.json that change. `side`: the tensors of the stacks' side networks, sorted;
     `frozen`: the model's children that stay in eval mode; `backbone_sha256`: the digest of the whole base, empty while
-    no file has been read; `calibration`: the digests of the files that columns were chosen by, by name.
+    no file has been read; `calibration`: the digests of the files that columns were chosen by, by name; `quantization`:
+    None where the base is held as its files have it.
     """
 
     method: str
@@ -181,6 +199,7 @@ class SurgeryPlan:
     frozen: tuple[str, ...] = ()
     backbone_sha256: str = ""
     calibration: Mapping[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -247,6 +266,8 @@ class SurgeryPlan:
             side = ({**entry, "shape": tuple(entry["shape"])} for entry in document.get("side", ()))
             parts["side"] = tuple(from_json(SideTarget, entry) for entry in side)
             parts["frozen"] = tuple(document.get("frozen", ()))
+            if "quantization" in document:
+                parts["quantization"] = from_json(Quantization, document["quantization"])
             return from_json(cls, parts)
         except (TypeError, KeyError, ValueError) as error:
             raise DamagedError(where, f"the plan is malformed ({error})", expected="a whole plan") from error
@@ -262,4 +283,4 @@ class SurgeryPlan:
         plan = self.without_digests()
         if not self.spec.get("budget"):
             return plan
-        return replace(plan, targets=(replace(plan.targets[0], module="*", rank=1, group="*"),), untouched=())
+        return replace(plan, targets=(Target("*", "*", 1, 1, 1, "F32", 1, "*"),), untouched=())

@@ -20,7 +20,9 @@ from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import read_document
 from surgery.methods import PlanRequest
-from surgery.plan import Parts, Stored, SurgeryPlan, WholeTarget
+from surgery.plan import Parts, Quantization, Stored, SurgeryPlan, WholeTarget
+from surgery.quantized import stored_kind
+from surgery.quantized_base import packed_names, stored_weight
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorInfo
 
@@ -32,14 +34,18 @@ def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = N
     """
     require_bare(checkpoint.root)
     spec = number_rows(checkpoint.root, spec)
-    seen = survey(checkpoint.root, task or TaskSpec())
+    seen = survey(checkpoint.root, task or TaskSpec(), takes_4bit=True)
     names = memory_names(seen.model, checkpoint)
     stored = {m.name: _stored(checkpoint[disk]) for disk, m in names.items() if m.is_verbatim}
+    packed = set(packed_names(checkpoint))
+    stored |= {m.name: stored_weight(checkpoint, disk) for disk, m in names.items() if m.is_verbatim and disk in packed}
+    held = _held(checkpoint, {m.name: disk for disk, m in names.items() if m.is_verbatim and disk in packed})
     parts = expert_parts(names, {disk: _stored(info) for disk, info in checkpoint.items()})
     changed = (m.name for m in names.values() if not m.is_verbatim and m.name not in parts)
     converted = dict.fromkeys(changed, "changed by transformers on loading")
     prefix = f"{base_prefix(seen.model)}." if any(m.is_prefixed for m in names.values()) else ""
-    plan = plan_model(seen.model, spec, stored, converted, task=seen.task, heads=seen.heads, parts=parts)
+    task_and_heads: Any = {"task": seen.task, "heads": seen.heads}
+    plan = plan_model(seen.model, spec, stored, converted, parts=parts, held=held, **task_and_heads)
     return replace(plan, architecture=seen.architecture, prefix=prefix, config=dict(seen.config_changes))
 
 
@@ -56,6 +62,16 @@ def require_bare(root: Path) -> None:
         )
 
 
+def _held(checkpoint: Checkpoint, packed: Mapping[str, str]) -> Quantization | None:
+    """How the files hold the base's weights. packed: parameter -> its name there."""
+    kind = stored_kind(read_json(checkpoint.root / CONFIG_FILE).get("quantization_config"))
+    if not kind:
+        return None
+    return Quantization(
+        kind, is_stored=True, layers={name.removesuffix(".weight"): disk for name, disk in sorted(packed.items())}
+    )
+
+
 def _stored(info: TensorInfo) -> Stored:
     return Stored(info.name, info.dtype, info.shape)
 
@@ -69,17 +85,19 @@ def plan_model(
     task: str,
     heads: tuple[str, ...],
     parts: Parts | None = None,
+    held: Quantization | None = None,
 ) -> SurgeryPlan:
     """The plan for a model, live or on the meta device.
 
     stored: where each parameter lies, by name; converted: why some cannot be trained; heads: modules of the output;
-    parts: where the tensors lie that are put together to parameters of experts.
+    parts: where the tensors lie that are put together to parameters of experts; held: how the base is quantized
+    already.
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
     parts = parts or {}
     whole = _plan_whole(model, stored, {**converted, **dict.fromkeys(parts, "")}, task=task, heads=heads)
     method = lookup(METHODS, spec.method, "--method")
-    planned = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task, parts))
+    planned = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task, parts, held))
     return SurgeryPlan(spec.method, plain_spec(spec), type(model).__name__, task, whole=whole, **planned)
 
 

@@ -67,6 +67,7 @@ class PacaSection(_Section):
         "random", description="random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH"
     )
     seed: int = Field(0, ge=0, description="decides the columns that are random, and rows to choose others by")
+    quantize: str = Field("", description="hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, ..")
     rows: list[int | str] = Field([], description="tokens, or numbers, whose rows of the input embedding train")
     experts: str = Field("shared", description="columns of a mixture's experts: shared by all, or each its own")
     budget: int | str = Field("", description="so many values, or a part of the targets' such as 0.5%, for a rank")
@@ -194,6 +195,9 @@ class ExportSection(_Section):
     format: str = "safetensors"
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
     max_shard_size: str | None = Field(None, description="for example 5GB; the base's own files if not given")
+    merge_base: Literal["original", "dequantized"] | None = Field(
+        None, description="of a quantized base: what the columns are written into; original if not given"
+    )
     verify: bool = True
 
 

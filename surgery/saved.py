@@ -41,6 +41,7 @@ from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import UnsupportedError, shorten
 from surgery.images import TASK as IMAGES
 from surgery.paca_layers import PacaLayer
+from surgery.quantized import QuantizedLinear
 from surgery.repeated import FEW, echoing, few_layers, is_alike, set_submodule
 
 ATTENTION, NORMS, MLP, COLUMNS, SIDE, LOGITS, OTHER = KINDS = (
@@ -175,11 +176,12 @@ class LoraLayer(nn.Module):
     def __init__(self, base: Any, rank: int) -> None:
         super().__init__()
         axis = 0 if is_conv1d(base) else 1
-        half = base.weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if half else base.weight.dtype
+        is_packed = isinstance(base, QuantizedLinear)
+        shape, kind = (base.shape, base.storage) if is_packed else (base.weight.shape, base.weight.dtype)
+        dtype = torch.float32 if kind in (torch.float16, torch.bfloat16) else kind
         self.base = base
-        self.a = nn.Linear(base.weight.shape[axis], rank, bias=False, dtype=dtype)
-        self.b = nn.Linear(rank, base.weight.shape[1 - axis], bias=False, dtype=dtype)
+        self.a = nn.Linear(shape[axis], rank, bias=False, dtype=dtype)
+        self.b = nn.Linear(rank, shape[1 - axis], bias=False, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:

@@ -62,14 +62,17 @@ def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite,
     from torch import nn as torch_nn
 
     from surgery.compat import is_conv1d
+    from surgery.quantized import is_quantized
 
     heads, owners = tuple(heads), owners_of(model)
     sites = []
     for name, module in model.named_modules():
-        if type(module) is not torch_nn.Linear and not is_conv1d(module):
+        packed = is_quantized(module)
+        if type(module) is not torch_nn.Linear and not is_conv1d(module) and not packed:
             continue
         axis = 0 if is_conv1d(module) else 1
-        out_features, in_features = (int(module.weight.shape[1 - axis]), int(module.weight.shape[axis]))
+        sizes = (module.out_features, module.in_features) if packed else tuple(module.weight.shape)
+        out_features, in_features = int(sizes[1 - axis]), int(sizes[axis])
         others = [owner for owner in owners[id(module.weight)] if owner != name]
         is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
         sites.append(LinearSite(name, out_features, in_features, axis, is_head, others[0] if others else ""))

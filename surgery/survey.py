@@ -30,6 +30,7 @@ from surgery.compat import (
 )
 from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest, shorten
 from surgery.plan import Untouched
+from surgery.quantized import stored_kind
 from surgery.select import ATTENTION, CONVOLUTION, EMBEDDING, LINEAR, LinearSite
 
 TRACE_TOKENS = 8
@@ -95,18 +96,21 @@ class Survey:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_config(root: Path) -> PretrainedConfig:
-    """The model's configuration. Raises: NotAModelError, UnsupportedError for a quantized checkpoint."""
+def read_config(root: Path, *, takes_4bit: bool = False) -> PretrainedConfig:
+    """The model's configuration. takes_4bit: bitsandbytes' 4 bits may stand in the files.
+
+    Raises: NotAModelError, UnsupportedError for a quantized checkpoint.
+    """
     if not (root / CONFIG_FILE).is_file():
         raise NotAModelError(str(root), f"no {CONFIG_FILE}", expected="a Hugging Face model folder")
     document = read_json(root / CONFIG_FILE)
-    if "quantization_config" in document:
+    if "quantization_config" in document and not (takes_4bit and stored_kind(document["quantization_config"])):
         quantized = document["quantization_config"]
         method = quantized.get("quant_method", "some") if isinstance(quantized, dict) else "some"
         raise UnsupportedError(
             str(root),
             f"a checkpoint quantized by {method}",
-            expected="fp32, bf16 or fp16 weights",
+            expected=f"fp32, bf16 or fp16 weights{', or 4 bits with their usual storage' if takes_4bit else ''}",
             fix="Start from the checkpoint it was quantized from",
         )
     with _foreign_config(root):
@@ -190,9 +194,9 @@ def _pad_token_id(root: Path) -> int | None:
     return None if pad is None else int(pad)
 
 
-def survey(root: Path, spec: TaskSpec) -> Survey:
-    """Build the model that `spec` asks for on the meta device, from config.json alone."""
-    config = read_config(root)
+def survey(root: Path, spec: TaskSpec, *, takes_4bit: bool = False) -> Survey:
+    """Build the model that `spec` asks for on the meta device, from config.json alone; see `read_config`."""
+    config = read_config(root, takes_4bit=takes_4bit)
     task = spec.name or own_task(config)
     model_class = class_for(config, task)
     changes = _task_config(root, config, spec, task)

@@ -174,6 +174,8 @@ def train(
     with interruptible() as interruption, joined(device):
         adapter = open_adapter(folder)
         _require_resampling(adapter.plan, settings, device)
+        if adapter.plan.quantization:
+            acceleration.require_for_quantized(settings, device, adapter.plan.quantization.kind)
         anew = _for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
         run = _Run.describe(adapter, plan, data, settings)

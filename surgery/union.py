@@ -100,7 +100,9 @@ def _require_same_model(first: Adapter, other: Adapter) -> None:
 
 
 def _model_of(plan: SurgeryPlan) -> dict[str, object]:
-    return {"model": plan.architecture, "task": plan.task, "prefix": plan.prefix, "configuration": dict(plan.config)}
+    held = plan.quantization.kind if plan.quantization else "its files"
+    facts = {"model": plan.architecture, "task": plan.task, "prefix": plan.prefix, "configuration": dict(plan.config)}
+    return {**facts, "base held as": held}
 
 
 def _require_same_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:

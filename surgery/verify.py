@@ -60,6 +60,7 @@ from surgery.tensorfile import (
     torch_dtype,
 )
 from surgery.union import unite
+from surgery.verify_quantized import DEQUANTIZED, MERGE_DIFFERENCE, check_seen, dense_infos, measure
 from surgery.writing import replace_file
 
 PROMPTS = (
@@ -126,6 +127,7 @@ def verify(
         skipped = (_skipped("--no-numeric"), None)
         check, difference = _check_logits(sides, tuple(prompts) or PROMPTS) if numeric else skipped
         checks.append(check)
+        checks += _measure_merge(sides, tuple(prompts) or PROMPTS, numeric=numeric)
     if ONNX in record.manifest.export:
         checks += resolve(ONNX_VERIFY)(folder, record, opened, why, numeric=numeric)
     manifest = replace(record.manifest, checks=tuple(checks))
@@ -195,7 +197,8 @@ def _dtype_of(sides: _Sides, info: TensorInfo) -> str:
 def _check_names(sides: _Sides) -> Check:
     """Nothing is lost and nothing is added but new heads."""
     plan = sides.record.plan
-    expected = {plan.merged_name(name) for name in sides.base} | {w.weight for w in plan.whole if not w.sha256}
+    infos = dense_infos(sides.base, plan)
+    expected = {plan.merged_name(name) for name in infos} | {w.weight for w in plan.whole if not w.sha256}
     expected |= {t.parameter for t in plan.side}
     difference = sorted(expected ^ set(sides.merged))
     if difference:
@@ -205,13 +208,13 @@ def _check_names(sides: _Sides) -> Check:
             expected="the base's tensors, new heads and a side network's",
         )
     heads = {w.weight for w in plan.whole}
-    wanted = {n: (i.shape, _exported_dtype(sides, i.dtype)) for n, i in sides.base.items() if n not in heads}
+    wanted = {n: (shape, _exported_dtype(sides, dtype)) for n, (shape, dtype) in infos.items() if n not in heads}
     wanted |= {w.weight: (w.shape, _exported_dtype(sides, w.dtype)) for w in plan.whole}
     for name, (shape, dtype) in wanted.items():
         info = sides.merged[plan.merged_name(name)]
         if (info.shape, info.dtype) != (shape, dtype):
             raise CheckError(name, f"{info.dtype} {list(info.shape)}", expected=f"{dtype} {list(shape)}")
-    return Check("names", "passed", f"all {len(sides.base)} tensors of the base are there, {len(heads)} trained whole")
+    return Check("names", "passed", f"all {len(infos)} tensors of the base are there, {len(heads)} trained whole")
 
 
 def _exported_dtype(sides: _Sides, dtype: str) -> str:
@@ -247,7 +250,9 @@ def _check_untouched(sides: _Sides) -> Check:
     """Every tensor that the plan does not name is the base's, byte for byte (or cast, where the export cast)."""
     plan = sides.record.plan
     touched = {t.weight for t in plan.targets} | {w.weight for w in plan.whole}
-    names = [name for name in sides.base if name not in touched]
+    if plan.quantization and _is_dequantized(sides):
+        touched |= set(plan.quantization.layers.values())
+    names = [name for name in dense_infos(sides.base, plan) if name not in touched]
     for name in names:
         for _, ours, theirs in _chunk_pairs(sides, name):
             if ours != theirs:
@@ -281,8 +286,14 @@ def _check_carried(folder: Path, record: Record, base: str | Path | None) -> lis
     return [_check_names(sides), _check_untouched(sides)]
 
 
+def _is_dequantized(sides: _Sides) -> bool:
+    return sides.record.manifest.export.get("merge_base") == DEQUANTIZED
+
+
 def _check_targets(sides: _Sides) -> list[Check]:
     """Of each target only planned columns differ, all of them hold what was trained, and they did move."""
+    if _is_dequantized(sides):
+        return _check_dequantized(sides)
     moved = unmoved = 0
     assert sides.undo is not None  # noqa: S101  a merged folder has one
     for target in sides.record.plan.targets:
@@ -297,6 +308,15 @@ def _check_targets(sides: _Sides) -> list[Check]:
     if not sides.adapter:
         values = Check("trained columns", "not run", sides.why_no_adapter)
     return [Check("planned columns", "passed", _what_moved(moved, unmoved)), values]
+
+
+def _check_dequantized(sides: _Sides) -> list[Check]:
+    """Every quantized weight is what training saw. A target that is not quantized is compared by the logits alone."""
+    adapter = sides.adapter
+    patches = require_columns(adapter.delta, "verify").patches if adapter else None
+    if adapter:
+        _check_heads(sides, adapter)
+    return check_seen(sides.base, sides.merged, sides.record.plan, patches, sides.why_no_adapter)
 
 
 def _require_trained(sides: _Sides, target: Target, columns: Tensor, written: Tensor, *, differs: bool) -> None:
@@ -423,11 +443,8 @@ def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float |
             f"needs {needed:,} bytes of memory, {free:,} are free; the byte checks above are complete"
         ), None
     inputs = model_inputs(sides.merged.root, prompts)
-    trained = load_base_model(sides.base.root, sides.record.plan)
-    attach_plan(trained, sides.record.plan, sides.adapter.delta)
-    expected = run_model(trained, inputs)
-    del trained
-    gc.collect()
+    plan = sides.record.plan if _is_dequantized(sides) else replace(sides.record.plan, quantization=None)
+    expected = _run_trained(sides, plan, inputs)
     found = run_model(load_merged(sides.merged.root, own_class(sides.merged.root, sides.record)), inputs)
     difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(expected, found, strict=True))
     is_cast = sides.record.manifest.export.get("dtype", "keep") != "keep"
@@ -440,6 +457,34 @@ def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float |
         )
     said = f"largest difference to base + adapter {difference:.3g} on {len(inputs)} prompts"
     return Check("logits", "passed", said + (", from the cast asked for" if is_cast else "")), difference
+
+
+def _run_trained(sides: _Sides, plan: SurgeryPlan, inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The outputs of base and adapter, which are gone from memory then."""
+    assert sides.adapter is not None  # noqa: S101  the caller's question
+    trained = load_base_model(sides.base.root, plan)
+    attach_plan(trained, plan, sides.adapter.delta)
+    outputs = run_model(trained, inputs)
+    del trained
+    gc.collect()
+    return outputs
+
+
+def _measure_merge(sides: _Sides, prompts: Sequence[str], *, numeric: bool) -> list[Check]:
+    """Of a quantized base merged into the original: what that changes. Nothing for any other merge."""
+    held = sides.record.plan.quantization
+    if held is None or _is_dequantized(sides):
+        return []
+    why = "" if sides.adapter else sides.why_no_adapter
+    needed = int(sides.merged.size_bytes * LOGITS_BYTES_FACTOR)
+    if not numeric or why or needed > psutil.virtual_memory().available:
+        return [
+            Check(MERGE_DIFFERENCE, "not run", why or ("--no-numeric" if not numeric else f"needs {needed:,} bytes"))
+        ]
+    inputs = model_inputs(sides.merged.root, prompts)
+    seen = _run_trained(sides, sides.record.plan, inputs)
+    merged = run_model(load_merged(sides.merged.root), inputs)
+    return [measure(seen, merged, held.kind)]
 
 
 def load_merged(folder: Path, model_class: Any = None) -> Any:

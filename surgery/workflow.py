@@ -120,17 +120,20 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     prompts: Sequence[str] = (),
     opset: int | None = None,
     onnx_data: str | None = None,
+    merge_base: str | None = None,
 ) -> ExportResult:
     """Write an adapter's checkpoint in a format; the folder appears only after its check held.
 
     adapter: its folder, or those of several that were trained on one base and whose columns do not overlap.
-    dtype: of the files, and with format onnx what its graph computes in; opset and onnx_data: of that format alone.
+    dtype: of the files, and with format onnx what its graph computes in; opset and onnx_data: of that format alone;
+    merge_base: `original` or `dequantized`, of a quantized base and format safetensors alone.
     Raises: CheckError, BaseMismatchError, DamagedError, ResourceError, OutputExistsError, RequestError.
     """
     started = time.monotonic()
     opened, target = _open(adapter, out, format, base)
     exporter = lookup(EXPORTERS, format, "--format")
     _require_accepted(exporter, type(opened.delta), f"--format {format}", opened.delta.ways_out)
+    _require_dense(opened.plan.quantization, format, merge_base, f"--format {format}")
     difference: list[float | None] = []
 
     def checking(folder: Path) -> None:
@@ -146,6 +149,7 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
         overwrite=overwrite,
         check=checking if is_checked else None,
         **_format_settings(format, dtype, opset, onnx_data),
+        **({"merge_base": merge_base} if merge_base else {}),
     )
     result = _exported(target, format, started, is_checked=is_checked)
     result = replace(result, notes=(*notes_of(opened), *result.notes))
@@ -172,6 +176,18 @@ def _require_accepted(exporter: Any, delta: type[Delta], where: str, fix: str) -
     if not issubclass(delta, exporter.accepts):
         kinds = " or ".join(kind.what for kind in exporter.accepts)
         raise UnsupportedError(where, f"{delta.what} {delta.nature}", expected=kinds, fix=fix)
+
+
+def _require_dense(held: object, format: str, merge_base: str | None, where: str) -> None:
+    """What is written from a quantized base in 16 bits is said for the format that does so.
+
+    Raises: UnsupportedError: graphs of it; RequestError: --merge-base with another format.
+    """
+    if held and format == ONNX:
+        fix = "Merge it first (`export --merge`), then `surgery export MERGED --format onnx`"
+        raise UnsupportedError(where, "an adapter on a quantized base", expected="a dense base", fix=fix)
+    if merge_base and format != EXPORT_DEFAULTS["format"]:
+        raise RequestError("--merge-base", f"{merge_base} with {where}", expected="--merge and --format safetensors")
 
 
 def require_merge(adapter: Path, format: str, *, is_asked: bool) -> None:
@@ -250,6 +266,7 @@ def patch(
     onnx: str | Path, adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
 ) -> Any:
     """Bring a PaCA adapter into an ONNX file that exists already. Returns and raises: see exporters.onnx_patch."""
+    _require_dense(open_adapter(adapter).plan.quantization, ONNX, None, "patch")
     return resolve(ONNX_PATCH)(onnx, adapter, out, base=base, overwrite=overwrite)
 
 
@@ -321,6 +338,7 @@ def run(
         overwrite=overwrite,
         max_shard_size=recipe.export.max_shard_size,
         check=recipe.export.verify,
+        merge_base=recipe.export.merge_base,
     )
     return RunResult(folder, out, trained, done.verification, tuple(skipped))
 
@@ -349,6 +367,7 @@ def _require_export(recipe: Recipe) -> None:
     _require_accepted(exporter, delta, f"export.format: {wanted.format}", f"Set export.format to {formats}")
     if wanted.dtype != EXPORT_DEFAULTS["dtype"] and wanted.format not in MERGED_FORMATS:
         raise RequestError("export.dtype", repr(wanted.dtype), expected=f"keep with export.format {wanted.format}")
+    _require_dense(recipe.paca.quantize, wanted.format, wanted.merge_base, f"export.format {wanted.format}")
     _format_settings(wanted.format, wanted.dtype, None, None)
     _shard_bytes(wanted.max_shard_size)
 
@@ -389,6 +408,8 @@ def _is_exported(recipe: Recipe, folder: Path, out: Path) -> bool:
     settings = record.manifest.export if record else {}
     asked = (wanted.format, wanted.dtype, _shard_bytes(wanted.max_shard_size))
     found = {**EXPORT_DEFAULTS, **settings, **({"dtype": settings[ONNX]["asked_dtype"]} if ONNX in settings else {})}
+    if wanted.merge_base and wanted.merge_base != settings.get("merge_base"):
+        same = None
     if not same or asked != tuple(found[name] for name in EXPORT_DEFAULTS):
         raise OutputExistsError(
             str(out),

@@ -86,7 +86,7 @@ def test_every_option_reaches_its_place(bare: Path, monkeypatch: pytest.MonkeyPa
     """What is given on the command line is what is asked, as a question or as a recipe's key."""
     line = (
         "--method lora --rank 3 --batch 2 --sequence 9 --target-sequence 4 --padded --dtype bf16 --precision fp16 "
-        "--checkpointing --device cuda --devices 2 --sharding zero3 --fit 3kB --task seq2seq"
+        "--checkpointing --lean --device cuda --devices 2 --sharding zero3 --fit 3kB --task seq2seq"
     )
     seen: list[Any] = []
 
@@ -101,7 +101,7 @@ def test_every_option_reaches_its_place(bare: Path, monkeypatch: pytest.MonkeyPa
     assert question == forecast.Question("lora", 4, True, "bf16", "cuda", 2, "zero3", 3000)
     assert set(settings) == {
         "labels=[a]", "paca.rank=3", "train.batch_size=2", "data.max_length=9", 'train.precision="fp16"',
-        'task="seq2seq"', "train.gradient_checkpointing=true",
+        'task="seq2seq"', "train.gradient_checkpointing=true", "train.lean=true",
     }  # fmt: skip
     options = [p for p in cli.commands["plan"].params if isinstance(p, click.Option) and p.name != "as_json"]
     assert all(set(option.opts) & set(line.split()) for option in options)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from exporters import dense
 from exporters.undo import undo
-from surgery import paca_experts, tiny
+from surgery import acceleration, paca_experts, tiny
 from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.compat import set_checkpointing
@@ -534,6 +534,8 @@ def test_ways_in_which_nothing_trains_are_refused(tiny_model: TinyModel, tmp_pat
     model = build("mixtral")
     attach(model, RANK_4)
     model.config._experts_implementation = "deepgemm"
+    with pytest.raises(UnsupportedError, match=r"train\.liger: columns of experts train"):
+        acceleration._apply_liger(model)
     with pytest.raises(UnsupportedError, match=r"'deepgemm'.*set_experts_implementation"):
         loss_of(model, sample_inputs("mixtral"))
     other = build("mixtral")

@@ -119,6 +119,34 @@ def test_experts_of_one_and_attention_of_another_are_united(tiny_model: TinyMode
     assert {check.name: check.result for check in done.verification.checks} == dict.fromkeys(ALL, "passed")
 
 
+def test_columns_that_were_drawn_anew_count_all(three: list[Path], tiny_model: TinyModel, tmp_path: Path) -> None:
+    """An adapter that trained other columns later holds all of them: each is in the union, by all ways out."""
+    base = tiny_model("llama", dtype=torch.bfloat16)
+    drawn = apply(base, tmp_path / "drawn", PacaSpec(rank=2, targets=("down_proj",), resample="every:5", seed=1))
+    delta = require_columns(drawn.delta, "")
+    patches = {}
+    for module, patch in delta.patches.items():
+        more = torch.tensor([c for c in range(48) if c not in patch.columns][:3])
+        columns = torch.cat([patch.columns, more]).sort().values
+        original = Checkpoint.open(base).read_tensor(f"{module}.weight")[:, columns].contiguous()
+        patches[module] = replace(
+            patch, columns=columns, values=original.float() + 1, original=original, active=more[:2]
+        )
+    update_adapter(drawn, ColumnDelta(delta.plan, patches, {}), drawn.record.manifest)
+    done = surgery.export([*three[:2], tmp_path / "drawn"], tmp_path / "out")
+    assert done.verification is not None
+    assert {check.name: check.result for check in done.verification.checks} == dict.fromkeys(ALL, "passed")
+    merged = Checkpoint.open(tmp_path / "out")
+    for module, patch in patches.items():
+        assert torch.equal(merged.read_tensor(f"{module}.weight")[:, patch.columns], patch.stored())
+    assert not read_record(tmp_path / "out", "merged").plan.spec.get("resample")
+    notes = surgery.export(tmp_path / "drawn", tmp_path / "peft", format="peft-paca").notes
+    assert not any("further columns" in note for note in notes)
+    surgery.import_peft(tmp_path / "peft", tmp_path / "back", base=base)
+    back = require_columns(open_adapter(tmp_path / "back").delta, "").patches
+    assert all(torch.equal(back[m].stored(), p.stored()) for m, p in patches.items())
+
+
 def test_what_is_still_untouched_is_counted(three: list[Path]) -> None:
     """The MLPs of the layer that nobody trains, and no attention."""
     union = unite([open_adapter(folder) for folder in three])

@@ -66,20 +66,21 @@ def take_turns(
     warmup: int,
     device: str = "cpu",
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call by name: all on the same batch, then on the next, in an order drawn anew every round.
 
-    The first `warmup` rounds are not counted.
+    The first `warmup` rounds are not counted. clock: what seconds are read from.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order = random.Random(seed)
     for number, batch in enumerate(batches):
         for name in order.sample(list(functions), len(functions)):
             wait(device)
-            started = time.perf_counter()
+            started = clock()
             functions[name](batch)
             wait(device)
-            elapsed = time.perf_counter() - started
+            elapsed = clock() - started
             if number >= warmup:
                 seconds[name].append(elapsed)
     return seconds

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.plan import Parts, Stored, WholeTarget
+from surgery.plan import Parts, Quantization, Stored, WholeTarget
 
 LATER: Mapping[str, bool] = {"later": True}
 """The metadata of a spec's field that plans do not mention at its default: plans made before it stay as they are."""
@@ -20,7 +20,8 @@ class PlanRequest:
 
     model: live or on the meta device; stored: where each parameter lies, by name; converted: why some cannot be
     trained; heads: modules of the output; whole: what the task trains whole; task: its name; parts: where the tensors
-    lie that are put together to parameters of experts, by that parameter's name.
+    lie that are put together to parameters of experts, by that parameter's name; quantization: how the base is held
+    already, in its files or in a live model.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class PlanRequest:
     whole: tuple[WholeTarget, ...]
     task: str
     parts: Parts = field(default_factory=dict)
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)

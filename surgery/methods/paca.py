@@ -19,6 +19,7 @@ from surgery.columns import (
     FILE,
     RANDOM,
     STRATEGIES,
+    WEIGHTS,
     Choice,
     budget_values,
     choose_columns,
@@ -61,7 +62,10 @@ from surgery.paca_layers import (
     read_columns,
     watch_optimizers,
 )
-from surgery.plan import Stored, SurgeryPlan, Target
+from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_quantized
+from surgery.plan import Quantization, Stored, SurgeryPlan, Target
+from surgery.quantized import GROUP, dequantize, is_quantized, quantizable, require_kind
+from surgery.quantized_base import packed_names, seen_weight, stored_sha256, stored_weight
 from surgery.resampling import held as held_columns
 from surgery.resampling import open_past
 from surgery.select import (
@@ -91,7 +95,8 @@ class PacaSpec:
     rank: trained columns of each layer; rank_pattern: {pattern: rank}, the last match decides; targets, exclude: names,
     globs, `re:` patterns or `all-linear`; alpha: the update is multiplied by alpha / rank while training (None: by 1);
     select: how columns are chosen; seed: with the layer's name it decides them; experts: whether a mixture's experts
-    have `shared` columns or each its `own`, where `targets` name them.
+    have `shared` columns or each its `own`, where `targets` name them; quantize: how the base is held while it is
+    frozen, a kind of `surgery.quantized.KINDS` or empty for as it is.
 
     budget: so many values, or such a part of the targets' (`0.5%`), in place of a rank: spread over the layers by the
     columns' scores. resample: `every:500` draws other columns every so many optimizer steps. What looks at inputs or
@@ -102,7 +107,7 @@ class PacaSpec:
     """
 
     method: ClassVar[str] = "paca"
-    later: ClassVar[tuple[str, ...]] = ("experts", "budget", "resample", *CALIBRATION, "rows")
+    later: ClassVar[tuple[str, ...]] = ("experts", "quantize", "budget", "resample", *CALIBRATION, "rows")
 
     rank: int = 16
     targets: tuple[str, ...] = (ALL_LINEAR,)
@@ -112,6 +117,7 @@ class PacaSpec:
     select: str = "random"
     seed: int = 0
     experts: str = SHARED
+    quantize: str = ""
     budget: str = ""
     resample: str = ""
     calibration_data: tuple[str, ...] = ()
@@ -127,6 +133,8 @@ class PacaSpec:
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise RequestError("--alpha", str(self.alpha), expected="a positive number")
         require_strategy(self.select)
+        if self.quantize:
+            require_kind(self.quantize)
         for name in ("targets", "exclude", "calibration_data", "rows"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, (str, int)) else tuple(given))
@@ -204,8 +212,50 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
     reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
     reasons |= {site.name: "experts: name them in --targets" for site, _ in experts}
-    frozen = moving_statistics(model)
-    return {"targets": targets, "untouched": list_untouched(model, touched, reasons), "frozen": frozen}
+    quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
+    _require_dense_where_needed(spec, quantization, request)
+    return {
+        "targets": targets,
+        "untouched": list_untouched(model, touched, reasons),
+        "frozen": moving_statistics(model),
+        "quantization": quantization,
+    }
+
+
+def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSite]) -> Quantization | None:
+    """How the base will be held: every linear layer that can be is quantized, trained or not, but for the heads.
+
+    Raises: UnsupportedError where none can be; RequestError where it is quantized already.
+    """
+    if not spec.quantize:
+        return request.quantization
+    if request.quantization:
+        found = f"{spec.quantize}, and the base is held as {request.quantization.kind} already"
+        raise RequestError("--quantize", found, expected="a base in 16 or 32 bits", fix="Leave it out")
+    fitting = [s.module for s in sites if request.stored[s.name].dtype in QUANTIZABLE]
+    names = quantizable(request.model, fitting)
+    if not names:
+        found = f"{spec.quantize}, and {type(request.model).__name__} has no layer that could be"
+        raise UnsupportedError("--quantize", found, expected="linear layers (nn.Linear) of 16 or 32 bits",
+                               fix="Leave it out")  # fmt: skip
+    uneven = [s for s in sites if s.module in names and spec.quantize == "torchao-int4" and s.in_features % GROUP]
+    if uneven:
+        found = f"{spec.quantize}, and {uneven[0].module} has {uneven[0].in_features} inputs"
+        raise UnsupportedError("--quantize", found, expected=f"widths that {GROUP} divides", fix="Take nf4 or int8")
+    return Quantization(
+        spec.quantize, is_stored=False, layers={name: request.stored[f"{name}.weight"].weight for name in names}
+    )
+
+
+def _require_dense_where_needed(spec: PacaSpec, quantization: Quantization | None, request: PlanRequest) -> None:
+    """Columns that go out are written into the weight, and some strategies read it. Raises: UnsupportedError."""
+    if quantization and spec.resample:
+        found = f"a base held as {quantization.kind}, into which no column can be written"
+        raise UnsupportedError("--resample", found, expected="a dense base", fix="Leave out one of them")
+    if request.quantization and not is_file(spec.select) and STRATEGIES[spec.select].looks_at == WEIGHTS:
+        found = f"weights that are held as {request.quantization.kind}"
+        fix = "Choose by activation or gradient, or start from the checkpoint that it was quantized from"
+        raise UnsupportedError(f"--select {spec.select}", found, expected="dense weights to look at", fix=fix)
 
 
 def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
@@ -320,6 +370,9 @@ def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, st
     return target
 
 
+QUANTIZABLE = ("F16", "BF16", "F32")
+
+
 def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
     """The columns the plan's seed gives a target: (r,) int64, strictly increasing.
 
@@ -346,7 +399,7 @@ def fresh(
     patches, targets = {}, []
     for target in plan.targets:
         columns = choice.columns[target.module] if choice else _seed_columns(plan, target)
-        digest, original = read_target(checkpoint, target, columns)
+        digest, original = _read_columns(checkpoint, plan.quantization, target, columns)
         bound = replace(target, sha256=digest)
         patches[target.module] = _unmoved(plan, bound, columns, original, choice)
         targets.append(bound)
@@ -357,7 +410,9 @@ def fresh_live(model: nn.Module, plan: SurgeryPlan, whole: Mapping[str, WholePat
     """The same of a model in memory, for columns that were chosen by looking at it."""
     patches = {}
     for target in plan.targets:
-        columns, weight = choice.columns[target.module], model.get_parameter(target.name)
+        columns, module = choice.columns[target.module], model.get_submodule(target.module)
+        is_packed = is_quantized(module)
+        weight = dequantize(module, torch_dtype(target.dtype)) if is_packed else model.get_parameter(target.name)
         original = read_columns(weight, columns.to(weight.device), target.input_axis).cpu()
         patches[target.module] = _unmoved(plan, target, columns, original, choice)
     return ColumnDelta(plan, patches, whole)
@@ -372,6 +427,16 @@ def _unmoved(
     return ColumnPatch(target, columns, original.to(master, copy=True), original, active, scores)
 
 
+def _read_columns(
+    checkpoint: Checkpoint, quantization: Quantization | None, target: Target, columns: Tensor
+) -> tuple[str, Tensor]:
+    """A target's digest and its columns (out, r) in the base's files: of packed ones what they stand for."""
+    if quantization is None or not quantization.is_stored or target.module not in quantization.layers:
+        return read_target(checkpoint, target, columns)
+    weight = seen_weight(checkpoint, quantization, target.weight)
+    return stored_sha256(checkpoint, target.weight), weight.index_select(1, columns)
+
+
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
     """Open the plan's targets in a frozen model, in place. `delta` gives the columns and their values.
 
@@ -379,6 +444,7 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
     """
     spec = PacaSpec(**plan.spec)
     watch_optimizers()
+    _require_held(model, plan)
     columns = _own_columns(model, delta) if delta else {t.module: planned_columns(plan, t) for t in plan.targets}
     shared: dict[tuple[str, object], SharedGather] = {}
     # what is planned needs no look at the columns, which have no values where a run is only predicted
@@ -391,16 +457,14 @@ def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> No
         if target.holder:
             continue
         patch = delta.patches[target.module] if delta else None
-        module = model.get_submodule(target.module)
-        layer = open_layer(
-            module,
-            columns[target.module],
-            input_axis=target.input_axis,
-            storage=torch_dtype(target.dtype),
-            shared=shared[keys[target.module]],
-            scale=spec.scale(target.rank),
-            opened=OPENED[type(module)],
-        )
+        module, gather, scale = model.get_submodule(target.module), shared[keys[target.module]], spec.scale(target.rank)
+        own, storage = columns[target.module], torch_dtype(target.dtype)
+        if is_quantized(module):
+            original = patch.original if patch else None
+            layer = open_quantized(module, own, original=original, storage=storage, shared=gather, scale=scale)
+        else:
+            axis, kind = target.input_axis, OPENED[type(module)]
+            layer = open_layer(module, own, input_axis=axis, storage=storage, shared=gather, scale=scale, opened=kind)
         if patch:
             _start(layer, patch)
     route(model)
@@ -419,6 +483,16 @@ def _start(layer: PacaLayer, patch: ColumnPatch) -> None:
     layer.paca_scores = patch.scores
     if not bool(is_active.all()):
         open_past(layer, patch.columns[~is_active], patch.values[:, ~is_active])
+
+
+def _require_held(model: nn.Module, plan: SurgeryPlan) -> None:
+    """The model holds its weights as the plan says. Raises: UnsupportedError."""
+    planned = set(plan.quantization.layers) if plan.quantization else set()
+    name = next((name for name in planned if not is_quantized(model.get_submodule(name))), None)
+    if name and plan.quantization:
+        found = f"{name} is dense, and the plan holds the base as {plan.quantization.kind}"
+        fix = "Load it with surgery.load, or leave quantize out"
+        raise UnsupportedError("attach", found, expected="the model as planned", fix=fix)
 
 
 def _gathering(plan: SurgeryPlan, keys: Mapping[str, object]) -> list[str]:
@@ -470,6 +544,8 @@ def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
     columns = {}
     for module, patch in delta.patches.items():
         columns[module] = _active_columns(patch)
+        if not patch.target.holder and is_quantized(model.get_submodule(module)):
+            continue  # the base's own columns are not in the model: its file's digest says which base it is
         weight = model.get_parameter(patch.target.name)
         here = _read_patch_columns(model, patch.target, patch.columns)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
@@ -540,9 +616,56 @@ def bind(
     delta: ColumnDelta, checkpoint: Checkpoint, disk: Mapping[str, str], whole: Mapping[str, WholePatch]
 ) -> ColumnDelta:
     """The same delta with its targets tied to a checkpoint's files. `disk`: the name there of each parameter."""
-    bound = {module: _bind_patch(patch, checkpoint, disk) for module, patch in delta.patches.items()}
-    patches = {target.module: bound[target.module] for target in delta.plan.targets}
-    return ColumnDelta(replace(delta.plan, targets=tuple(patch.target for patch in patches.values())), patches, whole)
+    plan = delta.plan
+    held = _bind_quantization(plan.quantization, checkpoint, disk)
+    layers_of = held.layers if held else {}
+    bound = {
+        module: _bind_quantized(patch, checkpoint, held) if held and module in layers_of
+        else _bind_patch(patch, checkpoint, disk)
+        for module, patch in delta.patches.items()
+    }  # fmt: skip
+    patches = {target.module: bound[target.module] for target in plan.targets}
+    targets = tuple(patch.target for patch in patches.values())
+    return ColumnDelta(replace(plan, targets=targets, quantization=held), patches, whole)
+
+
+def _bind_quantization(
+    held: Quantization | None, checkpoint: Checkpoint, disk: Mapping[str, str]
+) -> Quantization | None:
+    """How a base's files hold what a live model holds quantized."""
+    if held is None:
+        return None
+    missing = next((name for name in held.layers if f"{name}.weight" not in disk), None)
+    if missing:
+        raise BaseMismatchError(str(checkpoint.root), f"no weight for {missing}", expected="one", fix=_RIGHT_BASE)
+    layers_of = {name: disk[f"{name}.weight"] for name in held.layers}
+    packed = set(packed_names(checkpoint))
+    return Quantization(held.kind, next(iter(layers_of.values())) in packed, layers_of)
+
+
+def _bind_quantized(patch: ColumnPatch, checkpoint: Checkpoint, held: Quantization) -> ColumnPatch:
+    """A patch on dequantized columns as one on the base's own: moved by as much."""
+    weight = held.layers[patch.target.module]
+    stored = stored_weight(checkpoint, weight) if held.is_stored else checkpoint[weight]
+    target = replace(patch.target, weight=weight, dtype=stored.dtype)
+    if stored.shape == target.shape:
+        digest, original = _read_columns(checkpoint, held, target, patch.columns)
+        if torch.equal(original, patch.original):  # it was loaded with its adapter, which knows the base's own
+            return ColumnPatch(replace(target, sha256=digest), patch.columns, patch.values, original)
+    seen = (
+        seen_weight(checkpoint, held, weight).index_select(1, patch.columns) if stored.shape == target.shape else None
+    )
+    if seen is None or (seen.float() - patch.original.float()).norm() > SAME_BASE * patch.original.float().norm():
+        raise BaseMismatchError(str(checkpoint.root), f"{weight} is not what the model started from",
+                                expected=f"the checkpoint that it was quantized from as {held.kind}",
+                                fix=_RIGHT_BASE)  # fmt: skip
+    digest, original = _read_columns(checkpoint, held, target, patch.columns)
+    values = original.float() + (patch.values - patch.original.float())
+    return ColumnPatch(replace(target, sha256=digest), patch.columns, values, original)
+
+
+SAME_BASE = 1e-2  # of the columns' norm: another device, or loader, may round a few values otherwise when it quantizes
+_RIGHT_BASE = "Name the right base"
 
 
 def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, str]) -> ColumnPatch:
@@ -569,10 +692,16 @@ def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, s
 
 def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
+    dtype = next(
+        (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".paca_" not in name), None
+    )
     for experts in opened_experts(model).values():
         close_experts(experts, merge=merge)
     for layer in layers(model).values():
-        close_layer(layer, merge=merge)
+        if isinstance(layer, QuantizedPacaLinear):
+            close_quantized(layer, merge=merge, dtype=dtype)
+        else:
+            close_layer(layer, merge=merge)
     let_go(model)
 
 

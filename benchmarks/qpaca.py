@@ -26,7 +26,7 @@ from surgery import operate
 from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.compat import load_tokenizer
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.quantized_base import seen_weight
 
 RANK, LAYERS = 16, 4

@@ -120,10 +120,10 @@ class OpenAttention(nn.MultiheadAttention):
         else:
             inputs = ((query, 0, 3),) if query is key else ((query, 0, 1), (key, 1, 3))
         result: list[Tensor] = []
-        for fed, first, last in inputs:
-            rows = slice(first * width, last * width)
+        for fed, begin, end in inputs:
+            rows = slice(begin * width, end * width)
             packed = self.project(placed[id(fed)], fed, rows)
-            parts = packed.reshape(*packed.shape[:-1], last - first, width).movedim(-2, 0).contiguous()
+            parts = packed.reshape(*packed.shape[:-1], end - begin, width).movedim(-2, 0).contiguous()
             result += parts.unbind(0)
         return result
 

@@ -13,7 +13,7 @@ import surgery
 from exporters import dense, undo
 from surgery.checkpoint import Checkpoint
 from surgery.errors import RequestError, SelectorError, SurgeryError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load
 from surgery.paca_layers import layers
 from surgery.planning import plan_checkpoint

@@ -70,7 +70,10 @@ RANKS = {
     "surgery.table": 3,
     "surgery.methods": 3,  # what a method is, as a record
     "surgery.stacks": 4,
-    "surgery.methods.paca": 4,
+    "surgery.methods.paca_spec": 3,
+    "surgery.methods.paca_plan": 4,
+    "surgery.methods.paca_files": 5,
+    "surgery.methods.paca": 6,
     "surgery.methods.read": 5,
     "surgery.features": 5,
     "surgery.data": 5,

@@ -14,7 +14,7 @@ import surgery
 from exporters import dense, undo
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load
 from surgery.paca_layers import layers, read_columns
 from surgery.planning import plan_checkpoint

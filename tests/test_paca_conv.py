@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,21 @@ from exporters import dense, undo
 from surgery import paca_layers
 from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
-from surgery.delta import require_columns
+from surgery.delta import ADAPTER_FILE, require_columns
 from surgery.errors import SelectorError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.images import PROCESSOR_FILE, TASK
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load, save
 from surgery.paca_conv import PacaConv2d
 from surgery.paca_layers import SharedGather, gather, layers, open_layer, read_columns
 from surgery.planning import plan_checkpoint
+from surgery.recipe import DataSection, TrainSection
+from surgery.survey import TaskSpec
+from surgery.tiny import image_settings
+from surgery.train import train as run_training
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel
+from tests.test_images import write_folder
 from tests.test_paca import OPTIMIZERS, logits_of, loss_of, train_steps, trainable
 from tests.tiny import OTHERS, build_model, sample_inputs
 from tests.trained import make_adapter
@@ -47,6 +54,66 @@ KINDS: dict[str, dict[str, Any]] = {
     "reflect": {"kernel_size": 3, "padding": (1, 2), "padding_mode": "reflect"},
     "circular": {"kernel_size": (2, 3), "padding": "same", "padding_mode": "circular"},
 }
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Six images of each of three classes."""
+    return write_folder(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("family", ("convnext", "efficientnet"))
+def test_a_run_trains_is_resumed_and_exported(
+    family: str, tiny_model: TinyModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`surgery train` on images: stopped and resumed it is the uninterrupted run, and its merge is verified."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model(family), base)
+    (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS[family])))
+    targets = ("all-conv", "all-linear") if family == "convnext" else ("all-conv",)
+    data, results = DataSection(train=[str(photos)]), {}
+
+    def fit(name: str, resume: str = "no") -> None:
+        if not (tmp_path / name).exists():
+            surgery.apply(base, tmp_path / name, PacaSpec(rank=4, targets=targets), task=TaskSpec(TASK))
+        settings = TrainSection(
+            device="cpu", max_steps=4, batch_size=6, learning_rate=1e-2, save_steps=2, gradient_accumulation=2
+        )
+        results[name] = run_training(tmp_path / name, data, settings, resume=resume)
+
+    fit("whole")
+    assert results["whole"].steps == 4
+    adapter = open_adapter(tmp_path / "whole")
+    assert adapter.delta.moved == len(adapter.plan.targets)
+    original = PacaConv2d.column_gradient
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            PacaConv2d,
+            "column_gradient",
+            _stop_after(original, 6 * sum(len(t.sizes) == 4 for t in adapter.plan.targets)),
+        )
+        with pytest.raises(Stop):
+            fit("cut")
+    fit("cut", resume="auto")
+    assert (tmp_path / "cut" / ADAPTER_FILE).read_bytes() == (tmp_path / "whole" / ADAPTER_FILE).read_bytes()
+    dense.export(adapter, tmp_path / "merged")
+    assert verify(tmp_path / "merged").max_logit_difference == 0
+
+
+class Stop(Exception):  # noqa: N818  no error: a plug that is pulled
+    """The machine stops."""
+
+
+def _stop_after(original: Any, count: int) -> Any:
+    calls: list[int] = []
+
+    def run(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > count:
+            raise Stop
+        return original(*args)
+
+    return run
 
 
 def pixels(family: str, dtype: torch.dtype, *, seed: int = 0) -> dict[str, Tensor]:

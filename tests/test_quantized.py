@@ -21,7 +21,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.compat import set_checkpointing
 from surgery.errors import BaseMismatchError, UnsupportedError
 from surgery.forecast import Question, forecast
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_layers import PacaLayer, layers
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint

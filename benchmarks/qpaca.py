@@ -26,7 +26,7 @@ from surgery import operate
 from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.compat import load_tokenizer
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.quantized_base import seen_weight
 
 RANK, LAYERS = 16, 4
@@ -141,10 +141,11 @@ def measure_steps(batch: int, tokens: int, rounds: int) -> None:
 # --- a small real task
 
 
+@torch.no_grad()
 def held_out(model: Any, blocks: Tensor) -> float:
-    """The mean loss of blocks (n, t)."""
-    with operate.evaluating(model):
-        losses = [float(model(input_ids=b, labels=b, use_cache=False).loss) for b in blocks.split(16)]
+    """The mean loss of blocks (n, t). Nothing drops out; in eval mode bitsandbytes repacks its weights on some CPUs."""
+    model.train()
+    losses = [float(model(input_ids=b, labels=b, use_cache=False).loss) for b in blocks.split(16)]
     return statistics.mean(losses)
 
 
@@ -199,10 +200,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", nargs=2, type=float, default=(1e-2, 3e-3), help="QPaCA's and QLoRA's")
     parser.add_argument("--rank", type=int, default=8)
     given = parser.parse_args()
     if given.learn:
-        rates = {"qpaca": 3e-3, "qlora": 3e-3}
+        rates = dict(zip(("qpaca", "qlora"), given.rates, strict=True))
         learn(*given.learn, steps=given.steps, seeds=given.seeds, rank=given.rank, rates=rates)
     else:
         measure_steps(given.batch, given.tokens, given.rounds)

@@ -11,7 +11,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see of the table below
-    from surgery.methods.paca import PacaSpec as PacaSpec
+    from surgery.methods.paca_spec import PacaSpec as PacaSpec
     from surgery.methods.read import ReadSpec as ReadSpec
     from surgery.operate import apply as apply
     from surgery.operate import attach as attach
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the table below
 __version__ = "0.1.0"
 
 _NAMES = {
-    "PacaSpec": "surgery.methods.paca",
+    "PacaSpec": "surgery.methods.paca_spec",
     "ReadSpec": "surgery.methods.read",
     "TaskSpec": "surgery.survey",
     "DataSection": "surgery.recipe",

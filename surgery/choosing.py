@@ -36,7 +36,8 @@ from surgery.delta import ColumnDelta
 from surgery.errors import RequestError, UnsupportedError
 from surgery.images import TASK as IMAGES
 from surgery.images import read_processor
-from surgery.methods.paca import PacaSpec, named_columns
+from surgery.methods.paca_plan import named_columns
+from surgery.methods.paca_spec import PacaSpec
 from surgery.plan import SurgeryPlan, Target, Untouched
 from surgery.table import fold
 from surgery.tensorfile import file_sha256

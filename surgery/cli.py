@@ -167,8 +167,8 @@ PACA_OPTIONS = options(
         "--targets",
         multiple=True,
         callback=_list,
-        help="paca: layers, as all-linear (the default), experts, names, globs or re:PATTERN; commas separate; "
-        "repeatable.",
+        help="paca: layers, as all-linear (the default), all-conv, experts, names, globs or re:PATTERN; separated by "
+        "commas; repeatable.",
     ),
     click.option("--exclude", multiple=True, callback=_list, help="paca: layers to leave out, in the same way."),
     click.option(
@@ -180,6 +180,12 @@ PACA_OPTIONS = options(
     ),
     click.option(
         "--alpha", type=float, help="paca: scale the update by alpha / rank in training. Default: no scaling."
+    ),
+    click.option(
+        "--rows",
+        multiple=True,
+        callback=_list,
+        help="paca: tokens, or numbers as id:7, whose rows of the input embedding train; commas separate; repeatable.",
     ),
     click.option(
         "--select",
@@ -252,6 +258,8 @@ def apply(
     \b
     surgery apply model/
     surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
+    surgery apply convnext/ --targets 'all-conv,all-linear'
+    surgery apply model/ --targets embed_tokens --rows '<think>,</think>'
     surgery apply model/ --select gradient --calibration-data train.jsonl --budget 0.5%
     surgery apply model/ --resample every:500
     surgery apply model/ -r 64 --quantize nf4

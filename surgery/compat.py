@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5.0")
+ANY_IMAGE_SIZE = 224
 _LEGACY_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
@@ -319,6 +320,13 @@ def load_tokenizer(folder: Path) -> Any:
             )
             return PreTrainedTokenizerFast.from_pretrained(folder, **changes)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width of the images that a model was made for; convolutional ones that name none take any size."""
+    size = config.to_dict().get("image_size") or ANY_IMAGE_SIZE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width
 
 
 def load_image_processor(folder: Path) -> Any:

@@ -149,7 +149,19 @@ def expert_group(site: LinearSite, experts: str, groups: Mapping[str, str]) -> s
 
 
 def require_layers(plan: SurgeryPlan, where: str) -> None:
-    """All targets are layers, as PEFT takes them: an expert is none in transformers 5. Raises: UnsupportedError."""
+    """All targets are linear layers, as PEFT takes them: an expert is none in transformers 5.
+
+    What PEFT calls LoRA of a convolution has another rank for each kernel, and none that is merged by serving programs.
+    Raises: UnsupportedError.
+    """
+    others = [t for t in plan.targets if t.parameter != "weight" or t.sizes or t.rows]
+    if others and not any(target.holder for target in others):
+        raise UnsupportedError(
+            where,
+            f"{len(others)} targets that are no linear layers, first {others[0].name}",
+            expected="targets that are",
+            fix="Write the merged checkpoint with --merge, or leave them out",
+        )
     experts = [target.module for target in plan.targets if target.holder]
     if experts:
         raise UnsupportedError(

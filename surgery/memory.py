@@ -271,6 +271,9 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
     if run.attention not in ("auto", FLASH):  # flash is what sdpa takes on a card by itself
         switch_attention(model, run.attention)
     dry = dry_model(model, seen.task, seen.heads, dtype=dtype)
+    if plan is not None and plan.quantization and run.sharding not in ("none", "ddp"):
+        found = f"{run.sharding} with a base held as {plan.quantization.kind}, whose packed weights have no rows"
+        raise UnsupportedError("--sharding", found, expected="ddp", fix="Leave it out; each device holds the base")
     with without_values(dry.mode):
         if plan is not None and plan.quantization:
             quantize(model, plan.quantization.kind, dict.fromkeys(plan.quantization.layers, dtype), only_sizes=True)

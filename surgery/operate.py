@@ -31,7 +31,8 @@ from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
-from surgery.methods.paca import PacaSpec, fresh_live
+from surgery.methods.paca_files import fresh_live
+from surgery.methods.paca_spec import PacaSpec
 from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
 from surgery.quantized import KINDS, is_quantized, kind_of, live_dtype, quantize

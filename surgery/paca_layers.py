@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +56,13 @@ class SharedGather:
         self._kept: Tensor | None = None
         self._version = self._left = 0
 
-    def __call__(self, x: Tensor, columns_r: Tensor) -> Tensor:
-        """The channels of x (.., i) whose weights train: (.., r), bit for bit."""
+    def __call__(self, x: Tensor, columns_r: Tensor, axis: int = -1) -> Tensor:
+        """The channels of x (.., i) whose weights train: (.., r), bit for bit. `axis`: of x, that of the channels."""
         if self.members == 1:
-            return gather(x, columns_r)
+            return gather(x, columns_r, axis)
         version = x._version  # noqa: SLF001  torch offers no other sign of an in-place change
         hit = self._source is not None and self._source() is x and self._version == version
-        kept = cast("Tensor", self._kept) if hit else gather(x, columns_r)
+        kept = cast("Tensor", self._kept) if hit else gather(x, columns_r, axis)
         if not hit:
             self._source, self._version, self._kept, self._left = weakref.ref(x), version, kept, self.members
         self._left -= 1
@@ -78,9 +78,15 @@ class SharedGather:
         self.forget()
 
 
-def gather(x: Tensor, columns_r: Tensor) -> Tensor:
-    """x (.., i) -> (.., r): the named channels, outside autograd."""
-    return x.detach().index_select(-1, columns_r)
+def gather(x: Tensor, columns_r: Tensor, axis: int = -1) -> Tensor:
+    """x (.., i) -> (.., r): the named channels, outside autograd. `axis`: of x, that of the channels.
+
+    Images whose channels lie last in memory (torch.channels_last) are gathered as such.
+    """
+    x = x.detach()
+    if x.dim() == 4 and axis != -1 and not x.is_contiguous():
+        return x.movedim(axis, -1).index_select(-1, columns_r).movedim(-1, axis)
+    return x.index_select(axis, columns_r)
 
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
@@ -106,7 +112,7 @@ class _PacaFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta_or: Tensor, kept: Tensor, layer: PacaLayer) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.layer, ctx.dtypes = layer, (x.dtype, delta_or.dtype)
+        ctx.layer, ctx.dtypes, ctx.shape = layer, (x.dtype, delta_or.dtype), x.shape
         ctx.weight = layer.kept_weight()
         return layer.frozen_forward(x)
 
@@ -119,7 +125,7 @@ class _PacaFunction(torch.autograd.Function):
         dx = ddelta_or = None
         if ctx.needs_input_grad[0]:
             weight = layer.weight_again() if ctx.weight is None else ctx.weight
-            dx = input_gradient(dy, weight, layer.input_axis).to(x_dtype)
+            dx = layer.input_gradient(dy, weight, ctx.shape).to(x_dtype)
         if ctx.needs_input_grad[1]:
             (kept,) = ctx.saved_tensors
             ddelta_or = layer.column_gradient(kept, dy, delta_dtype)
@@ -234,7 +240,7 @@ def watch_optimizers() -> None:
 
 
 class PacaLayer(nn.Module):
-    """What `PacaLinear` and `PacaConv1D` share: a linear layer some of whose input columns train.
+    """What all opened layers share: a layer some of whose input columns train. As it stands, a linear one.
 
     The layer stays the same object under the same names (`weight`, `bias`), so hooks and references survive. Added are
     `paca_delta` (o, r), the only parameter that trains, `paca_original` (o, r), the base's columns, and `paca_columns`.
@@ -266,7 +272,17 @@ class PacaLayer(nn.Module):
     paca_is_sharded = False  # True where `surgery.sharding` has given each rank some of the rows
     paca_is_gathered = False  # True where DeepSpeed puts the parameters together anew for each use
     input_axis: int
+    plain: ClassVar[type[nn.Module]]  # the class that was opened, and that the layer is of again when it is closed
     frozen_forward: Callable[[Tensor], Tensor]  # the base layer's own forward, from the class this is mixed into
+
+    @property
+    def paca_weight(self) -> Any:
+        """The parameter whose columns train."""
+        return self.weight
+
+    def input_gradient(self, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG002  others need it
+        """dy (.., o) -> dx (.., i) of this shape, in dy's dtype."""
+        return input_gradient(dy, weight, self.input_axis)
 
     def column_gradient(self, kept: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
         """kept (.., r), dy (.., o) -> the columns' gradient (o, r), after which the columns count as stale."""
@@ -307,7 +323,7 @@ class PacaLayer(nn.Module):
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, the base's columns and the difference: of a sharded layer, this rank's rows of them."""
-        parts: tuple[Any, ...] = (self.weight, self.paca_original, self.paca_delta)
+        parts: tuple[Any, ...] = (self.paca_weight, self.paca_original, self.paca_delta)
         weight, original, delta = (part.to_local() for part in parts) if self.paca_is_sharded else parts
         return weight, original, delta
 
@@ -383,10 +399,31 @@ class PacaLayer(nn.Module):
         self.paca_pending = True
 
 
+def run_paca(layer: PacaLayer, x: Tensor, fed: Tensor, axis: int) -> Tensor:
+    """The forward of a layer that is no linear one, which a compiler leaves to eager mode.
+
+    x: what the layer computes with; fed: what it was given, whose channels along `axis` are kept.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return cast("Tensor", _run_eagerly(layer, x, fed, axis))
+    layer.freshen()
+    if not (torch.is_grad_enabled() and layer.paca_delta.requires_grad):
+        return layer.frozen_forward(x)
+    kept = layer.paca_gather(fed, layer.paca_columns, axis)
+    result: Tensor = _PacaFunction.apply(x, layer.paca_delta, kept, layer)  # type: ignore[no-untyped-call]
+    return result
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _run_eagerly(layer: PacaLayer, x: Tensor, fed: Tensor, axis: int) -> Tensor:
+    return run_paca(layer, x, fed, axis)
+
+
 class PacaLinear(PacaLayer, nn.Linear):
     """`nn.Linear` (weight (o, i)) with trained columns."""
 
     input_axis = 1
+    plain = nn.Linear
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
@@ -396,6 +433,7 @@ class PacaConv1D(PacaLayer, Conv1D):  # type: ignore[misc]  # transformers is un
     """GPT-2's `Conv1D` (weight (i, o)) with trained columns, which here are rows."""
 
     input_axis = 0
+    plain = Conv1D
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         return cast("Tensor", Conv1D.forward(self, x))
@@ -433,15 +471,25 @@ def write_columns(weight: Tensor, columns_r: Tensor, values_or: Tensor, input_ax
 
 
 def open_layer(
-    module: nn.Module, columns_r: Tensor, *, input_axis: int, storage: torch.dtype, shared: SharedGather, scale: float
+    module: nn.Module,
+    columns_r: Tensor,
+    *,
+    input_axis: int,
+    storage: torch.dtype,
+    shared: SharedGather,
+    scale: float,
+    opened: type[PacaLayer] | None = None,
 ) -> PacaLayer:
-    """Make a linear layer one whose columns train, in place. `storage`: the dtype in the file, to which they round."""
-    weight = cast("nn.Parameter", module.weight)
+    """Make a layer one whose columns train, in place.
+
+    storage: the dtype in the file, to which they round; opened: the class to make it one of, where it is no linear one.
+    """
+    module.__class__ = opened or SWAPS[type(module)]
+    layer = cast("PacaLayer", module)
+    weight = cast("nn.Parameter", layer.paca_weight)
     columns_r = columns_r.to(weight.device)
     original = read_columns(weight, columns_r, input_axis)
     master = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    module.__class__ = SWAPS[type(module)]
-    layer = cast("PacaLayer", module)
     layer.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=weight.device))
     layer.paca_original = nn.Parameter(original, requires_grad=False)
     layer.register_buffer("paca_columns", shared.one_tensor(columns_r), persistent=False)
@@ -457,12 +505,12 @@ def close_layer(layer: PacaLayer, *, merge: bool) -> None:
     if merge:
         layer.refresh()
     else:
-        write_columns(layer.weight.data, layer.paca_columns, layer.paca_original.data, layer.input_axis)
+        write_columns(layer.paca_weight.data, layer.paca_columns, layer.paca_original.data, layer.input_axis)
         if (past := layer.paca_past) is not None:
             write_columns(
-                layer.weight.data,
-                past.columns.to(layer.weight.device),
-                past.original.to(layer.weight),
+                layer.paca_weight.data,
+                past.columns.to(layer.paca_weight.device),
+                past.original.to(layer.paca_weight),
                 layer.input_axis,
             )
     for name in ("paca_delta", "paca_original", "paca_columns"):
@@ -471,7 +519,7 @@ def close_layer(layer: PacaLayer, *, merge: bool) -> None:
         delattr(layer, name)
     for name in ("paca_past", "paca_scores"):
         vars(layer).pop(name, None)  # where other columns are drawn from time to time
-    module.__class__ = next(plain for plain, opened in SWAPS.items() if opened is type(layer))
+    module.__class__ = layer.plain
 
 
 def layers(model: nn.Module) -> dict[str, PacaLayer]:

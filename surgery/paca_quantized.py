@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.paca_layers import PacaLayer, SharedGather, combine, read_columns, write_columns
-from surgery.quantized import dequantize, require_eager
+from surgery.quantized import dequantize, frozen_product, require_eager
 
 
 def seen_columns(held_or: Tensor, original_or: Tensor, values_or: Tensor) -> Tensor:
@@ -59,21 +59,24 @@ class QuantizedPacaLinear(PacaLayer, nn.Linear):
     storage: torch.dtype
     shape: tuple[int, int]
 
-    def dense(self) -> Tensor:
-        """The weight (o, i) with the trained columns, in the file's dtype: a tensor of its own."""
+    def dense(self, x: Tensor | None = None) -> Tensor:
+        """The weight (o, i) with the trained columns, a tensor of its own: in the file's dtype, or for use with `x`."""
         with torch.no_grad():
             weight = dequantize(self, self.paca_storage)
             columns = self.paca_columns
             values = combine(self.paca_original, self.paca_delta, self.paca_scale)
             seen = seen_columns(weight.index_select(1, columns), self.paca_original, values)
             write_columns(weight, columns, seen, 1)
-        return weight
+        return weight if x is None or torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
 
     def frozen_forward(self, x: Tensor) -> Tensor:
-        weight = self.dense()
-        if not torch.is_autocast_enabled(x.device.type):
-            weight = weight.to(x.dtype)
-        return nn.functional.linear(x, weight, self.bias)
+        return nn.functional.linear(x, self.dense(x), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_eager()
+        if torch.is_grad_enabled() and x.requires_grad and not self.paca_delta.requires_grad:
+            return frozen_product(x, self)  # autograd itself would keep the dense weight
+        return super().forward(x)
 
     def kept_weight(self) -> None:
         """Nothing: backward dequantizes again."""
@@ -93,10 +96,6 @@ class QuantizedPacaLinear(PacaLayer, nn.Linear):
 
     def refresh(self) -> None:
         """Nothing to do either."""
-
-    def _compiled_forward(self, _x: Tensor) -> Tensor:
-        require_eager()
-        raise RuntimeError("torch.compile")
 
 
 def open_quantized(

@@ -30,7 +30,7 @@ from surgery.errors import (
     counted,
 )
 from surgery.manifest import Base, Manifest, read_record, relative_path
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_layers import combine
 from surgery.peft_files import (
     ALL_LINEAR,

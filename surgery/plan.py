@@ -15,7 +15,7 @@ from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
 # left out, so that plans of matrices read as they always did
-_TARGET_DEFAULTS = {"parameter": "weight", "sizes": [], "holder": "", "place": []}
+_TARGET_DEFAULTS = {"parameter": "weight", "sizes": [], "holder": "", "place": [], "rows": []}
 _OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256", "calibration", "quantization")
 
 T = TypeVar("T")
@@ -49,6 +49,7 @@ class Target:
 
     Of a mixture's experts `module` is a name and no module. `holder` is the module whose `parameter` holds them all,
     `place` where in it this one lies: (expert, part, of so many equal parts of its outputs), empty where it is all.
+    Of an embedding `rows` are the tokens whose rows train, where no strategy chooses.
     """
 
     module: str
@@ -64,6 +65,7 @@ class Target:
     sizes: tuple[int, ...] = ()
     holder: str = ""
     place: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where, shape = f"target {self.module}", self.shape
@@ -253,7 +255,7 @@ class SurgeryPlan:
             )
         try:
             parts = dict(document)
-            tuples = ("sizes", "place")
+            tuples = ("sizes", "place", "rows")
             targets = ({**e, **{key: tuple(e.get(key, ())) for key in tuples}} for e in document["targets"])
             parts["targets"] = tuple(from_json(Target, entry) for entry in targets)
             whole = ({**entry, "shape": tuple(entry["shape"])} for entry in document["whole"])

@@ -13,6 +13,7 @@ from torch import nn
 
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import base_prefix, memory_names
+from surgery.embedding_rows import number_rows
 from surgery.errors import DamagedError, RequestError, UnsupportedError
 from surgery.experts import expert_parts
 from surgery.lookup import METHODS
@@ -32,6 +33,7 @@ def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = N
     spec: a method's, such as PacaSpec. Raises: SelectorError, UnsupportedError, NotAModelError, DamagedError.
     """
     require_bare(checkpoint.root)
+    spec = number_rows(checkpoint.root, spec)
     seen = survey(checkpoint.root, task or TaskSpec(), takes_4bit=True)
     names = memory_names(seen.model, checkpoint)
     stored = {m.name: _stored(checkpoint[disk]) for disk, m in names.items() if m.is_verbatim}

@@ -264,6 +264,12 @@ class _FrozenFunction(torch.autograd.Function):
             return dy.matmul(ctx.layer.dense(dy).to(dy.dtype)).to(ctx.dtype), None
 
 
+def frozen_product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A layer's output, where nothing of the layer trains; its `dense(x)` gives the weight."""
+    result: Tensor = _FrozenFunction.apply(x, layer)  # type: ignore[no-untyped-call]
+    return result
+
+
 class QuantizedLinear(nn.Linear):
     """`nn.Linear` with a packed, frozen weight. `storage`: what its values are rounded to; `shape`: (o, i)."""
 
@@ -278,8 +284,7 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         require_eager()
         if torch.is_grad_enabled() and x.requires_grad:
-            result: Tensor = _FrozenFunction.apply(x, self)  # type: ignore[no-untyped-call]
-            return result
+            return frozen_product(x, self)
         return nn.functional.linear(x, self.dense(x), self.bias)
 
 

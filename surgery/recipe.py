@@ -57,7 +57,9 @@ class PacaSection(_Section):
     """What PaCA does; see `PacaSpec`."""
 
     rank: int = Field(16, ge=1, description="trained input columns of each layer")
-    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, all-linear or experts")
+    targets: list[str] = Field(
+        ["all-linear"], description="names, globs, re: patterns, all-linear, all-conv or experts"
+    )
     exclude: list[str] = Field([], description="patterns of layers to leave out")
     rank_pattern: dict[str, int] = Field({}, description="rank by pattern; the last match decides")
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
@@ -66,6 +68,7 @@ class PacaSection(_Section):
     )
     seed: int = Field(0, ge=0, description="decides the columns that are random, and rows to choose others by")
     quantize: str = Field("", description="hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, ..")
+    rows: list[int | str] = Field([], description="tokens, or numbers, whose rows of the input embedding train")
     experts: str = Field("shared", description="columns of a mixture's experts: shared by all, or each its own")
     budget: int | str = Field("", description="so many values, or a part of the targets' such as 0.5%, for a rank")
     resample: str = Field("", description="every:500: draw other columns every so many steps")

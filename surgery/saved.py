@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from surgery.compat import (
+    image_size,
     is_conv1d,
     keep_inputs_frozen,
     keep_no_cache,
@@ -268,9 +269,7 @@ def _inputs(dry: DryModel, step: Step) -> dict[str, Tensor]:
     """A batch as the collator gives it."""
     config = dry.model.config
     if dry.task == IMAGES:
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        pixels = torch.zeros((step.batch, config.num_channels, height, width))
+        pixels = torch.zeros((step.batch, config.num_channels, *image_size(config)))
         return {"pixel_values": pixels, "labels": torch.zeros(step.batch, dtype=torch.long)}
     ids = torch.zeros((step.batch, step.sequence), dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -22,6 +22,7 @@ from surgery.compat import (
     TRANSFORMERS_5,
     base_prefix,
     current_class,
+    image_size,
     load_tokenizer,
     quiet_loading,
     settle_rope,
@@ -30,7 +31,7 @@ from surgery.compat import (
 from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest, shorten
 from surgery.plan import Untouched
 from surgery.quantized import stored_kind
-from surgery.select import LinearSite
+from surgery.select import ATTENTION, CONVOLUTION, EMBEDDING, LINEAR, LinearSite
 
 TRACE_TOKENS = 8
 
@@ -231,9 +232,7 @@ def find_heads(model: Any, *, has_head: bool) -> tuple[str, ...]:
 def _trace_inputs(model: Any) -> dict[str, Tensor]:
     config = model.config
     if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": torch.zeros((1, config.num_channels, height, width))}
+        return {"pixel_values": torch.zeros((1, config.num_channels, *image_size(config)))}
     tokens = torch.zeros((1, TRACE_TOKENS), dtype=torch.long)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if config.is_encoder_decoder:
@@ -242,7 +241,7 @@ def _trace_inputs(model: Any) -> dict[str, Tensor]:
 
 
 def trace_groups(model: nn.Module, sites: Sequence[LinearSite], others: Iterable[str] = ()) -> dict[str, str]:
-    """Each linear layer's group: the first name among the layers fed by the same tensor objects.
+    """Each layer's group: the first name among the layers fed by the same tensor objects along the same axis.
 
     Other modules join the layers' groups, or have one of their own; no group gets another name for it.
 
@@ -250,24 +249,38 @@ def trace_groups(model: nn.Module, sites: Sequence[LinearSite], others: Iterable
     model that cannot be traced, or a layer that was not reached, shares with no one.
     """
     names = [*sorted(site.module for site in sites), *sorted(others)]
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in names}
+
+    kinds = {site.module: site.kind for site in sites}
 
     def watch(name: str) -> Any:
-        return lambda _module, args: seen[name].extend(args[:1])
+        return lambda _module, args, kwargs: seen[name].extend(_fed(kinds.get(name, LINEAR), args, kwargs))
 
     try:
         twin = meta_twin(model)
         for name in seen:
-            twin.get_submodule(name).register_forward_pre_hook(watch(name))
+            twin.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
         dry_run(twin)
     except Exception:  # noqa: BLE001  any failure of foreign code in a dry run means: no sharing, and nothing else
         seen = {name: [] for name in seen}
-    groups: dict[tuple[int, ...], str] = {}
+    groups: dict[tuple[tuple[int, int], ...], str] = {}
     result = {}
     for name in names:
-        key = tuple(id(tensor) for tensor in seen[name])
+        key = tuple((id(tensor), axis) for tensor, axis in seen[name])
         result[name] = groups.setdefault(key, name) if key else name
     return result
+
+
+def _fed(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
+    """What a layer is given in one call, and which axis of it the channels run along, counted from the front."""
+    if kind == EMBEDDING:
+        return []
+    if kind != ATTENTION:
+        behind = 3 if kind == CONVOLUTION else 1
+        return [(tensor, tensor.dim() - behind) for tensor in args[:1] if isinstance(tensor, Tensor)]
+    named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+    given = {id(named[name]): named[name] for name in ("query", "key", "value")}
+    return [(tensor, tensor.dim() - 1) for tensor in given.values()]
 
 
 def meta_twin(model: Any) -> Any:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from surgery.adapter import Adapter, find_base, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
-from surgery.compat import TRANSFORMERS_5, quiet_loading
+from surgery.compat import TRANSFORMERS_5, image_size, quiet_loading
 from surgery.delta import (
     ADAPTER_FILE,
     ColumnPatch,
@@ -515,7 +515,7 @@ def own_class(folder: Path, record: Record) -> Any:
 def model_inputs(folder: Path, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     """One batch a prompt; without a tokenizer, token numbers or pixels drawn from a fixed seed."""
     config = read_config(folder)
-    if hasattr(config, "image_size") and hasattr(config, "num_channels"):
+    if hasattr(config, "num_channels"):
         return [{"pixel_values": pixels} for pixels in _random_pixels(config, len(prompts))]
     try:
         with quiet_loading():
@@ -529,10 +529,8 @@ def model_inputs(folder: Path, prompts: Sequence[str]) -> list[dict[str, Tensor]
 
 
 def _random_pixels(config: Any, count: int) -> list[Tensor]:
-    size = config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn((1, config.num_channels, height, width), generator=generator) for _ in range(count)]
+    generator, sizes = torch.Generator().manual_seed(0), (1, config.num_channels, *image_size(config))
+    return [torch.randn(sizes, generator=generator) for _ in range(count)]
 
 
 def _end_with(input_ids: Tensor, eos_token_id: int | None) -> Tensor:

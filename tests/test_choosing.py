@@ -21,7 +21,8 @@ from surgery.choosing import settle
 from surgery.columns import GroupScores, even_scores, score_lowrank, spread, top_columns
 from surgery.delta import require_columns
 from surgery.errors import CheckError, RequestError, UnsupportedError
-from surgery.methods.paca import PacaSpec, planned_columns
+from surgery.methods.paca_plan import planned_columns
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, attach, collect, detach, load_base_model
 from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan

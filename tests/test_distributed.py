@@ -24,7 +24,7 @@ from surgery.adapter import find_base, open_adapter
 from surgery.cli import cli
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
 from surgery.errors import RequestError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection, parse_yaml, qualified, read_recipe

@@ -20,7 +20,7 @@ from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.compat import set_checkpointing
 from surgery.errors import BaseMismatchError, DamagedError, RequestError, SelectorError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, attach, collect, detach, load, save
 from surgery.paca_experts import OWN, SHARED, WAYS, ExpertColumns, read_experts
 from surgery.paca_layers import PacaLayer, combine, layers

@@ -26,7 +26,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.delta import ColumnDelta
 from surgery.errors import BaseMismatchError, DamagedError, OutputExistsError, RequestError
 from surgery.manifest import Base, read_record
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import load, load_base_model
 from surgery.peft_files import saved_modules, task_type
 from surgery.plan import Target

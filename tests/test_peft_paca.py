@@ -31,7 +31,7 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.manifest import read_record
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, load, load_base_model
 from surgery.paca_layers import layers
 from surgery.peft_paca import Imported, import_peft

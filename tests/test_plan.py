@@ -31,7 +31,8 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.manifest import read_record
-from surgery.methods.paca import PacaSpec, planned_columns
+from surgery.methods.paca_plan import planned_columns
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
 from surgery.planning import plan_checkpoint
@@ -416,7 +417,7 @@ PLAN_LARGE = """
 import json, resource, sys, time
 start = time.perf_counter()
 from surgery.checkpoint import Checkpoint
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import plan_checkpoint
 plan = plan_checkpoint(Checkpoint.open(sys.argv[1]), PacaSpec())
 print(json.dumps({

@@ -26,7 +26,7 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.lookup import METHODS
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.recipe import Recipe, check, describe_keys, known_keys, parse_yaml, read_recipe
 from surgery.workflow import METHOD_EXPORTS, RunResult, run

@@ -15,7 +15,8 @@ from surgery.adapter import open_adapter
 from surgery.columns import drawn_columns
 from surgery.delta import require_columns
 from surgery.errors import DamagedError, RequestError, UnsupportedError
-from surgery.methods.paca import PacaSpec, planned_columns
+from surgery.methods.paca_plan import planned_columns
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, attach, collect, detach, load, resample
 from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan, Target

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from surgery.checkpoint import Checkpoint
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.plan import SurgeryPlan, Target, Untouched
 from surgery.planning import plan_checkpoint
 from surgery.survey import TaskSpec

@@ -16,7 +16,7 @@ from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ColumnDelta, require_columns
 from surgery.errors import BaseMismatchError, CheckError, DamagedError, RequestError, UnsupportedError
 from surgery.manifest import UNDO_FILE, parse_record, read_record
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply, attach_plan, load_base_model
 from surgery.survey import TaskSpec

@@ -26,7 +26,7 @@ from surgery.experts import require_layers
 from surgery.generate import max_positions
 from surgery.lean_kernels import choose_kernels
 from surgery.lean_pass import rewrite
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import load_base_model, resample
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model

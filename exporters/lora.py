@@ -11,53 +11,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from exporters.dense import KEEP, Exporter, require_targets
+from exporters.dense import KEEP, Exporter, base_digest, require_targets, sourced
 from surgery.adapter import Adapter, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
-from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch, require_base, require_columns
+from surgery.delta import ColumnDelta, ColumnPatch, require_base, require_columns
 from surgery.errors import RequestError
+from surgery.experts import require_layers
 from surgery.manifest import Base, Record, relative_path, versions
+from surgery.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, saved_modules, task_type
 from surgery.plan import SurgeryPlan
 from surgery.tensorfile import build_header, file_sha256, tensor_bytes, tensor_to_bytes
 from surgery.writing import CheckpointWriter, require_apart, require_disk, write_file, write_tensors
 
 LORA = "lora"
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-TASK_TYPES = {
-    "causal-lm": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-    "sequence-classification": "SEQ_CLS",
-    "regression": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-}
-_PREFIX = "base_model.model."
-_OWN_HEADS = ("classifier", "score")  # PEFT's classes for classification take these whole, whatever the config says
 
 
 def padded_rank(rank: int) -> int:
     """The smallest rank that vLLM admits and that holds `rank` columns; above its largest, `rank` itself."""
     return next((admitted for admitted in VLLM_RANKS if admitted >= rank), rank)
-
-
-def task_type(plan: SurgeryPlan) -> str | None:
-    """PEFT's word for the task; none where its class would build another model than the plan's."""
-    if plan.task == "features" and plan.architecture.endswith("Model"):
-        return "FEATURE_EXTRACTION"
-    return TASK_TYPES.get(plan.task)
-
-
-def saved_modules(plan: SurgeryPlan) -> list[str]:
-    """The modules that hold the tensors trained whole, as PEFT is to replace them."""
-    owners = [target.parameter.rpartition(".")[0] for target in plan.whole]
-    return sorted({owner.split(".")[0] if owner.split(".")[0] in _OWN_HEADS else owner for owner in owners})
 
 
 def build_config(plan: SurgeryPlan, rank: int, base_name: str, revision: str) -> dict[str, Any]:
@@ -87,10 +66,20 @@ def find_notes(plan: SurgeryPlan, rank: int) -> list[str]:
     if plan.whole:
         heads = ", ".join(saved_modules(plan))
         notes.append(f"vLLM refuses modules_to_save ({heads}): export with --format safetensors for it")
-    if plan.config:
-        notes.append(f"the base must be loaded as {plan.architecture} with {json.dumps(dict(plan.config))}")
+    notes += base_notes(plan)
     if any(target.dtype == "F64" for target in plan.targets):
         notes.append("the base is float64 and lora_B float32: the sum is rounded to about 7 digits")
+    return notes
+
+
+def base_notes(plan: SurgeryPlan) -> list[str]:
+    """How the base must be loaded, where it is not loaded as it is."""
+    notes = []
+    if plan.config:
+        notes.append(f"the base must be loaded as {plan.architecture} with {json.dumps(dict(plan.config))}")
+    if plan.quantization:
+        kind = plan.quantization.kind
+        notes.append(f"training saw the base as {kind}: load it so to compute what was trained")
     return notes
 
 
@@ -98,15 +87,15 @@ def weight_entries(plan: SurgeryPlan, rank: int) -> list[tuple[str, str, tuple[i
     """Name, dtype and shape of every tensor of the adapter, in file order."""
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     for target in plan.targets:
-        entries.append((f"{_PREFIX}{target.module}.lora_A.weight", "F32", (rank, target.in_features)))
-        entries.append((f"{_PREFIX}{target.module}.lora_B.weight", "F32", (target.out_features, rank)))
-    return entries + [(f"{_PREFIX}{w.parameter}", w.dtype, w.shape) for w in plan.whole]
+        entries.append((f"{PREFIX}{target.module}.lora_A.weight", "F32", (rank, target.in_features)))
+        entries.append((f"{PREFIX}{target.module}.lora_B.weight", "F32", (target.out_features, rank)))
+    return entries + [(f"{PREFIX}{w.parameter}", w.dtype, w.shape) for w in plan.whole]
 
 
 def selector(patch: ColumnPatch, rank: int) -> torch.Tensor:
     """lora_A: (rank, in) float32, row j one-hot at the j-th trained column, rows past the last one zero."""
     rows_ri = torch.zeros((rank, patch.target.in_features))
-    rows_ri[torch.arange(patch.target.rank), patch.columns] = 1.0
+    rows_ri[torch.arange(len(patch.columns)), patch.columns] = 1.0
     return rows_ri
 
 
@@ -116,7 +105,7 @@ def difference(patch: ColumnPatch, rank: int) -> torch.Tensor:
     The values are taken as a merge stores them, in the base's dtype: the adapter and the merged checkpoint agree.
     """
     added_or = torch.zeros((patch.target.out_features, rank))
-    added_or[:, : patch.target.rank] = patch.stored().double() - patch.original.double()
+    added_or[:, : len(patch.columns)] = patch.stored().double() - patch.original.double()
     return added_or
 
 
@@ -127,6 +116,21 @@ def _chunks(delta: ColumnDelta, rank: int) -> Iterator[bytes]:
         yield tensor_to_bytes(difference(patch, rank))
     for whole in delta.plan.whole:
         yield tensor_to_bytes(delta.whole[whole.parameter].stored(whole.dtype))
+
+
+@dataclass(frozen=True)
+class PeftContents:
+    """A PEFT folder in a format of ours, written in this order.
+
+    entries: name, dtype and shape of each tensor; chunks: their bytes; config: (the base's name, its revision) ->
+    adapter_config.json; settings: () -> what the record says of the export, asked once all bytes are made.
+    """
+
+    format: str
+    entries: Sequence[tuple[str, str, tuple[int, ...]]]
+    chunks: Callable[[], Iterator[bytes]]
+    config: Callable[[str, str], dict[str, Any]]
+    settings: Callable[[], Mapping[str, Any]]
 
 
 def export(
@@ -143,30 +147,53 @@ def export(
 
     Raises: RequestError for settings that mean nothing here; BaseMismatchError, OutputExistsError, ResourceError.
     """
-    _refuse_settings(dtype, max_shard_bytes)
-    require_apart(out, [adapter.folder])
+    refuse_settings(LORA, dtype, max_shard_bytes)
+    delta = require_columns(adapter.delta, "--format lora")
+    plan, rank = adapter.plan, padded_rank(max(delta.widths().values()))
+    contents = PeftContents(
+        LORA,
+        weight_entries(plan, rank),
+        lambda: _chunks(delta, rank),
+        lambda name, revision: build_config(plan, rank, name, revision),
+        lambda: {"format": LORA, "rank": rank, "notes": find_notes(plan, rank)},
+    )
+    return write_peft(adapter, out, contents, base=base, overwrite=overwrite, check=check)
+
+
+def write_peft(
+    adapter: Adapter,
+    out: Path,
+    contents: PeftContents,
+    *,
+    base: str | Path | None,
+    overwrite: bool,
+    check: Callable[[Path], Any] | None,
+) -> Path:
+    """Write a PEFT folder with our record. Raises: BaseMismatchError, OutputExistsError, ResourceError.
+
+    UnsupportedError for a mixture's experts.
+    """
+    require_layers(adapter.plan, f"--format {contents.format}")
+    require_apart(out, adapter.folders)
     recorded, name = _locate(adapter, out, base)
-    plan, rank = adapter.plan, padded_rank(max(target.rank for target in adapter.plan.targets))
-    entries = weight_entries(plan, rank)
-    header = build_header(entries, {"format": "pt"})
+    header = build_header(contents.entries, {"format": "pt"})
     with CheckpointWriter(out, overwrite=overwrite, check=check) as writer:
-        require_disk(writer.path, len(header) + sum(tensor_bytes(kind, shape) for _, kind, shape in entries))
-        write_tensors(
-            writer.path / WEIGHTS_FILE, header, _chunks(require_columns(adapter.delta, "--format lora"), rank)
-        )
-        config = build_config(plan, rank, name, recorded.revision)
+        require_disk(writer.path, len(header) + sum(tensor_bytes(kind, shape) for _, kind, shape in contents.entries))
+        write_tensors(writer.path / WEIGHTS_FILE, header, contents.chunks())
+        config = contents.config(name, recorded.revision)
         write_file(writer.path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         files = {WEIGHTS_FILE: file_sha256(writer.path / WEIGHTS_FILE)}
-        write_file(writer.path / RECORD_FILE, _record(adapter, out, recorded, files, rank).to_json())
+        write_file(writer.path / RECORD_FILE, _record(adapter, out, recorded, files, contents).to_json())
     return out
 
 
-def _refuse_settings(dtype: str, max_shard_bytes: int | None) -> None:
+def refuse_settings(format: str, dtype: str, max_shard_bytes: int | None) -> None:
+    """Raises: RequestError for settings without a meaning for a PEFT folder."""
     if dtype != KEEP:
-        raise RequestError("--dtype", repr(dtype), expected=f"{KEEP!r} with --format lora",
+        raise RequestError("--dtype", repr(dtype), expected=f"{KEEP!r} with --format {format}",
                            fix="The difference is stored in fp32, which loses nothing")  # fmt: skip
     if max_shard_bytes is not None:
-        raise RequestError("--max-shard-size", f"{max_shard_bytes} bytes", expected="no limit with --format lora",
+        raise RequestError("--max-shard-size", f"{max_shard_bytes} bytes", expected=f"no limit with --format {format}",
                            fix="PEFT reads its weights from one file; leave it out")  # fmt: skip
 
 
@@ -192,15 +219,16 @@ def path_for_peft(root: Path) -> str:
 def _require_base(checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
     require_targets(checkpoint, plan)
     for target in plan.targets:
-        require_base(target, checkpoint.sha256(target.weight), str(checkpoint.root))
+        require_base(target, base_digest(checkpoint, plan, target), str(checkpoint.root))
 
 
-def _record(adapter: Adapter, out: Path, base: Base, files: Mapping[str, str], rank: int) -> Record:
-    recorded = adapter.record.manifest
-    source = {"path": relative_path(adapter.folder, out), "sha256": recorded.files[ADAPTER_FILE]}
-    settings = {"format": LORA, "rank": rank, "notes": find_notes(adapter.plan, rank)}
-    manifest = replace(recorded, base=base, versions=versions(), files=files, adapter=source, export=settings)
-    return Record(LORA, adapter.plan, manifest)
+def _record(adapter: Adapter, out: Path, base: Base, files: Mapping[str, str], contents: PeftContents) -> Record:
+    made = sourced(adapter, out)
+    return Record(
+        contents.format,
+        adapter.plan,
+        replace(made, base=base, versions=versions(), files=files, export=contents.settings()),
+    )
 
 
 EXPORTER = Exporter(LORA, (ColumnDelta,), export)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def undo(merged: Path, out: Path) -> Path:
 
 
 def _require_kept_dtype(merged: Path, record: Record) -> None:
+    if record.manifest.export.get("merge_base") == "dequantized":
+        raise UnsupportedError(str(merged), "a merge with --merge-base dequantized, which has not the base's values",
+                               expected="one with --merge-base original",
+                               fix=f"The base itself is {_describe(record.manifest.base)}")  # fmt: skip
     dtype = record.manifest.export.get("dtype")
     if dtype != _KEEP:
         raise UnsupportedError(str(merged), f"a merge with --dtype {dtype}, whose rounding lost the base's values",
@@ -171,7 +176,9 @@ def _target_chunks(
         )
     original = stored.read(f"{target.module}.original")
     unmoved = torch.zeros(original.shape)  # a patch checks its columns and shapes when it is made
-    patch = ColumnPatch(target, stored.read(f"{target.module}.columns"), unmoved, original)
+    columns = stored.read(f"{target.module}.columns")  # more than the rank where they were drawn anew
+    held = replace(target, rank=max(target.rank, columns.numel()))
+    patch = ColumnPatch(held, columns, unmoved, original)
     digest = hashlib.sha256()
     for chunk in patched_chunks(checkpoint, source.name, target, patch.columns, patch.original):
         digest.update(chunk)

@@ -11,14 +11,16 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see of the table below
-    from surgery.methods.paca import PacaSpec as PacaSpec
+    from surgery.methods.paca_spec import PacaSpec as PacaSpec
     from surgery.methods.read import ReadSpec as ReadSpec
     from surgery.operate import apply as apply
     from surgery.operate import attach as attach
     from surgery.operate import collect as collect
     from surgery.operate import detach as detach
     from surgery.operate import load as load
+    from surgery.operate import resample as resample
     from surgery.operate import save as save
+    from surgery.peft_paca import import_peft as import_peft
     from surgery.planning import plan_checkpoint as plan_checkpoint
     from surgery.recipe import DataSection as DataSection
     from surgery.recipe import TrainSection as TrainSection
@@ -34,7 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the table below
 __version__ = "0.1.0"
 
 _NAMES = {
-    "PacaSpec": "surgery.methods.paca",
+    "PacaSpec": "surgery.methods.paca_spec",
     "ReadSpec": "surgery.methods.read",
     "TaskSpec": "surgery.survey",
     "DataSection": "surgery.recipe",
@@ -43,7 +45,9 @@ _NAMES = {
     "attach": "surgery.operate",
     "collect": "surgery.operate",
     "detach": "surgery.operate",
+    "import_peft": "surgery.peft_paca",
     "load": "surgery.operate",
+    "resample": "surgery.operate",
     "plan_checkpoint": "surgery.planning",
     "save": "surgery.operate",
     "train": "surgery.train",

@@ -20,6 +20,7 @@ from surgery.compat import keep_inputs_frozen
 from surgery.errors import RecipeError, UnsupportedError, shorten
 from surgery.lean_kernels import choose_kernels
 from surgery.lean_pass import rewrite
+from surgery.paca_experts import opened_experts
 from surgery.paca_layers import PacaLayer
 from surgery.recipe import TrainSection
 
@@ -59,6 +60,20 @@ def require(section: TrainSection, device: str) -> None:
         _require_compile(section, device)
     if section.lean == "on":
         _require_lean(section, device)
+
+
+def require_for_quantized(section: TrainSection, device: str, kind: str) -> None:
+    """Refuse what a run on a quantized base has not. kind: how it is held. Raises: UnsupportedError."""
+    base = f"a base held as {kind}"
+    if section.strategy != "ddp":
+        found = f"{section.strategy} with {base}, whose packed weights have no rows to be divided"
+        raise UnsupportedError("train.strategy", found, expected="ddp", fix="Leave it out; each device holds the base")
+    if section.compile:
+        raise UnsupportedError("train.compile", f"true with {base}", expected="false", fix="Leave it out")
+    if device == "hpu":
+        raise UnsupportedError(
+            "train.device", f"hpu with {base}", expected="cpu or cuda", fix="Apply without --quantize"
+        )
 
 
 def _require_precision(precision: str, device: str) -> None:
@@ -283,6 +298,9 @@ def switch_attention(model: Any, wanted: str) -> None:
 
 def _apply_liger(model: Any) -> None:
     """Liger's kernels in this instance (its rotary embedding: in the whole process). Raises: UnsupportedError."""
+    if opened_experts(model):
+        found = "columns of experts train, and its kernels run experts of their own"
+        raise UnsupportedError("train.liger", found, expected="frozen experts", fix="Leave liger or the experts out")
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json, require_model
-from surgery.columns import generator_seed
+from surgery.columns import Choice, generator_seed
 from surgery.compat import quiet_loading
 from surgery.delta import ADAPTER_FILE, Delta, WholePatch, bytes_sha256, read_delta
 from surgery.errors import BaseMismatchError, DamagedError, NotAModelError, shorten
@@ -32,11 +32,20 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.ti
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder, read and checked."""
+    """An adapter folder, read and checked; or the union of several, its `parents`, which is in memory alone.
+
+    A union's folder is its first parent's: paths in its record are seen from there.
+    """
 
     folder: Path
     record: Record
     delta: Delta
+    parents: tuple[Adapter, ...] = ()
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder whose values these are."""
+        return tuple(parent.folder for parent in self.parents) or (self.folder,)
 
     @property
     def plan(self) -> SurgeryPlan:
@@ -81,11 +90,24 @@ def find_base(record: Record, folder: Path, base: str | Path | None = None) -> P
     return path.resolve()
 
 
-def fresh_delta(checkpoint: Checkpoint, plan: SurgeryPlan) -> Delta:
-    """The delta that changes nothing, with the base's digests; heads newly drawn from the plan's seed."""
+def fresh_delta(checkpoint: Checkpoint, plan: SurgeryPlan, choice: Choice | None = None) -> Delta:
+    """The delta that changes nothing, with the base's digests; heads newly drawn from the plan's seed.
+
+    choice: the columns, where the seed does not decide them.
+    """
     whole, heads = _fresh_whole(checkpoint, plan)
-    delta: Delta = lookup(METHODS, plan.method, "--method").fresh(checkpoint, replace(plan, whole=heads), whole)
+    chosen = (choice,) if choice else ()
+    delta: Delta = lookup(METHODS, plan.method, "--method").fresh(
+        checkpoint, replace(plan, whole=heads), whole, *chosen
+    )
     return delta
+
+
+@torch.no_grad()
+def draw_heads(model: Any, checkpoint: Checkpoint, plan: SurgeryPlan) -> None:
+    """Give a base's model the heads that a fresh adapter of the plan has."""
+    for name, patch in _fresh_whole(checkpoint, plan)[0].items():
+        model.get_parameter(name).copy_(patch.values)
 
 
 def _fresh_whole(checkpoint: Checkpoint, plan: SurgeryPlan) -> tuple[dict[str, WholePatch], tuple[WholeTarget, ...]]:
@@ -104,7 +126,7 @@ def _fresh_whole(checkpoint: Checkpoint, plan: SurgeryPlan) -> tuple[dict[str, W
 
 def draw_parameters(root: Path, plan: SurgeryPlan) -> dict[str, Tensor]:
     """New parameters, drawn as the model's class draws them, from (seed, module name)."""
-    config = configured(read_config(root), plan.config)
+    config = configured(read_config(root, takes_4bit=True), plan.config)
     with torch.device("meta"), quiet_loading():
         model: Any = class_for(config, plan.task)(config)
     owners = sorted({target.parameter.rpartition(".")[0] for target in plan.whole})

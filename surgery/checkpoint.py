@@ -178,7 +178,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def row_chunks(self, name: str) -> Iterator[tuple[int, memoryview]]:
         """A matrix's bytes by whole rows: (first row, bytes of some rows). Each view is valid until the next one."""
         info = self[name]
-        row_bytes = max(1, info.size_bytes // max(1, info.shape[0]))
+        row_bytes = max(1, info.size_bytes // max(1, info.shape[0] if info.shape else 1))  # a scalar is one row
         rows = max(1, CHUNK_BYTES // row_bytes)
         for number, chunk in enumerate(self.chunks(name, rows * row_bytes)):
             yield number * rows, chunk

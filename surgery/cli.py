@@ -23,11 +23,12 @@ from surgery.checkpoint import require_folder, require_model, require_record
 from surgery.cli_bench import bench_command
 from surgery.cli_eval import eval_command
 from surgery.cli_generate import generate_command
+from surgery.cli_import import import_command
 from surgery.cli_plan import plan_command
 from surgery.cli_recipes import recipes_command
 from surgery.cli_report import report_command
 from surgery.errors import InterruptedRunError, RequestError, SurgeryError, shorten
-from surgery.terminal import say, show
+from surgery.terminal import hush_libraries, say, show
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -152,6 +153,13 @@ def _ranks(_context: click.Context, _option: click.Parameter, values: tuple[str,
     return parse_rank_pattern(values)
 
 
+def _pairs(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in split_list(values)]
+    if wrong := next((name for name, equals, column in pairs if not (name and equals and column)), None):
+        raise RequestError("--calibration-columns", repr(wrong), expected="ROLE=COLUMN, such as text=0")
+    return {name: column for name, _, column in pairs}
+
+
 # Options of methods have no defaults here: those are the spec's, and what was not given is not passed on.
 PACA_OPTIONS = options(
     click.option("-r", "--rank", type=int, help="paca: input columns to train in each layer. Default: 16."),
@@ -159,7 +167,8 @@ PACA_OPTIONS = options(
         "--targets",
         multiple=True,
         callback=_list,
-        help="paca: layers, as all-linear (the default), names, globs or re:PATTERN; commas separate; repeatable.",
+        help="paca: layers, as all-linear (the default), all-conv, experts, names, globs or re:PATTERN; separated by "
+        "commas; repeatable.",
     ),
     click.option("--exclude", multiple=True, callback=_list, help="paca: layers to leave out, in the same way."),
     click.option(
@@ -172,7 +181,38 @@ PACA_OPTIONS = options(
     click.option(
         "--alpha", type=float, help="paca: scale the update by alpha / rank in training. Default: no scaling."
     ),
-    click.option("--select", help="paca: how columns are chosen. Default: random."),
+    click.option(
+        "--rows",
+        multiple=True,
+        callback=_list,
+        help="paca: tokens, or numbers as id:7, whose rows of the input embedding train; commas separate; repeatable.",
+    ),
+    click.option(
+        "--select",
+        help="paca: random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH (JSON, or an "
+        "adapter). Default: random.",
+    ),
+    click.option("--budget", help="paca: in place of a rank, so many values or a part of the layers', such as 0.5%."),
+    click.option("--resample", help="paca: draw other columns every so many steps of training, as every:500."),
+    click.option(
+        "--calibration-data", multiple=True, help="paca: data to choose columns by, as for `train`; repeatable."
+    ),
+    click.option(
+        "--calibration-columns",
+        multiple=True,
+        metavar="ROLE=COLUMN",
+        callback=_pairs,
+        help="paca: what their columns mean, such as text=0.",
+    ),
+    click.option("--calibration-rows", type=int, help="paca: how many rows, drawn by the seed. Default: 64."),
+    click.option("--calibration-length", type=int, help="paca: tokens of each at most. Default: 512."),
+    click.option(
+        "--quantize",
+        help="paca: hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, torchao-int8 or torchao-int4.",
+    ),
+    click.option(
+        "--experts", help="paca: columns of a mixture's experts, shared by all or each its own. Default: shared."
+    ),
 )
 READ_OPTIONS = options(
     click.option("--cell", help="read: gru, lstm or rnn. Default: gru."),
@@ -218,6 +258,12 @@ def apply(
     \b
     surgery apply model/
     surgery apply model/ -r 32 --targets 'q_proj,v_proj' --rank-pattern 'v_proj=8'
+    surgery apply convnext/ --targets 'all-conv,all-linear'
+    surgery apply model/ --targets embed_tokens --rows '<think>,</think>'
+    surgery apply model/ --select gradient --calibration-data train.jsonl --budget 0.5%
+    surgery apply model/ --resample every:500
+    surgery apply model/ -r 64 --quantize nf4
+    surgery apply model/ --targets all-linear,experts --experts own
     surgery apply model/ --method read --hidden 64 --layers every:2
     surgery apply model/ --plan
     """
@@ -226,16 +272,18 @@ def apply(
     from surgery import show as showing
     from surgery.adapter import find_model
     from surgery.checkpoint import Checkpoint
-    from surgery.planning import make_spec, plan_checkpoint
+    from surgery.planning import make_spec
     from surgery.survey import TaskSpec
 
     given = {name: value for name, value in settings.items() if value is not None and value not in ((), {})}
+    if {"rank", "budget"} <= set(given):
+        raise RequestError("--budget", "given with --rank", expected="one of the two")
     spec = make_spec(method, given)
     wanted = TaskSpec(task, split_list([labels]))
     folder = out or workflow.default_adapter_folder(model, method)
     if plan_only:
         checkpoint = Checkpoint.open(find_model(model)[0])
-        plan = plan_checkpoint(checkpoint, spec, wanted)
+        plan = operate.plan_in_full(checkpoint, spec, wanted)
         need, step = showing.needs(checkpoint, plan), showing.step_memory(checkpoint, plan)
         lines = [*table.plan_lines(plan), "", *showing.need_lines(checkpoint, plan), *step.lines]
         show(lines, {"plan": plan.to_dict(), "need": need, "step_memory": step.document}, as_json=as_json)
@@ -350,11 +398,15 @@ def train(
 
 
 @cli.command()
-@click.argument("adapter", type=FOLDER, required=False)
+@click.argument("adapters", type=FOLDER, nargs=-1, metavar="[ADAPTER]...")
 @click.option("--merge", is_flag=True, help="Write the trained columns into a dense checkpoint.")
 @OUT
 @click.option(
-    "--format", "format_", default="safetensors", show_default=True, help="safetensors, onnx, lora or remote-code."
+    "--format",
+    "format_",
+    default="safetensors",
+    show_default=True,
+    help="safetensors, onnx, lora, peft-paca (PEFT's own PaCA) or remote-code.",
 )
 @click.option(
     "--dtype",
@@ -365,13 +417,17 @@ def train(
 @click.option("--opset", type=int, help="With --format onnx: the version of ONNX's operators, 20 or newer.")
 @click.option("--onnx-data", help="With --format onnx: safetensors (weights are not copied) or copy (model.onnx_data).")
 @click.option("--max-shard-size", help="Cut files anew, e.g. 5GB. Default: the base's own files.")
+@click.option(
+    "--merge-base",
+    help="Of a quantized base: write the columns into the original base, or the dequantized one. Default: original.",
+)
 @click.option("--no-verify", is_flag=True, help="Leave out the check of what was written.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
 @BASE
 @OVERWRITE
 @JSON
 def export(
-    adapter: Path | None,
+    adapters: tuple[Path, ...],
     *,
     merge: bool,
     out: Path | None,
@@ -380,6 +436,7 @@ def export(
     opset: int | None,
     onnx_data: str | None,
     max_shard_size: str | None,
+    merge_base: str | None,
     no_verify: bool,
     prompts: tuple[str, ...],
     base: str | None,
@@ -390,19 +447,24 @@ def export(
 
     Without ADAPTER: the folder we are in, or the only adapter in it. The output is `<adapter>-merged` (or with another
     format's name) unless -o says otherwise, and appears only after its check held. --format onnx also takes a model
-    as it is: a checkpoint, or a merged folder.
+    as it is: a checkpoint, or a merged folder. Several adapters of one base become one checkpoint where their columns
+    do not overlap.
 
     \b
     surgery export model-paca/ --merge
     surgery export model-paca/ --merge -o out/ --max-shard-size 5GB
+    surgery export model-paca/ --merge --merge-base dequantized
     surgery export model-paca/ --merge --format onnx
     surgery export model/ --format onnx
     surgery export model-paca/ --format lora
+    surgery export model-paca/ --format peft-paca
+    surgery export law-paca/ code-paca/ --merge -o both/
     """
+    adapter = adapters[0] if len(adapters) == 1 else None
     if adapter and format_ == "onnx":
         require_model(str(adapter))
-    elif adapter:
-        require_record(adapter)
+    for folder in () if adapter and format_ == "onnx" else adapters:
+        require_record(folder)
     from surgery import show as showing
     from surgery import workflow
 
@@ -411,26 +473,41 @@ def export(
         "opset": opset, "onnx_data": onnx_data,
     }  # fmt: skip
     if adapter and format_ == "onnx" and workflow.is_checkpoint(adapter):
-        given = [name for name, value in (("--merge", merge), ("--base", base), ("--prompt", prompts)) if value]
+        given = [name for name, value in (("--merge", merge), ("--base", base), ("--prompt", prompts),
+                                          ("--merge-base", merge_base)) if value]  # fmt: skip
         if given:
             raise RequestError(str(adapter), f"{given[0]} with a model", expected=f"an adapter, or no {given[0]}")
         result = workflow.export_checkpoint(str(adapter), out, **settings)
     else:
-        folder = workflow.find_adapter(adapter)
-        workflow.require_merge(folder, format_, is_asked=merge)
-        result = workflow.export(folder, out, format=format_, base=base, prompts=prompts, **settings)
+        folders = adapters or (workflow.find_adapter(None),)
+        for folder in folders:
+            workflow.require_merge(folder, format_, is_asked=merge)
+        settings |= {"merge_base": merge_base, "prompts": prompts}
+        result = workflow.export(folders, out, format=format_, base=base, **settings)
     show(showing.export_lines(result), result, as_json=as_json)
 
 
 @cli.command()
 @click.argument("merged", type=FOLDER)
-@click.option("--adapter", type=FOLDER, help="The adapter's folder, where it is not where it was.")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=FOLDER,
+    multiple=True,
+    help="The adapter's folder, where it is not where it was; of several all of them.",
+)
 @BASE
 @click.option("--prompt", "prompts", multiple=True, help="A prompt for the numeric check; repeatable.")
 @click.option("--no-numeric", is_flag=True, help="Compare bytes only; do not run the models.")
 @JSON
 def verify(
-    merged: Path, *, adapter: Path | None, base: str | None, prompts: tuple[str, ...], no_numeric: bool, as_json: bool
+    merged: Path,
+    *,
+    adapters: tuple[Path, ...],
+    base: str | None,
+    prompts: tuple[str, ...],
+    no_numeric: bool,
+    as_json: bool,
 ) -> None:
     """Check that MERGED is its base with the trained columns, and nothing else. Exit code 3 where it is not.
 
@@ -440,7 +517,7 @@ def verify(
     require_record(merged)
     from surgery.verify import verify as run_checks
 
-    result = run_checks(merged, adapter=adapter, base=base, prompts=prompts, numeric=not no_numeric)
+    result = run_checks(merged, adapter=adapters, base=base, prompts=prompts, numeric=not no_numeric)
     show(result.lines(), result, as_json=as_json)
 
 
@@ -582,6 +659,7 @@ def settings(*, as_json: bool) -> None:
 cli.add_command(bench_command)
 cli.add_command(eval_command)
 cli.add_command(generate_command)
+cli.add_command(import_command)
 cli.add_command(plan_command)
 cli.add_command(recipes_command)
 cli.add_command(report_command)
@@ -591,6 +669,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: run, turn every error into one line and its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: others may need the core
+    hush_libraries()
     verbose = any(flag in arguments[:2] for flag in ("-v", "--verbose"))
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -25,31 +25,48 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 TRANSFORMERS_5 = Version(transformers.__version__) >= Version("5.0")
+ANY_IMAGE_SIZE = 224
 _LEGACY_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+
+
+class Place(NamedTuple):
+    """Where a tensor on disk goes in a parameter of experts: which expert's, and which of equal parts of its outputs.
+
+    `part` of `parts`: 0 of 2 is `gate` and 1 of 2 `up` in `gate_up_proj`.
+    """
+
+    expert: int
+    part: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)
 class MemoryName:
-    """Where a tensor on disk goes in memory, whether its values arrive as they are, whether the prefix was added."""
+    """Where a tensor on disk goes in memory, whether its values arrive as they are, whether the prefix was added.
+
+    place: where in a parameter of experts; None for a tensor that is a whole parameter, or is changed otherwise.
+    """
 
     name: str
     is_verbatim: bool
     is_prefixed: bool
+    place: Place | None = None
 
 
 def memory_names(model: nn.Module, disk_names: Iterable[str]) -> dict[str, MemoryName]:
     """What each tensor of a checkpoint is called in `model` (which may be on the meta device).
 
-    A tensor that transformers fuses, splits or permutes on the way has `is_verbatim` False.
+    A tensor that transformers fuses, splits or permutes on the way has `is_verbatim` False. The experts' have a place
+    where they are only put beside each other: their values arrive as they are, too.
     """
     known = dict.fromkeys(name for name, _ in _named_tensors(model))
     prefix = base_prefix(model)
     rename = _renamer_5(model) if TRANSFORMERS_5 else _rename_4
     result = {}
     for disk in disk_names:
-        name, is_verbatim = rename(disk)
+        name, is_verbatim, place = rename(disk)
         fitted = _fit_prefix(name, prefix, known)
-        result[disk] = MemoryName(fitted, is_verbatim, is_prefixed=len(fitted) > len(name))
+        result[disk] = MemoryName(fitted, is_verbatim, is_prefixed=len(fitted) > len(name), place=place)
     return result
 
 
@@ -68,25 +85,89 @@ def _fit_prefix(name: str, prefix: str, known: dict[str, None]) -> str:
     return name
 
 
-def _rename_4(disk: str) -> tuple[str, bool]:
+def _rename_4(disk: str) -> tuple[str, bool, None]:
     for old, new in _LEGACY_NAMES:
         disk = disk.replace(old, new)
-    return disk, True
+    return disk, True, None
 
 
 def _renamer_5(model: nn.Module) -> Any:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming, apply_renamings, rename_source_key
 
-    transforms = get_model_conversion_mapping(model)
+    transforms, converters = _transforms(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
 
-    def rename(disk: str) -> tuple[str, bool]:
-        name, converted_by = rename_source_key(disk, renamings, converters)
-        return name, converted_by is None
+    def rename(disk: str) -> tuple[str, bool, Place | None]:
+        name, pattern = rename_source_key(disk, renamings, converters)
+        if pattern is None:
+            return name, True, None
+        return name, False, _place(apply_renamings(disk, renamings), pattern, converters)
 
     return rename
+
+
+def _transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """What transformers does to a checkpoint's tensors on the way into a model, and the part that is no renaming."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    transforms = get_model_conversion_mapping(model)
+    return transforms, [t for t in transforms if isinstance(t, WeightConverter)]
+
+
+def _place(name: str, pattern: str, converters: Iterable[Any]) -> Place | None:
+    """An expert's place, from its tensor's name and the pattern that means it; None where more is done to it."""
+    for converter in converters:
+        if pattern in converter.source_patterns and _parts(converter):
+            numbers = re.search(pattern.replace("*", r"(\d+)"), name)
+            if numbers:
+                part = converter.source_patterns.index(pattern)
+                return Place(int(numbers.group(1)), part, len(converter.source_patterns))
+    return None
+
+
+def _parts(converter: Any) -> int:
+    """Of how many equal parts, tensors of their own, a converter puts an expert together; 0: it does otherwise."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    operations = list(converter.operations)
+    is_list = bool(operations) and type(operations[0]) is MergeModulelist and operations[0].dim == 0
+    rest = [(type(operation), operation.dim) for operation in operations[1:]] if is_list else []
+    if not is_list or any(source.count("*") != 1 for source in converter.source_patterns):
+        return 0
+    count = len(converter.source_patterns)
+    return count if rest == ([(Concatenate, 1)] if count > 1 else []) else 0
+
+
+def usual_parts(model: nn.Module, parameter: str) -> int:
+    """Of how many tensors on disk an expert's part of a parameter is usually put together; 0: all are one tensor."""
+    if not TRANSFORMERS_5:
+        return 0
+    for converter in _transforms(model)[1]:
+        target = converter.target_patterns[0]
+        if _parts(converter) and re.search(rf"{target}$", parameter):
+            return _parts(converter)
+    return 0
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is a layer's experts as transformers 5 has them: no class, a decorator sets these attributes."""
+    marks = {"num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel"}
+    return marks <= vars(module).keys() and "down_proj" in module._parameters  # noqa: SLF001  its own, not its parts'
+
+
+def grouped_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """x (n, i), sorted by expert, times each row's expert's weight (e, i, o): as transformers computes it.
+
+    ends: (e,) int32, where each expert's rows end. In double precision too, which transformers' own call has not.
+    """
+    from transformers.integrations import moe
+
+    if x.dtype == torch.float64:
+        exact: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=ends)
+        return exact
+    product: torch.Tensor = moe._grouped_mm(x, weight, offs=ends)  # noqa: SLF001  its choice decides the last bit
+    return product
 
 
 def base_prefix(model: nn.Module) -> str:
@@ -178,6 +259,16 @@ def download_config(hub_id: str) -> Path:
         raise OSError(str(error)) from error
 
 
+def forget_quantizer(model: Any) -> None:
+    """Take off what transformers notes of a model whose files were quantized: its trainer takes no such model.
+
+    PEFT's adapters alone would be let through, and what we put into the layers it does not know.
+    """
+    for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.config.__dict__.pop("quantization_config", None)
+
+
 def fall_silent() -> None:
     """No remark, warning or bar from this process: another one says it."""
     transformers_logging.set_verbosity_error()
@@ -229,6 +320,13 @@ def load_tokenizer(folder: Path) -> Any:
             )
             return PreTrainedTokenizerFast.from_pretrained(folder, **changes)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width of the images that a model was made for; convolutional ones that name none take any size."""
+    size = config.to_dict().get("image_size") or ANY_IMAGE_SIZE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width
 
 
 def load_image_processor(folder: Path) -> Any:

@@ -8,6 +8,7 @@ one, `<parameter>.original`; for each tensor of a side network, under its name i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import Checkpoint
+from surgery.columns import RANDOM
 from surgery.errors import BaseMismatchError, DamagedError, UnsupportedError
 from surgery.plan import SurgeryPlan, Target
 from surgery.tensorfile import TensorFile, dtype_name, torch_dtype
@@ -33,22 +35,29 @@ class ColumnPatch:
 
     Shapes: columns (r,) int64, strictly increasing; values (out, r) float32 (float64 for a float64 base), finite: they
     replace, they are not added; original (out, r) in the base's dtype. Raises: DamagedError.
+
+    Where columns are drawn anew during training there are more than the target's rank: `active` (rank,) int64 are those
+    that train now, and `scores` (in,) float64, where there are any, say how likely each column is drawn later.
     """
 
     target: Target
     columns: Tensor
     values: Tensor
     original: Tensor
+    active: Tensor | None = None
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
-        where, wanted = f"adapter, {self.target.module}", (self.target.out_features, self.target.rank)
-        if self.columns.dtype != torch.int64 or tuple(self.columns.shape) != (self.target.rank,):
+        rank = self.target.rank if self.active is None else max(self.target.rank, self.columns.numel())
+        where, wanted = f"adapter, {self.target.module}", (self.target.out_features, rank)
+        if self.columns.dtype != torch.int64 or tuple(self.columns.shape) != (rank,):
             found = f"columns {self.columns.dtype} {tuple(self.columns.shape)}"
-            raise DamagedError(where, found, expected=f"int64 ({self.target.rank},)")
+            raise DamagedError(where, found, expected=f"int64 ({rank},)")
         rising = bool((self.columns[1:] > self.columns[:-1]).all())
         if not rising or int(self.columns[0]) < 0 or int(self.columns[-1]) >= self.target.in_features:
             expected = f"strictly increasing ones below {self.target.in_features}"
             raise DamagedError(where, "columns out of order or out of range", expected=expected)
+        self._require_draws(where)
         for name, tensor in (("values", self.values), ("original", self.original)):
             if tuple(tensor.shape) != wanted:
                 raise DamagedError(where, f"{name} {tuple(tensor.shape)}", expected=str(wanted))
@@ -58,6 +67,21 @@ class ColumnPatch:
             raise DamagedError(where, f"original {self.original.dtype}", expected=self.target.dtype)
         require_finite(where, self.values)
         require_fits(where, self.stored())
+
+    def _require_draws(self, where: str) -> None:
+        """What is drawn from, and what was drawn last. Raises: DamagedError."""
+        active, scores, rank = self.active, self.scores, self.target.rank
+        if active is not None:
+            is_whole = active.dtype == torch.int64 and tuple(active.shape) == (rank,)
+            if not is_whole or not bool((active[1:] > active[:-1]).all() and torch.isin(active, self.columns).all()):
+                found = f"active {active.dtype} {tuple(active.shape)}"
+                raise DamagedError(where, found, expected=f"{rank} of its columns, strictly increasing")
+        if scores is not None:
+            if scores.dtype != torch.float64 or tuple(scores.shape) != (self.target.in_features,):
+                found = f"scores {scores.dtype} {tuple(scores.shape)}"
+                raise DamagedError(where, found, expected=f"float64 ({self.target.in_features},)")
+            if not bool((scores.isfinite() & (scores >= 0)).all()):
+                raise DamagedError(where, "scores below zero or not finite", expected="likelihoods")
 
     def stored(self) -> Tensor:
         """The values in the base's dtype: the one cast there is. (out, r)."""
@@ -145,7 +169,17 @@ class ColumnDelta:
             tensors[f"{module}.columns"] = patch.columns.contiguous()
             tensors[f"{module}.values"] = patch.values.contiguous()
             tensors[f"{module}.original"] = patch.original.contiguous()
+            draws = {"active": patch.active, "scores": patch.scores}
+            tensors |= {
+                f"{module}.{part}": t.clone() for part, t in draws.items() if t is not None
+            }  # shared in a group
         return _file_bytes(tensors, self.whole)
+
+    def widths(self) -> dict[str, int]:
+        """How many columns of each target are there: its rank, or more where they were drawn anew."""
+        if isinstance(self.patches, _StoredPatches):
+            return self.patches.widths()
+        return {module: len(patch.columns) for module, patch in self.patches.items()}
 
 
 @dataclass(frozen=True)
@@ -245,12 +279,21 @@ class _StoredPatches(Mapping[str, ColumnPatch]):
     def __init__(self, tensors: TensorFile, plan: SurgeryPlan) -> None:
         self._tensors = tensors
         self._targets = {target.module: target for target in plan.targets}
+        self._draws = _draws(plan)
 
     def __getitem__(self, module: str) -> ColumnPatch:
-        read = self._tensors.read
+        read, draws = self._tensors.read, self._draws
         return ColumnPatch(
-            self._targets[module], read(f"{module}.columns"), read(f"{module}.values"), read(f"{module}.original")
+            self._targets[module],
+            read(f"{module}.columns"),
+            read(f"{module}.values"),
+            read(f"{module}.original"),
+            read(f"{module}.active") if "active" in draws else None,
+            read(f"{module}.scores") if "scores" in draws else None,
         )
+
+    def widths(self) -> dict[str, int]:
+        return {module: self._tensors.infos[f"{module}.columns"].shape[0] for module in self}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._targets)
@@ -259,9 +302,17 @@ class _StoredPatches(Mapping[str, ColumnPatch]):
         return len(self._targets)
 
 
+def _draws(plan: SurgeryPlan) -> tuple[str, ...]:
+    """What a patch has beside its columns: where they are drawn anew those that train now, and what is drawn by."""
+    if not plan.spec.get("resample"):
+        return ()
+    return ("active",) if plan.spec["select"] == RANDOM else ("active", "scores")
+
+
 def adapter_names(plan: SurgeryPlan) -> set[str]:
     """The tensors of a plan's adapter file."""
-    names = {f"{t.module}.{part}" for t in plan.targets for part in ("columns", "values", "original")}
+    parts = ("columns", "values", "original", *_draws(plan))
+    names = {f"{t.module}.{part}" for t in plan.targets for part in parts}
     names |= {t.parameter for t in plan.side} | {f"{w.parameter}.whole" for w in plan.whole}
     return names | {f"{w.parameter}.original" for w in plan.whole if w.sha256}
 
@@ -331,19 +382,54 @@ def bits(tensor: Tensor) -> npt.NDArray[np.unsignedinteger[Any]]:
     return tensor.detach().contiguous().cpu().view(signed).numpy().view(f"u{width}")
 
 
+@dataclass(frozen=True)
+class ColumnsHere:
+    """A target's columns within some whole rows of its weight.
+
+    shape: those rows as (outer, lines, inner), where lines run along the inputs; lines: where the columns lie there;
+    span: which of a patch's (out, r) values they hold.
+    """
+
+    shape: tuple[int, int, int]
+    lines: npt.NDArray[np.int64]
+    span: tuple[slice, slice]
+
+    def read(self, rows: npt.NDArray[Any], into: npt.NDArray[Any]) -> None:
+        """Copy the columns from the rows into values (out, r)."""
+        outer, _, inner = self.shape
+        picked = rows.reshape(self.shape)[:, self.lines]
+        into[self.span] = picked.swapaxes(1, 2).reshape(outer * inner, len(self.lines))
+
+    def write(self, rows: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+        """Replace the columns in the rows by values (out, r)."""
+        outer, _, inner = self.shape
+        rows.reshape(self.shape)[:, self.lines] = (
+            values[self.span].reshape(outer, inner, len(self.lines)).swapaxes(1, 2)
+        )
+
+
+def columns_here(target: Target, columns: npt.NDArray[np.int64], first: int, values: int) -> ColumnsHere:
+    """The target's columns in so many values of its weight, which begin with row `first`."""
+    axis, shape = target.input_axis, target.shape
+    inner = math.prod(shape[axis + 1 :])
+    if axis == 0:
+        lines = values // inner
+        low, high = np.searchsorted(columns, (first, first + lines))
+        return ColumnsHere((1, lines, inner), columns[low:high] - first, (slice(None), slice(low, high)))
+    begin = first * math.prod(shape[1:axis]) * inner
+    outer = values // (target.in_features * inner)
+    return ColumnsHere((outer, target.in_features, inner), columns, (slice(begin, begin + outer * inner), slice(None)))
+
+
 def read_target(checkpoint: Checkpoint, target: Target, columns: Tensor) -> tuple[str, Tensor]:
     """The sha256 of a target's bytes and its columns (out, r), in one pass and constant memory."""
     digest = hashlib.sha256()
-    original = torch.empty((target.out_features, target.rank), dtype=torch_dtype(target.dtype))
+    original = torch.empty((target.out_features, len(columns)), dtype=torch_dtype(target.dtype))
     picked, wanted = bits(original), columns.numpy()
     for first, chunk in checkpoint.row_chunks(target.weight):
         digest.update(chunk)
-        rows = np.frombuffer(chunk, picked.dtype).reshape(-1, target.shape[1])
-        if target.input_axis == 1:
-            picked[first : first + len(rows)] = rows[:, wanted]
-        else:
-            here = np.flatnonzero((wanted >= first) & (wanted < first + len(rows)))
-            picked[:, here] = rows[wanted[here] - first].T
+        rows = np.frombuffer(chunk, picked.dtype)
+        columns_here(target, wanted, first, rows.size).read(rows, picked)
     return digest.hexdigest(), original
 
 
@@ -363,10 +449,6 @@ def patched_chunks(
     for first, chunk in checkpoint.row_chunks(weight):
         if before:
             before(chunk)
-        rows = np.frombuffer(chunk, new.dtype).reshape(-1, target.shape[1])
-        if target.input_axis == 1:
-            rows[:, wanted] = new[first : first + len(rows)]
-        else:
-            here = np.flatnonzero((wanted >= first) & (wanted < first + len(rows)))
-            rows[wanted[here] - first] = new[:, here].T
+        rows = np.frombuffer(chunk, new.dtype)
+        columns_here(target, wanted, first, rows.size).write(rows, new)
         yield chunk

@@ -42,7 +42,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
         "onnxscript": ">=0.7,<1",
         "protobuf": ">=5",
     },
-    "bnb": {"bitsandbytes": ">=0.46,<1"},
+    "bnb": {"bitsandbytes": ">=0.50,<1"},
     "deepspeed": {"deepspeed": ">=0.17,<1"},
     "energy": {"nvidia-ml-py": ">=12"},
     "eval": {"lm-eval": ">=0.4.13,<0.5"},
@@ -51,6 +51,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "liger": {"liger-kernel": ">=0.8,<1"},
     "lora": {"peft": ">=0.17,<1"},
     "report": {"vl-convert-python": ">=1.9,<2"},
+    "torchao": {"torchao": ">=0.18,<1"},
     "tracking": {"tensorboard": ">=2.18,<3", "trackio": ">=0.5,<1"},
 }
 GAUDI_TOOL, NVIDIA_TOOL = "hl-smi", "nvidia-smi"

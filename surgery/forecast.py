@@ -117,8 +117,15 @@ def _spec(recipe: Recipe, method: str, *, is_recipe: bool) -> Any:
 def _unpredicted(recipe: Recipe) -> list[str]:
     """Settings of the recipe that change what is kept, and that no dry run has."""
     section = recipe.train
+    notes = []
+    if recipe.method == "paca" and recipe.paca.budget and recipe.paca.select != "random":
+        notes.append("the budget is spread evenly here: scores, which take the weights, decide where it goes")
+    if recipe.method == "paca" and recipe.paca.resample:
+        notes.append("columns that no longer train take the CPU's memory, 8 bytes a value at most, beside these bytes")
     asked = {"compile": section.compile, "liger": section.liger, "cache_features": section.cache_features is not None}
-    return [f"train.{name} is not predicted: these are the bytes without it" for name, on in asked.items() if on]
+    return notes + [
+        f"train.{name} is not predicted: these are the bytes without it" for name, on in asked.items() if on
+    ]
 
 
 def _run(recipe: Recipe, question: Question) -> Run:

@@ -27,9 +27,10 @@ from surgery.manifest import (
     parse_record,
     read_document,
 )
+from surgery.peft_files import PEFT_PACA
 from surgery.plan import NO_METHOD, SurgeryPlan
 from surgery.runs import CHECKPOINTS, latest_checkpoint, open_run, step_of
-from surgery.table import align, plan_lines, size_text, target_rows
+from surgery.table import align, held_text, plan_lines, size_text, target_rows
 
 MODEL, LORA = "model", "lora"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
@@ -165,6 +166,7 @@ _KINDS = {
     ADAPTER: "an adapter",
     MERGED: "a merged checkpoint",
     LORA: "a LoRA adapter for PEFT",
+    PEFT_PACA: "an adapter of PEFT's PaCA",
     REMOTE_CODE: "a model with a side network, which transformers loads with trust_remote_code",
     ONNX: "a model with ONNX graphs",
     PATCHED: "an ONNX file with an adapter's columns in it",
@@ -219,7 +221,7 @@ def _inspect_untouched(path: Path, record: Record) -> Inspection:
 
 def _inspect_lora(path: Path, record: Record) -> Inspection:
     merged = MergedFacts(record.manifest.export, record.manifest.checks, "nothing to undo: the base is not in it")
-    return Inspection(str(path), LORA, origin=_origin(path, record), merged=merged, plan=record.plan)
+    return Inspection(str(path), record.kind, origin=_origin(path, record), merged=merged, plan=record.plan)
 
 
 def _inspect_patch(path: Path, record: Record) -> Inspection:
@@ -231,6 +233,7 @@ _INSPECT = {
     ADAPTER: _inspect_adapter,
     MERGED: _inspect_merged,
     LORA: _inspect_lora,
+    PEFT_PACA: _inspect_lora,
     REMOTE_CODE: _inspect_untouched,
     ONNX: _inspect_untouched,
     PATCHED: _inspect_patch,
@@ -266,9 +269,11 @@ def _tied(config: Mapping[str, Any]) -> bool | None:
 
 
 def _origin(folder: Path, record: Record) -> Origin:
-    base, adapter = record.manifest.base, str(record.manifest.adapter.get("path", ""))
+    base, sources = record.manifest.base, record.manifest.parents or (record.manifest.adapter,)
+    paths = [str(source["path"]) for source in sources if source.get("path")]
     name = f"{base.hub_id} (revision {base.revision})" if base.hub_id else base.path
-    return Origin(name, _is_found(folder, base), adapter, bool(adapter) and (folder / adapter).is_dir())
+    is_there = bool(paths) and all((folder / path).is_dir() for path in paths)
+    return Origin(name, _is_found(folder, base), ", ".join(paths), is_there)
 
 
 def _is_found(folder: Path, base: Base) -> bool:
@@ -281,6 +286,8 @@ def _is_found(folder: Path, base: Base) -> bool:
 
 def _why_no_undo(folder: Path, record: Record) -> str:
     dtype = record.manifest.export.get("dtype")
+    if record.manifest.export.get("merge_base") == "dequantized":
+        return "not possible: with --merge-base dequantized the base's values are not in it"
     if dtype != "keep":
         return f"not possible: --dtype {dtype} rounded the base's values"
     return "" if path_inside(folder, UNDO_FILE).is_file() else f"not possible: {UNDO_FILE} is missing"
@@ -301,13 +308,21 @@ def _plan_pairs(plan: SurgeryPlan) -> _Pairs:
     method = (
         f"{plan.method}, {plan.spec['cell']} {plan.spec['hidden']} wide"
         if plan.stacks
-        else f"{plan.method}, rank {ranks}"
+        else f"{plan.method}, rank {ranks}{_chosen_by(plan.spec)}"
     )
     return [
         ("method", method),
         ("task", f"{plan.task}, loaded as {plan.architecture}"),
+        *([("base held as", held_text(plan.quantization))] if plan.quantization else []),
         ("plan", plan.id),
     ]
+
+
+def _chosen_by(spec: Mapping[str, Any]) -> str:
+    """How columns were chosen, where not at random once and for all."""
+    how = f", columns by {spec['select']}" if spec.get("select", "random") != "random" else ""
+    budget = f", of a budget of {spec['budget']}" if spec.get("budget") else ""
+    return how + budget + (f", drawn anew {spec['resample']}" if spec.get("resample") else "")
 
 
 def _plan_summary(plan: SurgeryPlan) -> dict[str, Any]:
@@ -322,7 +337,7 @@ def _plan_summary(plan: SurgeryPlan) -> dict[str, Any]:
         "stacks": [asdict(stack) for stack in plan.stacks],
         "whole": [asdict(target) for target in plan.whole],
         "untouched": [asdict(entry) for entry in plan.untouched],
-    }
+    } | ({"quantization": asdict(plan.quantization)} if plan.quantization else {})
 
 
 def _open_run(step: int) -> str:

@@ -13,6 +13,7 @@ BACKENDS = {"local": "surgery.backends.local:BACKEND", "gaudi": "surgery.backend
 EXPORTERS = {
     "safetensors": "exporters.dense:EXPORTER",
     "lora": "exporters.lora:EXPORTER",
+    "peft-paca": "exporters.peft_paca:EXPORTER",
     "remote-code": "exporters.remote_code:EXPORTER",
     "onnx": "exporters.onnx_export:EXPORTER",
 }
@@ -32,6 +33,8 @@ EXTRAS = {
     "peft": "lora",
     "PIL": "images",
     "vl_convert": "report",
+    "bitsandbytes": "bnb",
+    "torchao": "torchao",
 }  # by what is imported
 CALLED = {"PIL": "Pillow"}  # where a package is imported by another name than it is known by
 

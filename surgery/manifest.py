@@ -33,7 +33,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Check:
-    """A check that ran (or did not, and why): `result` is `passed`, `failed` or `not run`."""
+    """A check that ran (or did not, and why): `result` is `passed`, `failed`, `measured` or `not run`."""
 
     name: str
     result: str
@@ -44,7 +44,8 @@ class Check:
 class Manifest:
     """What actually ran.
 
-    `files`: sha256 by file name; `adapter`: the adapter folder a merge came from, and its digest.
+    `files`: sha256 by file name; `adapter`: the adapter folder a merge came from, and its digest (of an adapter: the
+    folder it was read from, where that is another program's); `parents`: the same of each, where there were several.
     """
 
     base: Base
@@ -54,6 +55,7 @@ class Manifest:
     training: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
+    parents: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class Record:
 
     def to_json(self, previous: Record | None = None) -> str:
         """Readable JSON. `previous`: the record that holds while the new files are not all in place."""
-        document = {"schema": SCHEMA, "kind": self.kind, "plan": self.plan.to_dict(), "manifest": asdict(self.manifest)}
+        manifest = asdict(self.manifest)
+        if not manifest["parents"]:
+            del manifest["parents"]  # younger than the rest: what has one adapter reads as it always did
+        document = {"schema": SCHEMA, "kind": self.kind, "plan": self.plan.to_dict(), "manifest": manifest}
         if previous:
             document["previous"] = json.loads(previous.to_json())
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -96,10 +101,18 @@ def parse_record(document: Mapping[str, Any], where: str) -> Record:
         parts = dict(document["manifest"])
         parts["base"] = from_json(Base, parts["base"])
         parts["checks"] = tuple(from_json(Check, check) for check in parts["checks"])
+        parts["parents"] = tuple(_text_values(parent) for parent in parts.get("parents", ()))
         plan = SurgeryPlan.from_dict(document["plan"], where)
         return Record(document["kind"], plan, from_json(Manifest, parts))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise DamagedError(where, f"the record is malformed ({error})", expected="a whole record") from error
+
+
+def _text_values(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Raises: TypeError, AttributeError where a value is no text, or it is no object."""
+    if wrong := [name for name, value in entry.items() if not isinstance(value, str)]:
+        raise TypeError(f"parents: {wrong[0]} is {entry[wrong[0]]!r}")
+    return dict(entry)
 
 
 def read_document(folder: Path) -> dict[str, Any]:

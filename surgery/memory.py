@@ -19,6 +19,7 @@ from surgery.acceleration import FLASH, set_heads, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, memory_names
 from surgery.errors import RequestError, UnsupportedError, counted, require_known
+from surgery.experts import require_layers, usual_experts
 from surgery.generate import max_positions
 from surgery.images import TASK as IMAGES
 from surgery.lean_pass import rewrite
@@ -26,6 +27,7 @@ from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model
+from surgery.quantized import quantize
 from surgery.saved import (
     DTYPES,
     DryModel,
@@ -38,7 +40,7 @@ from surgery.saved import (
     without_values,
 )
 from surgery.survey import Survey, TaskSpec, own_task, read_config, survey
-from surgery.table import align, size_text
+from surgery.table import align, held_text, size_text
 from surgery.tensorfile import FLOAT_DTYPES, TORCH_NAMES, dtype_name
 
 FULL, LORA = "full", "lora"
@@ -170,6 +172,7 @@ class Subject:
     dtype: str
     autocast: str
     positions: int | None
+    held: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,8 @@ def open_subject(root: Path, method: str, spec: Any, task: TaskSpec, run: Run) -
     seen = survey(root, task)
     dtype = _weight_dtype(root, seen, run)
     plan = None if method == FULL else _plan(root, seen, spec, task, dtype, method=method)
+    if method == LORA and plan:
+        require_layers(plan, "--method lora")
     return _subject(seen, plan, method, dtype, run)
 
 
@@ -223,7 +228,8 @@ def open_planned(root: Path, plan: SurgeryPlan, run: Run) -> Subject:
     """The same for a plan that exists: an adapter's. Raises: as `open_subject`."""
     labels = plan.config.get("id2label", {})
     names = tuple(labels[key] for key in sorted(labels, key=int))
-    seen = survey(root, TaskSpec(plan.task, () if plan.task == "regression" else names))
+    task = TaskSpec(plan.task, () if plan.task == "regression" else names)
+    seen = survey(root, task, takes_4bit=plan.quantization is not None)
     return _subject(seen, plan, plan.method, _weight_dtype(root, seen, run), run)
 
 
@@ -250,8 +256,10 @@ def _plan(root: Path, seen: Survey, spec: Any, task: TaskSpec, dtype: torch.dtyp
     held = dict(own.named_parameters(remove_duplicate=False))
     names = memory_names(seen.model, held)
     kind = dtype_name(dtype)
-    stored = {m.name: Stored(name, kind, tuple(held[name].shape)) for name, m in names.items()}
-    return plan_model(seen.model, spec, stored, {}, task=seen.task, heads=seen.heads)
+    parts = usual_experts(seen.model, lambda _weight: kind)
+    present = {m.name: Stored(name, kind, tuple(held[name].shape)) for name, m in names.items()}
+    stored = {name: entry for name, entry in present.items() if name not in parts}
+    return plan_model(seen.model, spec, stored, {}, task=seen.task, heads=seen.heads, parts=parts)
 
 
 def _has_weights(root: Path) -> bool:
@@ -263,7 +271,12 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
     if run.attention not in ("auto", FLASH):  # flash is what sdpa takes on a card by itself
         switch_attention(model, run.attention)
     dry = dry_model(model, seen.task, seen.heads, dtype=dtype)
+    if plan is not None and plan.quantization and run.sharding not in ("none", "ddp"):
+        found = f"{run.sharding} with a base held as {plan.quantization.kind}, whose packed weights have no rows"
+        raise UnsupportedError("--sharding", found, expected="ddp", fix="Leave it out; each device holds the base")
     with without_values(dry.mode):
+        if plan is not None and plan.quantization:
+            quantize(model, plan.quantization.kind, dict.fromkeys(plan.quantization.layers, dtype), only_sizes=True)
         if plan is None:
             model.requires_grad_()
         elif method == LORA:
@@ -278,7 +291,15 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
     tensors = tuple(_tensors(dry))
     trained = sum(tensor.values() for tensor in tensors if tensor.is_trained)
     kind = next(name for name, known in DTYPES.items() if known == dtype)
-    return Subject(dry, tensors, seen.architecture, method, trained, kind, autocast, _positions(model))
+    held = _held(plan, dtype) if plan and plan.quantization else ""
+    return Subject(dry, tensors, seen.architecture, method, trained, kind, autocast, _positions(model), held)
+
+
+def _held(plan: SurgeryPlan, dtype: torch.dtype) -> str:
+    """What quantizing the base saves: of its layers, and beside what is not quantized."""
+    held = plan.quantization
+    assert held is not None  # noqa: S101  the caller's question
+    return f"the base is held as {held_text(held)}; all else of it, embeddings and heads too, in {dtype_name(dtype)}"
 
 
 def _positions(model: Any) -> int | None:
@@ -436,7 +457,7 @@ def _crossing(points: Sequence[tuple[int, int]], wanted: int) -> int:
 
 def _notes(subject: Subject, run: Run) -> tuple[str, ...]:
     """What the figures assume."""
-    found = []
+    found = [subject.held] if subject.held else []
     if run.device == "cuda":
         found.append(
             "CUDA: flash attention where there is no mask and values have 16 bits, else the memory-efficient kernel, "

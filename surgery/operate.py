@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,16 +21,23 @@ from surgery.adapter import (
     write_adapter,
 )
 from surgery.checkpoint import Checkpoint
-from surgery.compat import TRANSFORMERS_5, base_prefix, memory_names, quiet_loading
+from surgery.choosing import carried, choose, choose_live, looks, require_data
+from surgery.columns import resample_steps
+from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
-from surgery.errors import CheckError, DamagedError, RequestError, ResourceError
+from surgery.errors import CheckError, DamagedError, RequestError, ResourceError, UnsupportedError
+from surgery.experts import expert_name, usual_experts
 from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import Base, Manifest, relative_path
-from surgery.methods.paca import PacaSpec
-from surgery.plan import Stored, SurgeryPlan
+from surgery.methods.paca_files import fresh_live
+from surgery.methods.paca_spec import PacaSpec
+from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
+from surgery.quantized import KINDS, is_quantized, kind_of, live_dtype, quantize
+from surgery.quantized_base import require_package
+from surgery.resampling import resample_model
 from surgery.sharding import settle, whole
 from surgery.survey import (
     TASKS,
@@ -41,7 +48,7 @@ from surgery.survey import (
     own_architecture,
     read_config,
 )
-from surgery.tensorfile import dtype_name, tensor_bytes
+from surgery.tensorfile import dtype_name, tensor_bytes, torch_dtype
 from surgery.writing import CheckpointWriter, require_apart
 
 STATE = "surgery_state"
@@ -82,20 +89,50 @@ def apply(
     require_apart(Path(out), [root])
     checkpoint = Checkpoint.open(root)
     plan = plan_checkpoint(checkpoint, spec or PacaSpec(), task)
+    if plan.quantization:
+        require_package(plan.quantization.kind)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        delta = fresh_delta(checkpoint, plan)
+        plan, choice = choose(checkpoint, plan, load_base_model)
+        delta = fresh_delta(checkpoint, plan, choice)
         if base.path:
             base = Base(path=relative_path(root, Path(out)))
         return write_adapter(writer.path, Path(out), checkpoint, delta, Manifest(base))
 
 
+def replanned(adapter: Adapter, checkpoint: Checkpoint, task: TaskSpec) -> Delta:
+    """A fresh adapter's state for another task. Columns that were chosen by looking are the same ones."""
+    plan = adapter.plan
+    spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
+    if not isinstance(adapter.delta, ColumnDelta) or not looks(plan):
+        return fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, task))
+    layers = PacaSpec(rank=1, targets=spec.targets, exclude=spec.exclude, seed=spec.seed)
+    return fresh_delta(checkpoint, *carried(adapter.delta, plan_checkpoint(checkpoint, layers, task)))
+
+
+def plan_in_full(checkpoint: Checkpoint, spec: Any, task: TaskSpec) -> SurgeryPlan:
+    """The plan that `apply` would carry out: where a budget is spread by scores, weights or data are looked at.
+
+    Raises: as `apply`; nothing is written.
+    """
+    plan = plan_checkpoint(checkpoint, spec, task)
+    if looks(plan):
+        require_data(PacaSpec(**plan.spec))
+    return choose(checkpoint, plan, load_base_model)[0] if plan.spec.get("budget") else plan
+
+
 # --- a model in memory
 
 
-def require_memory(root: Path, dtype: torch.dtype | None) -> None:
-    """The weights fit into the memory that is free. Raises: ResourceError."""
-    infos = Checkpoint.open(root).values()
+def require_memory(root: Path, dtype: torch.dtype | None, held: Quantization | None = None) -> None:
+    """The weights fit into the memory that is free; what is quantized at load is read from a mapped file.
+
+    Raises: ResourceError.
+    """
+    checkpoint = Checkpoint.open(root)
+    packed = set(held.layers.values()) if held and not held.is_stored and dtype is None else set()
+    infos = [info for name, info in checkpoint.items() if name not in packed]
     needed = sum(tensor_bytes(dtype_name(dtype) if dtype else info.dtype, info.shape) for info in infos)
+    needed += sum(KINDS[held.kind].size_bytes(*checkpoint[name].shape) for name in packed) if held else 0
     free = psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(
@@ -111,9 +148,12 @@ def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None 
 
     Raises: DamagedError; BaseMismatchError where the plan names the whole base and this is another.
     """
-    config = configured(read_config(root), plan.config)
+    config = configured(read_config(root, takes_4bit=True), plan.config)
     model_class = class_for(config, plan.task)
-    require_memory(root, dtype)
+    held = plan.quantization
+    if held:
+        require_package(held.kind)
+    require_memory(root, dtype, held)
     require_backbone(Checkpoint.open(root), plan)
     wanted = {"dtype" if TRANSFORMERS_5 else "torch_dtype": dtype or "auto"}
     with quiet_loading():
@@ -130,8 +170,28 @@ def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None 
             expected="a whole checkpoint",
             fix="Fetch it again",
         )
+    if held:
+        checkpoint = Checkpoint.open(root)
+        _hold_quantized(
+            model, held, {n: torch_dtype(checkpoint[w].dtype) for n, w in held.layers.items() if not held.is_stored}
+        )
     align(model)
     return model
+
+
+def _hold_quantized(model: Any, held: Quantization, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Quantize what the plan says, or take note that the files hold it so. dtypes: of each layer, the file's.
+
+    Raises: DamagedError.
+    """
+    if not held.is_stored:
+        quantize(model, held.kind, dtypes)
+        return
+    forget_quantizer(model)
+    packed = {name for name, module in model.named_modules() if is_quantized(module)}
+    if packed != set(held.layers):
+        found = f"{len(packed ^ set(held.layers))} layers are quantized otherwise than planned"
+        raise DamagedError("base", found, expected=f"{len(held.layers)} quantized layers")
 
 
 def align(model: nn.Module) -> None:
@@ -145,11 +205,12 @@ def align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
+def attach(model: nn.Module, spec: Any = None, *, calibration: Iterable[Mapping[str, Any]] = ()) -> SurgeryPlan:
     """Open a model in place: what the spec's method trains, and a task's head; all else is frozen.
 
-    spec: PacaSpec (the default, as it stands) or ReadSpec. Returns the plan.
-    Raises: SelectorError, UnsupportedError; RequestError when the model is attached already.
+    spec: PacaSpec (the default, as it stands) or ReadSpec. calibration: batches that the model is called with, for
+    columns chosen by inputs or gradients. Returns the plan.
+    Raises: SelectorError, UnsupportedError; RequestError when the model is attached already, or batches are missing.
     """
     _require_plain(model)
     task = _live_task(model)
@@ -157,9 +218,64 @@ def attach(model: nn.Module, spec: Any = None) -> SurgeryPlan:
     stored = {
         n: Stored(n, dtype_name(p.dtype), tuple(p.shape)) for n, p in model.named_parameters(remove_duplicate=False)
     }
-    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads)
-    attach_plan(model, plan, None)
+    parts = usual_experts(model, lambda weight: dtype_name(weight.dtype))
+    stored = {name: entry for name, entry in stored.items() if name not in parts}
+    held = _held_live(model, stored)
+    plan = plan_model(model, spec or PacaSpec(), stored, {}, task=task, heads=heads, parts=parts, held=held)
+    return attach_chosen(model, plan, calibration)
+
+
+def attach_chosen(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mapping[str, Any]]) -> SurgeryPlan:
+    """Carry out a new plan on a model in memory, its columns chosen first. Returns the plan that this gave."""
+    plan, choice = choose_live(model, plan, calibration)
+    delta = None
+    if choice:
+        held = {w.parameter: model.get_parameter(w.parameter).detach().cpu() for w in plan.whole}
+        whole = {name: WholePatch(value.float(), value.clone()) for name, value in held.items()}
+        delta = fresh_live(model, plan, whole, choice)
+    _hold_as_planned(model, plan)
+    attach_plan(model, plan, delta)
     return plan
+
+
+def _hold_as_planned(model: nn.Module, plan: SurgeryPlan) -> None:
+    """Quantize the layers of a dense model that its plan says are held so."""
+    names = plan.quantization.layers if plan.quantization else ()
+    if plan.quantization and not any(is_quantized(model.get_submodule(name)) for name in names):
+        require_package(plan.quantization.kind)
+        _hold_quantized(model, plan.quantization, {n: model.get_parameter(f"{n}.weight").dtype for n in names})
+
+
+def resample(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -> bool:
+    """Let other columns train where the plan says so: to be called after each optimizer step, of which `step` is done.
+
+    Returns whether columns were drawn. Raises: RequestError for a plain model, or a plan without `resample`.
+    """
+    plan = state_of(model).plan
+    every = resample_steps(plan.spec.get("resample", ""))
+    if not every:
+        raise RequestError("resample", "the plan draws no columns anew", expected="PacaSpec(resample='every:500')")
+    groups = {target.module: target.group for target in plan.targets}
+    return resample_model(model, optimizer, groups=groups, every=every, seed=plan.spec["seed"], step=step)
+
+
+def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | None:
+    """How a live model holds its weights; the quantized ones are entered into `stored` as what they stand for.
+
+    Raises: UnsupportedError for several kinds, or one that is not known.
+    """
+    packed: dict[str, Any] = {name: module for name, module in model.named_modules() if is_quantized(module)}
+    if not packed:
+        return None
+    kinds = sorted({kind_of(module) for module in packed.values()})
+    if len(kinds) > 1:
+        raise UnsupportedError("attach", f"weights of {' and '.join(kinds)}", expected="one kind of quantization")
+    floats = [p.dtype for name, p in model.named_parameters() if p.is_floating_point() and name[:-7] not in packed]
+    default = floats[0] if floats else torch.float32
+    for name, module in packed.items():
+        shape = (module.out_features, module.in_features)
+        stored[f"{name}.weight"] = Stored(f"{name}.weight", dtype_name(live_dtype(module, default)), shape)
+    return Quantization(kinds[0], is_stored=False, layers={name: f"{name}.weight" for name in packed})
 
 
 def _live_task(model: nn.Module) -> str:
@@ -298,6 +414,7 @@ def _bind(delta: Delta, model: nn.Module, checkpoint: Checkpoint) -> Delta:
     """The same delta tied to a checkpoint's files by name, dtype and digest."""
     names = memory_names(model, checkpoint)
     disk = {m.name: name for name, m in names.items() if m.is_verbatim}
+    disk |= {expert_name(m.name, m.place): name for name, m in names.items() if m.place}
     prefix = f"{base_prefix(model)}." if any(m.is_prefixed for m in names.values()) else ""
     whole_targets, whole = [], {}
     for target in delta.plan.whole:
@@ -315,7 +432,7 @@ def _bind(delta: Delta, model: nn.Module, checkpoint: Checkpoint) -> Delta:
 def _live_config(model: nn.Module, checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, Any]:
     """The entries of config.json that a live task model has otherwise than its base."""
     config: Any = model.config
-    if not plan.whole or own_architecture(read_config(checkpoint.root)) == plan.architecture:
+    if not plan.whole or own_architecture(read_config(checkpoint.root, takes_4bit=True)) == plan.architecture:
         return {}
     labels = {"id2label": {str(k): v for k, v in config.id2label.items()}, "label2id": dict(config.label2id)}
     optional = {"problem_type": config.problem_type, "pad_token_id": config.pad_token_id}

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class SharedGather:
     def __init__(self, members: int) -> None:
         self.members = members
         self._columns: Tensor | None = None
-        self._forget()
+        self.forget()
 
     def one_tensor(self, columns_r: Tensor) -> Tensor:
         """The group's columns as one tensor object, by which a compiler sees that all members gather the same.
@@ -50,23 +50,24 @@ class SharedGather:
             self._columns = ours = columns_r
         return ours
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of what was gathered: the next member gathers anew."""
         self._source: weakref.ref[Tensor] | None = None
         self._kept: Tensor | None = None
         self._version = self._left = 0
 
-    def __call__(self, x: Tensor, columns_r: Tensor) -> Tensor:
-        """The channels of x (.., i) whose weights train: (.., r), bit for bit."""
+    def __call__(self, x: Tensor, columns_r: Tensor, axis: int = -1) -> Tensor:
+        """The channels of x (.., i) whose weights train: (.., r), bit for bit. `axis`: of x, that of the channels."""
         if self.members == 1:
-            return gather(x, columns_r)
+            return gather(x, columns_r, axis)
         version = x._version  # noqa: SLF001  torch offers no other sign of an in-place change
         hit = self._source is not None and self._source() is x and self._version == version
-        kept = cast("Tensor", self._kept) if hit else gather(x, columns_r)
+        kept = cast("Tensor", self._kept) if hit else gather(x, columns_r, axis)
         if not hit:
             self._source, self._version, self._kept, self._left = weakref.ref(x), version, kept, self.members
         self._left -= 1
         if self._left == 0:
-            self._forget()
+            self.forget()
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,18 +75,24 @@ class SharedGather:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.members, self._columns = state["members"], state["_columns"]
-        self._forget()
+        self.forget()
 
 
-def gather(x: Tensor, columns_r: Tensor) -> Tensor:
-    """x (.., i) -> (.., r): the named channels, outside autograd."""
-    return x.detach().index_select(-1, columns_r)
+def gather(x: Tensor, columns_r: Tensor, axis: int = -1) -> Tensor:
+    """x (.., i) -> (.., r): the named channels, outside autograd. `axis`: of x, that of the channels.
+
+    Images whose channels lie last in memory (torch.channels_last) are gathered as such.
+    """
+    x = x.detach()
+    if x.dim() == 4 and axis != -1 and not x.is_contiguous():
+        return x.movedim(axis, -1).index_select(-1, columns_r).movedim(-1, axis)
+    return x.index_select(axis, columns_r)
 
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
-def _without_autocast(backward: _Backward) -> _Backward:
+def without_autocast(backward: _Backward) -> _Backward:
     """A backward that casts what it casts by name, on any kind of device: torch.amp.custom_bwd serves only one."""
 
     def run(ctx: Any, dy: Tensor) -> Any:
@@ -105,22 +112,20 @@ class _PacaFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta_or: Tensor, kept: Tensor, layer: PacaLayer) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.layer, ctx.dtypes = layer, (x.dtype, delta_or.dtype)
-        ctx.weight = None if layer.paca_is_gathered else layer.weight.detach()
+        ctx.layer, ctx.dtypes, ctx.shape = layer, (x.dtype, delta_or.dtype), x.shape
+        ctx.weight = layer.kept_weight()
         return layer.frozen_forward(x)
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         layer: PacaLayer = ctx.layer
         x_dtype, delta_dtype = ctx.dtypes
         dx = ddelta_or = None
         if ctx.needs_input_grad[0]:
-            if ctx.weight is None:
-                layer.refresh()  # what forward used is gone, and was put together again
-            weight = layer.weight.detach() if ctx.weight is None else ctx.weight
-            dx = input_gradient(dy, weight, layer.input_axis).to(x_dtype)
+            weight = layer.weight_again() if ctx.weight is None else ctx.weight
+            dx = layer.input_gradient(dy, weight, ctx.shape).to(x_dtype)
         if ctx.needs_input_grad[1]:
             (kept,) = ctx.saved_tensors
             ddelta_or = layer.column_gradient(kept, dy, delta_dtype)
@@ -235,7 +240,7 @@ def watch_optimizers() -> None:
 
 
 class PacaLayer(nn.Module):
-    """What `PacaLinear` and `PacaConv1D` share: a linear layer some of whose input columns train.
+    """What all opened layers share: a layer some of whose input columns train. As it stands, a linear one.
 
     The layer stays the same object under the same names (`weight`, `bias`), so hooks and references survive. Added are
     `paca_delta` (o, r), the only parameter that trains, `paca_original` (o, r), the base's columns, and `paca_columns`.
@@ -262,10 +267,22 @@ class PacaLayer(nn.Module):
     paca_storage: torch.dtype
     paca_pending: bool
     paca_seen: tuple[int, ...]
+    paca_past: Any = None  # `surgery.resampling.Held`: columns that trained before and do not now
+    paca_scores: Tensor | None = None  # by which later columns are drawn (i,), where not evenly
     paca_is_sharded = False  # True where `surgery.sharding` has given each rank some of the rows
     paca_is_gathered = False  # True where DeepSpeed puts the parameters together anew for each use
     input_axis: int
+    plain: ClassVar[type[nn.Module]]  # the class that was opened, and that the layer is of again when it is closed
     frozen_forward: Callable[[Tensor], Tensor]  # the base layer's own forward, from the class this is mixed into
+
+    @property
+    def paca_weight(self) -> Any:
+        """The parameter whose columns train."""
+        return self.weight
+
+    def input_gradient(self, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG002  others need it
+        """dy (.., o) -> dx (.., i) of this shape, in dy's dtype."""
+        return input_gradient(dy, weight, self.input_axis)
 
     def column_gradient(self, kept: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
         """kept (.., r), dy (.., o) -> the columns' gradient (o, r), after which the columns count as stale."""
@@ -276,6 +293,16 @@ class PacaLayer(nn.Module):
             gradient_or = gradient_or.mul_(self.paca_scale)
         self.paca_pending = True  # whatever uses this gradient, the next forward refreshes
         return gradient_or
+
+    def kept_weight(self) -> Tensor | None:
+        """What backward takes the input's gradient with; None where that is put together again (`weight_again`)."""
+        return None if self.paca_is_gathered else self.weight.detach()
+
+    def weight_again(self) -> Tensor:
+        """The weight for backward where what forward used is gone: gathered parameters were put together again."""
+        self.refresh()
+        weight: Tensor = self.weight.detach()
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
@@ -296,7 +323,7 @@ class PacaLayer(nn.Module):
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, the base's columns and the difference: of a sharded layer, this rank's rows of them."""
-        parts: tuple[Any, ...] = (self.weight, self.paca_original, self.paca_delta)
+        parts: tuple[Any, ...] = (self.paca_weight, self.paca_original, self.paca_delta)
         weight, original, delta = (part.to_local() for part in parts) if self.paca_is_sharded else parts
         return weight, original, delta
 
@@ -372,10 +399,31 @@ class PacaLayer(nn.Module):
         self.paca_pending = True
 
 
+def run_paca(layer: PacaLayer, x: Tensor, fed: Tensor, axis: int) -> Tensor:
+    """The forward of a layer that is no linear one, which a compiler leaves to eager mode.
+
+    x: what the layer computes with; fed: what it was given, whose channels along `axis` are kept.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return cast("Tensor", _run_eagerly(layer, x, fed, axis))
+    layer.freshen()
+    if not (torch.is_grad_enabled() and layer.paca_delta.requires_grad):
+        return layer.frozen_forward(x)
+    kept = layer.paca_gather(fed, layer.paca_columns, axis)
+    result: Tensor = _PacaFunction.apply(x, layer.paca_delta, kept, layer)  # type: ignore[no-untyped-call]
+    return result
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _run_eagerly(layer: PacaLayer, x: Tensor, fed: Tensor, axis: int) -> Tensor:
+    return run_paca(layer, x, fed, axis)
+
+
 class PacaLinear(PacaLayer, nn.Linear):
     """`nn.Linear` (weight (o, i)) with trained columns."""
 
     input_axis = 1
+    plain = nn.Linear
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
@@ -385,6 +433,7 @@ class PacaConv1D(PacaLayer, Conv1D):  # type: ignore[misc]  # transformers is un
     """GPT-2's `Conv1D` (weight (i, o)) with trained columns, which here are rows."""
 
     input_axis = 0
+    plain = Conv1D
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         return cast("Tensor", Conv1D.forward(self, x))
@@ -403,9 +452,9 @@ SWAPS: dict[type[nn.Module], type[PacaLayer]] = {nn.Linear: PacaLinear, Conv1D: 
 
 
 def read_columns(weight: Tensor, columns_r: Tensor, input_axis: int) -> Tensor:
-    """The columns of a stored weight as (o, r), copied."""
+    """The columns of a stored weight as (o, r), copied; of one that is no matrix o are all axes but the inputs'."""
     columns = weight.detach().index_select(input_axis, columns_r)
-    return columns if input_axis == 1 else columns.t().contiguous()
+    return columns.movedim(input_axis, -1).reshape(-1, len(columns_r)).contiguous()
 
 
 def write_columns(weight: Tensor, columns_r: Tensor, values_or: Tensor, input_axis: int) -> None:
@@ -414,22 +463,33 @@ def write_columns(weight: Tensor, columns_r: Tensor, values_or: Tensor, input_ax
     On the CPU by assignment, which goes row by row in several threads; `index_copy_` goes column by column and takes
     half as long again. Elsewhere by `index_copy_`, for which every device has a kernel.
     """
-    if weight.device.type == "cpu" and input_axis == 1:
+    if weight.device.type == "cpu" and input_axis == 1 and weight.dim() == 2:
         weight[:, columns_r] = values_or
     else:
-        weight.index_copy_(input_axis, columns_r, values_or if input_axis == 1 else values_or.t())
+        others = (*weight.shape[:input_axis], *weight.shape[input_axis + 1 :])
+        weight.index_copy_(input_axis, columns_r, values_or.reshape(*others, -1).movedim(-1, input_axis))
 
 
 def open_layer(
-    module: nn.Module, columns_r: Tensor, *, input_axis: int, storage: torch.dtype, shared: SharedGather, scale: float
+    module: nn.Module,
+    columns_r: Tensor,
+    *,
+    input_axis: int,
+    storage: torch.dtype,
+    shared: SharedGather,
+    scale: float,
+    opened: type[PacaLayer] | None = None,
 ) -> PacaLayer:
-    """Make a linear layer one whose columns train, in place. `storage`: the dtype in the file, to which they round."""
-    weight = cast("nn.Parameter", module.weight)
+    """Make a layer one whose columns train, in place.
+
+    storage: the dtype in the file, to which they round; opened: the class to make it one of, where it is no linear one.
+    """
+    module.__class__ = opened or SWAPS[type(module)]
+    layer = cast("PacaLayer", module)
+    weight = cast("nn.Parameter", layer.paca_weight)
     columns_r = columns_r.to(weight.device)
     original = read_columns(weight, columns_r, input_axis)
     master = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    module.__class__ = SWAPS[type(module)]
-    layer = cast("PacaLayer", module)
     layer.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=weight.device))
     layer.paca_original = nn.Parameter(original, requires_grad=False)
     layer.register_buffer("paca_columns", shared.one_tensor(columns_r), persistent=False)
@@ -445,12 +505,21 @@ def close_layer(layer: PacaLayer, *, merge: bool) -> None:
     if merge:
         layer.refresh()
     else:
-        write_columns(layer.weight.data, layer.paca_columns, layer.paca_original.data, layer.input_axis)
+        write_columns(layer.paca_weight.data, layer.paca_columns, layer.paca_original.data, layer.input_axis)
+        if (past := layer.paca_past) is not None:
+            write_columns(
+                layer.paca_weight.data,
+                past.columns.to(layer.paca_weight.device),
+                past.original.to(layer.paca_weight),
+                layer.input_axis,
+            )
     for name in ("paca_delta", "paca_original", "paca_columns"):
         delattr(layer, name)
     for name in ("paca_gather", "paca_number", "paca_scale", "paca_storage", "paca_pending", "paca_seen"):
         delattr(layer, name)
-    module.__class__ = next(plain for plain, opened in SWAPS.items() if opened is type(layer))
+    for name in ("paca_past", "paca_scores"):
+        vars(layer).pop(name, None)  # where other columns are drawn from time to time
+    module.__class__ = layer.plain
 
 
 def layers(model: nn.Module) -> dict[str, PacaLayer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ from surgery.side import Stack
 from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
-_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256")
+# left out, so that plans of matrices read as they always did
+_TARGET_DEFAULTS = {"parameter": "weight", "sizes": [], "holder": "", "place": [], "rows": []}
+_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256", "calibration", "quantization")
 
 T = TypeVar("T")
 _JSON_TYPES = {"str": str, "int": int, "Mapping[str, Any]": dict, "Mapping[str, str]": dict}
@@ -41,6 +43,13 @@ class Target:
     `module` is its dotted path in the model, `weight` its key in the checkpoint. `dtype` is the file's (safetensors'
     name). `group` names the layers fed by the same tensor: they share one set of columns. `sha256` is the digest of
     the weight's bytes in the base, empty while no file has been read.
+
+    `parameter` is the module's attribute that holds the weight. Of a weight that is no matrix `sizes` is the shape, and
+    `out_features` the values of one column: the product of the other axes.
+
+    Of a mixture's experts `module` is a name and no module. `holder` is the module whose `parameter` holds them all,
+    `place` where in it this one lies: (expert, part, of so many equal parts of its outputs), empty where it is all.
+    Of an embedding `rows` are the tokens whose rows train, where no strategy chooses.
     """
 
     module: str
@@ -52,21 +61,37 @@ class Target:
     rank: int
     group: str
     sha256: str = ""
+    parameter: str = "weight"
+    sizes: tuple[int, ...] = ()
+    holder: str = ""
+    place: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.input_axis not in (0, 1) or not 1 <= self.rank <= self.in_features or self.out_features < 1:
+        where, shape = f"target {self.module}", self.shape
+        if not 0 <= self.input_axis < len(shape) or not 1 <= self.rank <= self.in_features or self.out_features < 1:
             raise DamagedError(
-                f"target {self.module}",
+                where,
                 f"rank {self.rank} of {self.in_features} inputs, input axis {self.input_axis}",
-                expected="a rank within the width and an axis of 0 or 1",
+                expected="a rank within the width and an axis of the weight",
             )
+        if shape[self.input_axis] != self.in_features or math.prod(shape) != self.out_features * self.in_features:
+            expected = f"{self.in_features} along axis {self.input_axis} and {self.out_features} values of each column"
+            raise DamagedError(where, f"sizes {list(shape)}", expected=expected)
+        if self.place and (not self.holder or len(self.place) != 3 or not 0 <= self.place[1] < self.place[2]):
+            raise DamagedError(where, f"place {list(self.place)}", expected="an expert and a part of its outputs")
         _require_float(self.module, self.dtype)
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def name(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.holder or self.module}.{self.parameter}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
         """The weight's shape as stored."""
-        sizes = (self.out_features, self.in_features)
-        return sizes if self.input_axis == 1 else (sizes[1], sizes[0])
+        pair = (self.out_features, self.in_features)
+        return self.sizes or (pair if self.input_axis == 1 else pair[::-1])
 
     @property
     def trained_values(self) -> int:
@@ -114,6 +139,10 @@ class Stored:
     shape: tuple[int, ...]
 
 
+# by the name of a parameter of experts: the tensors that are put together to it, and the place of each in it
+Parts = Mapping[str, Sequence[tuple[Stored, tuple[int, ...]]]]
+
+
 @dataclass(frozen=True)
 class Untouched:
     """Weights that could have been meant and are not trained: a name with `*` for layer numbers, and why."""
@@ -121,6 +150,23 @@ class Untouched:
     pattern: str
     count: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the base's weights are held in memory, while it is frozen.
+
+    `kind` is a key of `surgery.quantized.KINDS`; `is_stored`: the base's files hold them so already, otherwise they are
+    quantized when it is loaded; `layers`: of each quantized layer its weight's key in the checkpoint, by module.
+    """
+
+    kind: str
+    is_stored: bool
+    layers: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.kind or not self.layers or type(self.is_stored) is not bool:
+            raise DamagedError("plan", f"a quantization {self.kind!r} of {len(self.layers)} layers", expected="some")
 
 
 NO_METHOD = "none"
@@ -135,7 +181,8 @@ class SurgeryPlan:
     `prefix` is what the task's class puts before the base's names (`bert.`); `architecture` the class that loads the
     result; `config` the entries of config.json that change. `side`: the tensors of the stacks' side networks, sorted;
     `frozen`: the model's children that stay in eval mode; `backbone_sha256`: the digest of the whole base, empty while
-    no file has been read.
+    no file has been read; `calibration`: the digests of the files that columns were chosen by, by name; `quantization`:
+    None where the base is held as its files have it.
     """
 
     method: str
@@ -151,6 +198,8 @@ class SurgeryPlan:
     side: tuple[SideTarget, ...] = ()
     frozen: tuple[str, ...] = ()
     backbone_sha256: str = ""
+    calibration: Mapping[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -187,6 +236,10 @@ class SurgeryPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and text. A method's own fields are left out where they are empty."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        plain["targets"] = [
+            {name: value for name, value in entry.items() if value != _TARGET_DEFAULTS.get(name, ...)}
+            for entry in plain["targets"]
+        ]
         return {name: value for name, value in plain.items() if value or name not in _OWN_FIELDS}
 
     @classmethod
@@ -202,7 +255,9 @@ class SurgeryPlan:
             )
         try:
             parts = dict(document)
-            parts["targets"] = tuple(from_json(Target, entry) for entry in document["targets"])
+            tuples = ("sizes", "place", "rows")
+            targets = ({**e, **{key: tuple(e.get(key, ())) for key in tuples}} for e in document["targets"])
+            parts["targets"] = tuple(from_json(Target, entry) for entry in targets)
             whole = ({**entry, "shape": tuple(entry["shape"])} for entry in document["whole"])
             parts["whole"] = tuple(from_json(WholeTarget, entry) for entry in whole)
             parts["untouched"] = tuple(from_json(Untouched, entry) for entry in document["untouched"])
@@ -211,6 +266,8 @@ class SurgeryPlan:
             side = ({**entry, "shape": tuple(entry["shape"])} for entry in document.get("side", ()))
             parts["side"] = tuple(from_json(SideTarget, entry) for entry in side)
             parts["frozen"] = tuple(document.get("frozen", ()))
+            if "quantization" in document:
+                parts["quantization"] = from_json(Quantization, document["quantization"])
             return from_json(cls, parts)
         except (TypeError, KeyError, ValueError) as error:
             raise DamagedError(where, f"the plan is malformed ({error})", expected="a whole plan") from error
@@ -220,3 +277,10 @@ class SurgeryPlan:
         targets = tuple(replace(target, sha256="") for target in self.targets)
         whole = tuple(replace(target, sha256="") for target in self.whole)
         return replace(self, targets=targets, whole=whole, backbone_sha256="")
+
+    def as_asked(self) -> SurgeryPlan:
+        """The same plan without what files have decided: digests, and under a budget which layer gets how much."""
+        plan = self.without_digests()
+        if not self.spec.get("budget"):
+            return plan
+        return replace(plan, targets=(Target("*", "*", 1, 1, 1, "F32", 1, "*"),), untouched=())

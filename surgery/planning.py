@@ -13,12 +13,16 @@ from torch import nn
 
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import base_prefix, memory_names
+from surgery.embedding_rows import number_rows
 from surgery.errors import DamagedError, RequestError, UnsupportedError
+from surgery.experts import expert_parts
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import read_document
 from surgery.methods import PlanRequest
-from surgery.plan import Stored, SurgeryPlan, WholeTarget
+from surgery.plan import Parts, Quantization, Stored, SurgeryPlan, WholeTarget
+from surgery.quantized import stored_kind
+from surgery.quantized_base import packed_names, stored_weight
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
 from surgery.tensorfile import FLOAT_DTYPES, TensorInfo
 
@@ -29,12 +33,19 @@ def plan_checkpoint(checkpoint: Checkpoint, spec: Any, task: TaskSpec | None = N
     spec: a method's, such as PacaSpec. Raises: SelectorError, UnsupportedError, NotAModelError, DamagedError.
     """
     require_bare(checkpoint.root)
-    seen = survey(checkpoint.root, task or TaskSpec())
+    spec = number_rows(checkpoint.root, spec)
+    seen = survey(checkpoint.root, task or TaskSpec(), takes_4bit=True)
     names = memory_names(seen.model, checkpoint)
     stored = {m.name: _stored(checkpoint[disk]) for disk, m in names.items() if m.is_verbatim}
-    converted = {m.name: "changed by transformers on loading" for m in names.values() if not m.is_verbatim}
+    packed = set(packed_names(checkpoint))
+    stored |= {m.name: stored_weight(checkpoint, disk) for disk, m in names.items() if m.is_verbatim and disk in packed}
+    held = _held(checkpoint, {m.name: disk for disk, m in names.items() if m.is_verbatim and disk in packed})
+    parts = expert_parts(names, {disk: _stored(info) for disk, info in checkpoint.items()})
+    changed = (m.name for m in names.values() if not m.is_verbatim and m.name not in parts)
+    converted = dict.fromkeys(changed, "changed by transformers on loading")
     prefix = f"{base_prefix(seen.model)}." if any(m.is_prefixed for m in names.values()) else ""
-    plan = plan_model(seen.model, spec, stored, converted, task=seen.task, heads=seen.heads)
+    task_and_heads: Any = {"task": seen.task, "heads": seen.heads}
+    plan = plan_model(seen.model, spec, stored, converted, parts=parts, held=held, **task_and_heads)
     return replace(plan, architecture=seen.architecture, prefix=prefix, config=dict(seen.config_changes))
 
 
@@ -51,6 +62,16 @@ def require_bare(root: Path) -> None:
         )
 
 
+def _held(checkpoint: Checkpoint, packed: Mapping[str, str]) -> Quantization | None:
+    """How the files hold the base's weights. packed: parameter -> its name there."""
+    kind = stored_kind(read_json(checkpoint.root / CONFIG_FILE).get("quantization_config"))
+    if not kind:
+        return None
+    return Quantization(
+        kind, is_stored=True, layers={name.removesuffix(".weight"): disk for name, disk in sorted(packed.items())}
+    )
+
+
 def _stored(info: TensorInfo) -> Stored:
     return Stored(info.name, info.dtype, info.shape)
 
@@ -63,17 +84,28 @@ def plan_model(
     *,
     task: str,
     heads: tuple[str, ...],
+    parts: Parts | None = None,
+    held: Quantization | None = None,
 ) -> SurgeryPlan:
     """The plan for a model, live or on the meta device.
 
-    stored: where each parameter lies, by name; converted: why some cannot be trained; heads: modules of the output.
+    stored: where each parameter lies, by name; converted: why some cannot be trained; heads: modules of the output;
+    parts: where the tensors lie that are put together to parameters of experts; held: how the base is quantized
+    already.
     Raises: SelectorError, UnsupportedError, DamagedError.
     """
-    whole = _plan_whole(model, stored, converted, task=task, heads=heads)
+    parts = parts or {}
+    whole = _plan_whole(model, stored, {**converted, **dict.fromkeys(parts, "")}, task=task, heads=heads)
     method = lookup(METHODS, spec.method, "--method")
-    parts = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task))
-    plain = json.loads(json.dumps(asdict(spec)))
-    return SurgeryPlan(spec.method, plain, type(model).__name__, task, whole=whole, **parts)
+    planned = method.plan(spec, PlanRequest(model, stored, converted, heads, whole, task, parts, held))
+    return SurgeryPlan(spec.method, plain_spec(spec), type(model).__name__, task, whole=whole, **planned)
+
+
+def plain_spec(spec: Any) -> dict[str, Any]:
+    """A spec as a plan holds it: what was added to it later is left out at its default, as older plans have it."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
+    defaults = json.loads(json.dumps(asdict(type(spec)())))
+    return {name: value for name, value in plain.items() if name not in spec.later or value != defaults[name]}
 
 
 def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> Any:

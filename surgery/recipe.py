@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from surgery.columns import FILE, is_file, takes_data
 from surgery.data import DataSpec
 from surgery.errors import RecipeError, closest, require_known, shorten
 from surgery.lookup import METHODS
@@ -56,12 +57,25 @@ class PacaSection(_Section):
     """What PaCA does; see `PacaSpec`."""
 
     rank: int = Field(16, ge=1, description="trained input columns of each layer")
-    targets: list[str] = Field(["all-linear"], description="names, globs, re: patterns, or all-linear")
+    targets: list[str] = Field(
+        ["all-linear"], description="names, globs, re: patterns, all-linear, all-conv or experts"
+    )
     exclude: list[str] = Field([], description="patterns of layers to leave out")
     rank_pattern: dict[str, int] = Field({}, description="rank by pattern; the last match decides")
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
-    select: str = Field("random", description="how columns are chosen")
-    seed: int = Field(0, ge=0, description="decides the columns")
+    select: str = Field(
+        "random", description="random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH"
+    )
+    seed: int = Field(0, ge=0, description="decides the columns that are random, and rows to choose others by")
+    quantize: str = Field("", description="hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, ..")
+    rows: list[int | str] = Field([], description="tokens, or numbers, whose rows of the input embedding train")
+    experts: str = Field("shared", description="columns of a mixture's experts: shared by all, or each its own")
+    budget: int | str = Field("", description="so many values, or a part of the targets' such as 0.5%, for a rank")
+    resample: str = Field("", description="every:500: draw other columns every so many steps")
+    calibration_data: list[str] = Field([], description="to choose columns by; data.train where not given")
+    calibration_columns: dict[str, str] = Field({}, description="role: column name; those of data where not given")
+    calibration_rows: int = Field(64, ge=1, description="rows to choose columns by, drawn by the seed")
+    calibration_length: int = Field(512, ge=2, description="tokens of each at most")
 
 
 def _layers(value: object) -> object:
@@ -181,6 +195,9 @@ class ExportSection(_Section):
     format: str = "safetensors"
     dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
     max_shard_size: str | None = Field(None, description="for example 5GB; the base's own files if not given")
+    merge_base: Literal["original", "dequantized"] | None = Field(
+        None, description="of a quantized base: what the columns are written into; original if not given"
+    )
     verify: bool = True
 
 
@@ -208,7 +225,12 @@ class Recipe(_Section):
             if name != self.method and section.model_fields_set:
                 found = f"settings of {name} ({', '.join(sorted(section.model_fields_set))}), and method {self.method}"
                 raise RecipeError("recipe", found, expected=f"the settings of {self.method}", fix=f"Set method: {name}")
-        return make_spec(self.method, sections[self.method].model_dump(), "")
+        if {"rank", "budget"} <= self.paca.model_fields_set:
+            raise RecipeError("paca.budget", "given with paca.rank", expected="one of the two")
+        settings = sections[self.method].model_dump()
+        if self.method == "paca" and takes_data(self.paca.select) and not self.paca.calibration_data:
+            settings |= {"calibration_data": self.data.train, "calibration_columns": self.data.columns}
+        return make_spec(self.method, settings, "")
 
     def task_spec(self) -> TaskSpec:
         """The task as the surgery takes it. Raises RequestError."""
@@ -445,4 +467,14 @@ def _rooted(recipe: Recipe, folder: Path, outputs: Path | None) -> Recipe:
         "data": recipe.data.model_copy(update={"train": train, "eval": evals}),
         "export": recipe.export.model_copy(update={"out": output(recipe.export.out)}),
     }
+    if "paca" in recipe.model_fields_set:
+        changes["paca"] = _rooted_columns(recipe.paca, source)
     return recipe.model_copy(update=changes)
+
+
+def _rooted_columns(section: PacaSection, source: Callable[[str], str]) -> PacaSection:
+    """What columns are chosen by: files beside the recipe."""
+    named = section.select.removeprefix(FILE)
+    select = FILE + source(named) if is_file(section.select) else section.select
+    data = [source(name) for name in section.calibration_data]
+    return section.model_copy(update={"select": select, "calibration_data": data})

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from surgery.compat import (
+    image_size,
     is_conv1d,
     keep_inputs_frozen,
     keep_no_cache,
@@ -40,6 +41,7 @@ from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import UnsupportedError, shorten
 from surgery.images import TASK as IMAGES
 from surgery.paca_layers import PacaLayer
+from surgery.quantized import QuantizedLinear
 from surgery.repeated import FEW, echoing, few_layers, is_alike, set_submodule
 
 ATTENTION, NORMS, MLP, COLUMNS, SIDE, LOGITS, OTHER = KINDS = (
@@ -174,11 +176,12 @@ class LoraLayer(nn.Module):
     def __init__(self, base: Any, rank: int) -> None:
         super().__init__()
         axis = 0 if is_conv1d(base) else 1
-        half = base.weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if half else base.weight.dtype
+        is_packed = isinstance(base, QuantizedLinear)
+        shape, kind = (base.shape, base.storage) if is_packed else (base.weight.shape, base.weight.dtype)
+        dtype = torch.float32 if kind in (torch.float16, torch.bfloat16) else kind
         self.base = base
-        self.a = nn.Linear(base.weight.shape[axis], rank, bias=False, dtype=dtype)
-        self.b = nn.Linear(rank, base.weight.shape[1 - axis], bias=False, dtype=dtype)
+        self.a = nn.Linear(shape[axis], rank, bias=False, dtype=dtype)
+        self.b = nn.Linear(rank, shape[1 - axis], bias=False, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -266,9 +269,7 @@ def _inputs(dry: DryModel, step: Step) -> dict[str, Tensor]:
     """A batch as the collator gives it."""
     config = dry.model.config
     if dry.task == IMAGES:
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        pixels = torch.zeros((step.batch, config.num_channels, height, width))
+        pixels = torch.zeros((step.batch, config.num_channels, *image_size(config)))
         return {"pixel_values": pixels, "labels": torch.zeros(step.batch, dtype=torch.long)}
     ids = torch.zeros((step.batch, step.sequence), dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

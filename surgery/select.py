@@ -8,20 +8,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.errors import SelectorError, closest
+from surgery.errors import SelectorError, UnsupportedError, closest
 
 if TYPE_CHECKING:
     from torch import nn
 
 ALL_LINEAR = "all-linear"
+ALL_CONV = "all-conv"
+LINEAR, CONVOLUTION, ATTENTION, EMBEDDING = "linear", "convolution", "attention", "embedding"
+# What a selector for all of a kind means; packed attention is made of linear layers.
+ALL: Mapping[str, tuple[str, ...]] = {ALL_LINEAR: (LINEAR, ATTENTION), ALL_CONV: (CONVOLUTION,)}
+EXPERTS = "experts"
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear layer of a model.
+    """A layer of a model whose columns could train: a linear one, or of another `kind`.
 
     `input_axis` is the axis of the weight that the inputs run along: 1 for `nn.Linear` (out, in), 0 for GPT-2's
     `Conv1D` (in, out). `is_head`: it makes the model's output. `tied_with`: another module holding the same storage.
+    `parameter` and `sizes` are as a `Target` has them. `unfit`: why it cannot be opened; empty where it can.
+    `is_narrow`: it has fewer inputs than the rank asked for, and all-conv leaves it out.
+
+    A tensor of a mixture's experts is no layer: of it `holder` and `place` are as a `Target` has them, too.
     """
 
     module: str
@@ -30,6 +39,18 @@ class LinearSite:
     input_axis: int
     is_head: bool = False
     tied_with: str = ""
+    parameter: str = "weight"
+    sizes: tuple[int, ...] = ()
+    holder: str = ""
+    place: tuple[int, ...] = ()
+    kind: str = LINEAR
+    unfit: str = ""
+    is_narrow: bool = False
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.holder or self.module}.{self.parameter}"
 
 
 def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite, ...]:
@@ -41,23 +62,31 @@ def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite,
     from torch import nn as torch_nn
 
     from surgery.compat import is_conv1d
+    from surgery.quantized import is_quantized
 
-    heads = tuple(heads)
+    heads, owners = tuple(heads), owners_of(model)
+    sites = []
+    for name, module in model.named_modules():
+        packed = is_quantized(module)
+        if type(module) is not torch_nn.Linear and not is_conv1d(module) and not packed:
+            continue
+        axis = 0 if is_conv1d(module) else 1
+        sizes = (module.out_features, module.in_features) if packed else tuple(module.weight.shape)
+        out_features, in_features = int(sizes[1 - axis]), int(sizes[axis])
+        others = [owner for owner in owners[id(module.weight)] if owner != name]
+        is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
+        sites.append(LinearSite(name, out_features, in_features, axis, is_head, others[0] if others else ""))
+    return tuple(sorted(sites, key=lambda site: site.module))
+
+
+def owners_of(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that hold each parameter, by the parameter's id."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():  # noqa: SLF001  the module's own, not its children's
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
-    sites = []
-    for name, module in model.named_modules():
-        if type(module) is not torch_nn.Linear and not is_conv1d(module):
-            continue
-        axis = 0 if is_conv1d(module) else 1
-        out_features, in_features = (int(module.weight.shape[1 - axis]), int(module.weight.shape[axis]))
-        others = [owner for owner in owners[id(module.weight)] if owner != name]
-        is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
-        sites.append(LinearSite(name, out_features, in_features, axis, is_head, others[0] if others else ""))
-    return tuple(sorted(sites, key=lambda site: site.module))
+    return owners
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -69,6 +98,11 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def means(pattern: str, site: LinearSite) -> bool:
+    """Whether a pattern means a site. `experts` means all tensors of experts."""
+    return bool(site.holder) if pattern == EXPERTS else matches(pattern, site.module)
 
 
 def check_pattern(pattern: str, option: str) -> None:
@@ -86,7 +120,8 @@ def _nothing_matches(pattern: str, option: str, sites: Sequence[LinearSite]) -> 
     names = [site.module for site in sites]
     tails = {name.rsplit(".", 1)[-1] for name in names}
     hint = closest(pattern, [*sorted(tails), *names])
-    known = "" if hint else f"This model's linear layers end in: {', '.join(sorted(tails)[:20])}"
+    what = "layers" if any(site.kind != LINEAR for site in sites) else "linear layers"
+    known = "" if hint else f"This model's {what} end in: {', '.join(sorted(tails)[:20])}"
     return SelectorError(option, f"{pattern!r} matches no linear layer", expected="at least one", fix=hint or known)
 
 
@@ -95,36 +130,54 @@ def resolve(
 ) -> tuple[LinearSite, ...]:
     """The sites that `selectors` mean and `exclude` does not, ordered by name.
 
-    `all-linear` is every linear layer but heads and tied ones. Raises: SelectorError: a selector or an exclusion that
-    matches nothing, a tied layer asked for by name, or nothing left.
+    `all-linear` is every linear layer but heads and tied ones, `all-conv` every convolution likewise,
+    `experts` every tensor of experts. Raises:
+    SelectorError: a selector or an exclusion that matches nothing, a tied layer asked for by name, or nothing left;
+    UnsupportedError: a selector that means layers alone that cannot be opened.
     """
     chosen: dict[str, LinearSite] = {}
     for selector in selectors:
         chosen.update({site.module: site for site in _select_one(sites, selector)})
     for pattern in exclude:
         check_pattern(pattern, "--exclude")
-        hit = [name for name in chosen if matches(pattern, name)]
+        hit = [name for name, site in chosen.items() if means(pattern, site)]
         if not hit:
             raise _nothing_matches(pattern, "--exclude", list(chosen.values()))
         for name in hit:
             del chosen[name]
     if not chosen:
+        others = sum(site.kind == CONVOLUTION and not site.unfit for site in sites)
+        wider = f"Name its {others} convolutions with --targets {ALL_CONV}" if others else ""
         raise SelectorError(
             "--targets",
             "no layer is left to train",
             expected="at least one linear layer",
-            fix="Widen --targets or drop an --exclude",
+            fix=wider or "Widen --targets or drop an --exclude",
         )
     return tuple(chosen[name] for name in sorted(chosen))
 
 
 def _select_one(sites: Sequence[LinearSite], selector: str) -> list[LinearSite]:
     check_pattern(selector, "--targets")
-    if selector == ALL_LINEAR:
-        return [site for site in sites if not site.is_head and not site.tied_with]
-    hit = [site for site in sites if matches(selector, site.module)]
-    if not hit:
+    if selector in ALL:
+        kinds = ALL[selector]
+        free = [
+            site
+            for site in sites
+            if not (site.is_head or site.tied_with or site.unfit or site.is_narrow or site.holder)
+        ]
+        return [site for site in free if site.kind in kinds]
+    named = [site for site in sites if means(selector, site) or _is_parameter(selector, site)]
+    if not named:
         raise _nothing_matches(selector, "--targets", sites)
+    hit = [site for site in named if not site.unfit]
+    if not hit:
+        raise UnsupportedError(
+            "--targets",
+            f"{selector!r} means {named[0].module}, a {named[0].unfit}",
+            expected="a layer whose columns can train",
+            fix="Name others",
+        )
     for site in hit:
         if site.tied_with:
             found = f"{selector!r} matches {site.module}, whose weight is also {site.tied_with}'s"
@@ -134,20 +187,27 @@ def _select_one(sites: Sequence[LinearSite], selector: str) -> list[LinearSite]:
     return hit
 
 
-def rank_of(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int:
-    """A site's number of trained columns: the last pattern that means it decides, else `rank`.
+def _is_parameter(selector: str, site: LinearSite) -> bool:
+    """Of several weights in one module each can be named."""
+    return site.kind == ATTENTION and matches(selector, site.name)
 
-    Raises: SelectorError: not between 1 and the layer's width.
-    """
-    ranks = [rank, *(value for pattern, value in rank_pattern.items() if matches(pattern, site.module))]
-    if not 1 <= ranks[-1] <= site.in_features:
+
+def asked_rank(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int:
+    """The number of columns asked for: the last pattern that means a site decides, else `rank`."""
+    return [rank, *(value for pattern, value in rank_pattern.items() if means(pattern, site))][-1]
+
+
+def rank_of(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int:
+    """A site's number of trained columns. Raises: SelectorError: not between 1 and the layer's width."""
+    asked = asked_rank(site, rank, rank_pattern)
+    if not 1 <= asked <= site.in_features:
         raise SelectorError(
             "--rank",
-            f"{ranks[-1]} for {site.module}",
+            f"{asked} for {site.module}",
             expected=f"1 to {site.in_features}, its width",
             fix="Lower --rank, or give this layer its own with --rank-pattern",
         )
-    return ranks[-1]
+    return asked
 
 
 def ranks_of(sites: Sequence[LinearSite], rank: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
@@ -157,7 +217,7 @@ def ranks_of(sites: Sequence[LinearSite], rank: int, rank_pattern: Mapping[str, 
     ranks = {site.module: rank_of(site, rank, rank_pattern) for site in sites}
     for number, pattern in enumerate(rank_pattern):
         later = list(rank_pattern)[number + 1 :]
-        decided = [s for s in sites if matches(pattern, s.module) and not any(matches(p, s.module) for p in later)]
+        decided = [s for s in sites if means(pattern, s) and not any(means(p, s) for p in later)]
         if not decided:
             raise _nothing_matches(pattern, "--rank-pattern", sites)
     return ranks

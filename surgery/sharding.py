@@ -47,9 +47,10 @@ def shard(model: nn.Module, *, device: str, cpu_offload: bool = False) -> None:
     from torch.distributed.tensor import Shard
 
     opened = layers(model)
-    along_inputs = {id(layer.weight): name for name, layer in opened.items() if layer.input_axis == 0}
-    for name in along_inputs.values():
-        require_even(name, opened[name])
+    along_inputs = {id(layer.paca_weight): name for name, layer in opened.items() if layer.input_axis == 0}
+    for name, layer in opened.items():
+        if layer.input_axis == 0 or layer.paca_weight.dim() > 2:  # else rows of weight and difference are the same
+            require_even(name, layer)
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device, (count(),)),
         "shard_placement_fn": lambda parameter: Shard(1) if id(parameter) in along_inputs else None,
@@ -64,12 +65,12 @@ def shard(model: nn.Module, *, device: str, cpu_offload: bool = False) -> None:
 
 
 def require_even(name: str, layer: PacaLayer) -> None:
-    """The outputs of a Conv1D divide by the number of ranks. Raises: UnsupportedError."""
-    outputs = layer.weight.shape[1]
+    """The outputs of such a layer divide by the number of ranks. Raises: UnsupportedError."""
+    outputs = layer.paca_weight.shape[1 - layer.input_axis]
     if outputs % count():
         raise UnsupportedError(
             "train.strategy",
-            f"fsdp2 with {count()} processes, and {name} has {outputs} outputs in a Conv1D",
+            f"fsdp2 with {count()} processes, and {name} has {outputs} outputs in a {layer.plain.__name__}",
             expected="a number of processes that divides them",
             fix="Take such a number, or strategy ddp",
         )

@@ -11,6 +11,7 @@ from surgery.errors import UnsupportedError
 from surgery.forecast import forecast_plan
 from surgery.memory import brief_line
 from surgery.plan import SurgeryPlan
+from surgery.quantized import KINDS
 from surgery.table import size_text
 from surgery.tensorfile import tensor_bytes
 from surgery.train import TrainResult
@@ -25,10 +26,15 @@ def needs(checkpoint: Checkpoint, plan: SurgeryPlan) -> dict[str, int]:
     originals = sum(tensor_bytes(t.dtype, (t.trained_values,)) for t in plan.targets)
     adapter = plan.trained_values * MASTER_BYTES + originals + 8 * sum(t.rank for t in plan.targets)
     read = sum(checkpoint[target.weight].size_bytes for target in plan.targets)
+    weights = checkpoint.size_bytes
+    if plan.quantization and not plan.quantization.is_stored:
+        kind = KINDS[plan.quantization.kind]
+        packed = [checkpoint[weight] for weight in plan.quantization.layers.values()]
+        weights -= sum(info.size_bytes - kind.size_bytes(*info.shape) for info in packed)
     return {
         "apply_reads": checkpoint.size_bytes if plan.stacks else read,
         "adapter": adapter,
-        "training_memory": checkpoint.size_bytes + plan.trained_values * MASTER_BYTES * OPTIMIZER_COPIES + originals,
+        "training_memory": weights + plan.trained_values * MASTER_BYTES * OPTIMIZER_COPIES + originals,
         "checkpoint": 3 * plan.trained_values * MASTER_BYTES,
         "merged": checkpoint.size_bytes + (adapter if plan.stacks else originals),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from surgery.compat import (
     TRANSFORMERS_5,
     base_prefix,
     current_class,
+    image_size,
     load_tokenizer,
     quiet_loading,
     settle_rope,
@@ -29,7 +30,8 @@ from surgery.compat import (
 )
 from surgery.errors import NotAModelError, RequestError, UnsupportedError, closest, shorten
 from surgery.plan import Untouched
-from surgery.select import LinearSite
+from surgery.quantized import stored_kind
+from surgery.select import ATTENTION, CONVOLUTION, EMBEDDING, LINEAR, LinearSite
 
 TRACE_TOKENS = 8
 
@@ -94,18 +96,21 @@ class Survey:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_config(root: Path) -> PretrainedConfig:
-    """The model's configuration. Raises: NotAModelError, UnsupportedError for a quantized checkpoint."""
+def read_config(root: Path, *, takes_4bit: bool = False) -> PretrainedConfig:
+    """The model's configuration. takes_4bit: bitsandbytes' 4 bits may stand in the files.
+
+    Raises: NotAModelError, UnsupportedError for a quantized checkpoint.
+    """
     if not (root / CONFIG_FILE).is_file():
         raise NotAModelError(str(root), f"no {CONFIG_FILE}", expected="a Hugging Face model folder")
     document = read_json(root / CONFIG_FILE)
-    if "quantization_config" in document:
+    if "quantization_config" in document and not (takes_4bit and stored_kind(document["quantization_config"])):
         quantized = document["quantization_config"]
         method = quantized.get("quant_method", "some") if isinstance(quantized, dict) else "some"
         raise UnsupportedError(
             str(root),
             f"a checkpoint quantized by {method}",
-            expected="fp32, bf16 or fp16 weights",
+            expected=f"fp32, bf16 or fp16 weights{', or 4 bits with their usual storage' if takes_4bit else ''}",
             fix="Start from the checkpoint it was quantized from",
         )
     with _foreign_config(root):
@@ -189,9 +194,9 @@ def _pad_token_id(root: Path) -> int | None:
     return None if pad is None else int(pad)
 
 
-def survey(root: Path, spec: TaskSpec) -> Survey:
-    """Build the model that `spec` asks for on the meta device, from config.json alone."""
-    config = read_config(root)
+def survey(root: Path, spec: TaskSpec, *, takes_4bit: bool = False) -> Survey:
+    """Build the model that `spec` asks for on the meta device, from config.json alone; see `read_config`."""
+    config = read_config(root, takes_4bit=takes_4bit)
     task = spec.name or own_task(config)
     model_class = class_for(config, task)
     changes = _task_config(root, config, spec, task)
@@ -227,9 +232,7 @@ def find_heads(model: Any, *, has_head: bool) -> tuple[str, ...]:
 def _trace_inputs(model: Any) -> dict[str, Tensor]:
     config = model.config
     if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": torch.zeros((1, config.num_channels, height, width))}
+        return {"pixel_values": torch.zeros((1, config.num_channels, *image_size(config)))}
     tokens = torch.zeros((1, TRACE_TOKENS), dtype=torch.long)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if config.is_encoder_decoder:
@@ -237,30 +240,47 @@ def _trace_inputs(model: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def trace_groups(model: nn.Module, sites: Sequence[LinearSite]) -> dict[str, str]:
-    """Each linear layer's group: the first name among the layers fed by the same tensor objects.
+def trace_groups(model: nn.Module, sites: Sequence[LinearSite], others: Iterable[str] = ()) -> dict[str, str]:
+    """Each layer's group: the first name among the layers fed by the same tensor objects along the same axis.
+
+    Other modules join the layers' groups, or have one of their own; no group gets another name for it.
 
     One forward of a twin's base model (heads may look at values) with fake tensors, which have sizes and no values. A
     model that cannot be traced, or a layer that was not reached, shares with no one.
     """
-    seen: dict[str, list[Tensor]] = {site.module: [] for site in sites}
+    names = [*sorted(site.module for site in sites), *sorted(others)]
+    seen: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in names}
+
+    kinds = {site.module: site.kind for site in sites}
 
     def watch(name: str) -> Any:
-        return lambda _module, args: seen[name].extend(args[:1])
+        return lambda _module, args, kwargs: seen[name].extend(_fed(kinds.get(name, LINEAR), args, kwargs))
 
     try:
         twin = meta_twin(model)
         for name in seen:
-            twin.get_submodule(name).register_forward_pre_hook(watch(name))
+            twin.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
         dry_run(twin)
     except Exception:  # noqa: BLE001  any failure of foreign code in a dry run means: no sharing, and nothing else
         seen = {name: [] for name in seen}
-    groups: dict[tuple[int, ...], str] = {}
+    groups: dict[tuple[tuple[int, int], ...], str] = {}
     result = {}
-    for name in sorted(seen):
-        key = tuple(id(tensor) for tensor in seen[name])
+    for name in names:
+        key = tuple((id(tensor), axis) for tensor, axis in seen[name])
         result[name] = groups.setdefault(key, name) if key else name
     return result
+
+
+def _fed(kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Tensor, int]]:
+    """What a layer is given in one call, and which axis of it the channels run along, counted from the front."""
+    if kind == EMBEDDING:
+        return []
+    if kind != ATTENTION:
+        behind = 3 if kind == CONVOLUTION else 1
+        return [(tensor, tensor.dim() - behind) for tensor in args[:1] if isinstance(tensor, Tensor)]
+    named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+    given = {id(named[name]): named[name] for name in ("query", "key", "value")}
+    return [(tensor, tensor.dim() - 1) for tensor in given.values()]
 
 
 def meta_twin(model: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from surgery.plan import SurgeryPlan, Target  # which imports torch: tables of numbers need neither
+    from surgery.plan import Quantization, SurgeryPlan, Target  # which imports torch: tables of numbers need neither
 
 _GAP = "  "
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -106,7 +106,10 @@ def _layers(count: int) -> str:
 
 def target_lines(plan: SurgeryPlan) -> list[str]:
     """The table of the layers whose columns train."""
-    head = ("layers", "count", "out x in", "dtype", "rank", "same input", "trained values")
+    sharing = (
+        "same columns" if any(target.holder for target in plan.targets) else "same input"
+    )  # experts' inputs differ
+    head = ("layers", "count", "out x in", "dtype", "rank", sharing, "trained values")
     rows = [head]
     for row in target_rows(plan.targets):
         size = f"{row.shape[0]} x {row.shape[1]}"
@@ -142,6 +145,12 @@ def untouched_lines(plan: SurgeryPlan) -> list[str]:
     return align([("not touched", "count", "reason"), *rows], right=(1,)) if rows else []
 
 
+def held_text(held: Quantization) -> str:
+    """How a base's weights are held: `nf4, 224 layers, quantized when they are loaded`."""
+    how = "as its files have them" if held.is_stored else "quantized when they are loaded"
+    return f"{held.kind}, {_layers(len(held.layers))}, {how}"
+
+
 def plan_lines(plan: SurgeryPlan) -> list[str]:
     """What matched, what trains whole, what is not touched, and the sum."""
     trained = sum(target.trained_values for target in plan.targets) + sum(t.trained_values for t in plan.side)
@@ -152,6 +161,8 @@ def plan_lines(plan: SurgeryPlan) -> list[str]:
         total = f"{trained:,} values train in {layers}, {trained / weights:.2%} of {weights:,} weights"
     if plan.whole:
         total += f"; {plan.trained_values - trained:,} in {len(plan.whole)} whole tensors"
+    if plan.quantization:
+        total += f"; the base is held as {held_text(plan.quantization)}"
     targets = target_lines(plan) if plan.targets else stack_lines(plan)
     blocks = [targets, whole_lines(plan), untouched_lines(plan), [total]]
     return [line for number, block in enumerate(filter(None, blocks)) for line in ([""] if number else []) + block]

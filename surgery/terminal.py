@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def hush_libraries() -> None:
+    """bitsandbytes and torchao speak of kernels for other devices wherever they are installed and imported."""
+    for package in ("bitsandbytes", "torchao"):
+        logging.getLogger(package).setLevel(logging.ERROR)

@@ -22,9 +22,10 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from surgery.errors import DataError, closest
+from surgery.errors import DataError, RequestError, closest, shorten
 from surgery.examples import (
     Conversation,
     Document,
@@ -50,6 +51,22 @@ class Piece(NamedTuple):
 
     text: str
     loss: bool
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies with a model or an adapter. Raises: RequestError."""
+    from surgery.compat import load_tokenizer, quiet_loading
+
+    try:
+        with quiet_loading():
+            return load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(
+            str(folder),
+            f"its tokenizer does not load ({shorten(first_line, 160)})",
+            expected="the base's tokenizer files",
+        ) from error
 
 
 @dataclass(frozen=True)

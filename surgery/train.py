@@ -25,9 +25,9 @@ import torch
 from transformers import PrinterCallback, TrainerState
 
 from surgery import acceleration, trackers
-from surgery.adapter import Adapter, find_base, fresh_delta, open_adapter, update_adapter
+from surgery.adapter import Adapter, find_base, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
-from surgery.compat import fall_silent, keep_no_cache, load_tokenizer, quiet_loading
+from surgery.compat import fall_silent, keep_no_cache
 from surgery.data import DataSpec, Prepared, inspect_labels, prepare, prepare_images
 from surgery.delta import ADAPTER_FILE, Delta
 from surgery.errors import (
@@ -38,17 +38,15 @@ from surgery.errors import (
     UnsupportedError,
     closest,
     counted,
-    shorten,
 )
+from surgery.experts import require_layers
 from surgery.features import ROW, FeatureCache, numbered, open_cache
 from surgery.images import TASK as IMAGES
 from surgery.images import folder_digest, read_processor
-from surgery.lookup import METHODS, backend_of, resolve
-from surgery.lookup import load as lookup
+from surgery.lookup import backend_of, resolve
 from surgery.metrics import metric_names, metrics_for, preprocess_for
-from surgery.operate import attach_plan, collect, load_base_model
+from surgery.operate import attach_plan, collect, load_base_model, replanned
 from surgery.plan import SurgeryPlan
-from surgery.planning import plan_checkpoint
 from surgery.ranks import (
     adopt_slurm,
     count,
@@ -73,11 +71,13 @@ from surgery.runs import (
 from surgery.sharding import shard
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import file_sha256
+from surgery.tokens import read_tokenizer
 from surgery.trainer import (
     TRAINER_FILE,
     Interruption,
     LogFile,
     Progress,
+    Resample,
     StopEarly,
     StopWhenAsked,
     StopWhenDiverged,
@@ -173,6 +173,9 @@ def train(
         fall_silent()
     with interruptible() as interruption, joined(device):
         adapter = open_adapter(folder)
+        _require_resampling(adapter.plan, settings, device)
+        if adapter.plan.quantization:
+            acceleration.require_for_quantized(settings, device, adapter.plan.quantization.kind)
         anew = _for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
         run = _Run.describe(adapter, plan, data, settings)
@@ -180,6 +183,10 @@ def train(
         if checkpoint == FINISHED:
             return result_of(adapter)
         run = replace(run, started=_when_started(adapter, checkpoint))
+        if (
+            settings.strategy == "zero3"
+        ):  # which puts together what a module holds itself, and experts' columns lie below
+            require_layers(plan, "train.strategy=zero3")
         if settings.strategy in STAGES:
             _require_zero(checkpoint, settings.strategy)
         prepared = _prepare(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)
@@ -195,6 +202,17 @@ def _prepare(spec: DataSpec, adapter: Adapter, plan: SurgeryPlan) -> Prepared:
     if plan.task == IMAGES:
         return prepare_images(spec, processor=read_processor(adapter.folder), labels=_labels(plan))
     return prepare(spec, task=plan.task, tokenizer=read_tokenizer(adapter.folder), labels=_labels(plan))
+
+
+def _require_resampling(plan: SurgeryPlan, settings: TrainSection, device: str) -> None:
+    """Columns that are drawn anew lie whole on each rank, with the optimizer's state. Raises: UnsupportedError."""
+    if not plan.spec.get("resample"):
+        return
+    if settings.strategy != "ddp":
+        found = f"strategy {settings.strategy}, which cuts what columns are made of"
+        raise UnsupportedError("--resample", found, expected="ddp", fix="Apply without --resample, or take ddp")
+    if device == "hpu":
+        raise UnsupportedError("--resample", "on a Gaudi", expected="cpu or cuda", fix="Apply without --resample")
 
 
 def _require_used(settings: TrainSection, device: str) -> None:
@@ -387,20 +405,6 @@ def count_steps(settings: TrainSection, examples: int, *, only_whole_batches: bo
     return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation) * settings.epochs))
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer that lies with an adapter. Raises: RequestError."""
-    try:
-        with quiet_loading():
-            return load_tokenizer(folder)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(
-            str(folder),
-            f"its tokenizer does not load ({shorten(first_line, 160)})",
-            expected="the base's tokenizer files",
-        ) from error
-
-
 # --- the task
 
 
@@ -422,8 +426,7 @@ def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | P
             fix="Apply again to train another task",
         )
     checkpoint = Checkpoint.open(find_base(adapter.record, adapter.folder, base))
-    spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
-    return fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, TaskSpec(name, labels)))
+    return replanned(adapter, checkpoint, TaskSpec(name, labels))
 
 
 def _labels(plan: SurgeryPlan) -> tuple[str, ...]:
@@ -578,6 +581,8 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
         tracked = trackers.Tracked(adapter.folder, job.run.started, step)
         callbacks += trackers.callbacks(settings.report_to, tracked, arguments)
     callbacks += [StopWhenDiverged(), StopWhenAsked(interruption)]
+    if adapter.plan.spec.get("resample"):
+        callbacks.append(Resample(adapter.plan))
     if settings.gradient_checkpointing:
         callbacks.append(acceleration.KeepFrozenInputs())
     if settings.early_stopping_patience:

@@ -22,12 +22,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from surgery.columns import resample_steps
 from surgery.errors import CheckError, DamagedError, InterruptedRunError, RequestError
 from surgery.features import ROW, FeatureCache
 from surgery.images import mirrored
 from surgery.plan import SurgeryPlan
 from surgery.planning import trainable_names
 from surgery.ranks import any_rank, count, is_main, to_main, wait
+from surgery.resampling import PARTS, resample_model, restore_layers, state_of_layers
 from surgery.runs import CHECKPOINTS, STATE_FILE, step_of
 from surgery.sharding import assign, gather_optimizer, scatter_optimizer, settle, whole
 from surgery.tensorfile import read_header
@@ -221,6 +223,8 @@ def write_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
     """Every trainable parameter, exactly as it is; of a sharded model every rank's rows. Rank 0 writes."""
     settle(model)
     tensors = {name: whole(model.get_parameter(name)).contiguous() for name in sorted(trainable_names(plan))}
+    if plan.spec.get("resample"):
+        tensors |= state_of_layers(model)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / STATE_FILE, safetensors.torch.save(tensors, {"plan": plan.id}))
@@ -235,11 +239,14 @@ def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
         raise RequestError(str(path), "the state of another plan", expected=f"plan {plan.id}")
     tensors = safetensors.torch.load(path.read_bytes())
     names = trainable_names(plan)
-    if set(tensors) != names:
-        raise DamagedError(str(path), "its tensors are not the plan's", expected=f"{len(names)} tensors")
+    beside = {f"{t.module}.{part}" for t in plan.targets for part in PARTS} if plan.spec.get("resample") else set()
+    if set(tensors) != names | beside:
+        raise DamagedError(str(path), "its tensors are not the plan's", expected=f"{len(names | beside)} tensors")
     settle(model)
-    for name, tensor in tensors.items():
-        assign(model, name, tensor)
+    if beside:
+        restore_layers(model, tensors)
+    for name in sorted(names):
+        assign(model, name, tensors[name])
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -330,6 +337,21 @@ class StopWhenDiverged(TrainerCallback):  # type: ignore[misc]
                 f"the loss is not finite at step {state.global_step}",
                 expected="a number",
                 fix="Training diverged: lower the learning rate and start again with --overwrite",
+            )
+
+
+class Resample(TrainerCallback):  # type: ignore[misc]
+    """Other columns train after so many steps, before the checkpoint of that step is written; not after the last."""
+
+    def __init__(self, plan: SurgeryPlan) -> None:
+        self.every, self.seed = resample_steps(plan.spec["resample"]), plan.spec["seed"]
+        self.groups = {target.module: target.group for target in plan.targets}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if state.global_step < state.max_steps:
+            model, optimizer = kwargs["model"], kwargs["optimizer"]
+            resample_model(
+                model, optimizer, groups=self.groups, every=self.every, seed=self.seed, step=state.global_step
             )
 
 

@@ -9,7 +9,7 @@ import gc
 import json
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,17 @@ from transformers import AutoTokenizer
 
 from surgery.adapter import Adapter, find_base, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
-from surgery.compat import TRANSFORMERS_5, quiet_loading
-from surgery.delta import ADAPTER_FILE, backbone_sha256, bits, require_backbone, require_columns, require_side
+from surgery.compat import TRANSFORMERS_5, image_size, quiet_loading
+from surgery.delta import (
+    ADAPTER_FILE,
+    ColumnPatch,
+    backbone_sha256,
+    bits,
+    columns_here,
+    require_backbone,
+    require_columns,
+    require_side,
+)
 from surgery.errors import (
     BaseMismatchError,
     CheckError,
@@ -50,6 +59,8 @@ from surgery.tensorfile import (
     tensor_to_bytes,
     torch_dtype,
 )
+from surgery.union import unite
+from surgery.verify_quantized import DEQUANTIZED, MERGE_DIFFERENCE, check_seen, dense_infos, measure
 from surgery.writing import replace_file
 
 PROMPTS = (
@@ -93,18 +104,20 @@ class _Sides:
 def verify(
     folder: str | Path,
     *,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     base: str | Path | None = None,
     prompts: Sequence[str] = (),
     numeric: bool = True,
 ) -> Verification:
     """Check a merged folder, one with a side network or one with ONNX graphs; write the outcome into its record.
 
+    adapter: where it is not where it was; of a folder that was merged from several, all of them, in any order.
     Raises: CheckError where a check does not hold; NotAModelError, DamagedError, BaseMismatchError.
     """
     folder = Path(folder)
     record, checks, difference = read_record(folder, MERGED, REMOTE_CODE, ONNX), [], None
-    opened, why = _find_adapter(record, folder, adapter)
+    named = (adapter,) if isinstance(adapter, (str, Path)) else tuple(adapter or ())
+    opened, why = _find_adapters(record, folder, tuple(map(Path, named)), base)
     if record.kind == ONNX:
         checks += _check_carried(folder, record, base)
     else:
@@ -114,6 +127,7 @@ def verify(
         skipped = (_skipped("--no-numeric"), None)
         check, difference = _check_logits(sides, tuple(prompts) or PROMPTS) if numeric else skipped
         checks.append(check)
+        checks += _measure_merge(sides, tuple(prompts) or PROMPTS, numeric=numeric)
     if ONNX in record.manifest.export:
         checks += resolve(ONNX_VERIFY)(folder, record, opened, why, numeric=numeric)
     manifest = replace(record.manifest, checks=tuple(checks))
@@ -130,14 +144,35 @@ def _open_sides(folder: Path, record: Record, adapter: Adapter | None, why: str,
     return _Sides(Checkpoint.open(folder), Checkpoint.open(root), record, undo, adapter, why)
 
 
-def _find_adapter(record: Record, folder: Path, named: str | Path | None) -> tuple[Adapter | None, str]:
-    """The adapter of an export, or why it is not at hand. One that was named must be usable."""
-    source = record.manifest.adapter
+def _find_adapters(
+    record: Record, folder: Path, named: tuple[Path, ...], base: str | Path | None
+) -> tuple[Adapter | None, str]:
+    """The adapter of an export, the union of its adapters, or why it is not at hand. What was named must be usable."""
+    parents = record.manifest.parents
+    if not parents:
+        if len(named) > 1:
+            raise RequestError("--adapter", f"{len(named)} folders for {folder}", expected="the one it was made of")
+        return _find_adapter(record.manifest.adapter, folder, *named)
+    if named and len(named) != len(parents):
+        raise RequestError("--adapter", counted(len(named), "folder"), expected=f"all {len(parents)} it was made of")
+    digests = {file_sha256(path / ADAPTER_FILE): path for path in named if (path / ADAPTER_FILE).is_file()}
+    opened = []
+    for source in parents:
+        at = digests.get(source.get("sha256", ""), named[0]) if named else None
+        found, why = _find_adapter(source, folder, *([at] if at else []))
+        if found is None:
+            return None, f"{why} ({source.get('path', '')}, one of {len(parents)})"
+        opened.append(found)
+    return unite(opened, base if base is not None else find_base(record, folder)), ""
+
+
+def _find_adapter(source: Mapping[str, str], folder: Path, named: Path | None = None) -> tuple[Adapter | None, str]:
+    """An adapter by its recorded path and digest, or why it is not at hand. One that was named must be usable."""
     if not source:
         if named:
             raise RequestError("--adapter", f"{named}, and {folder} was made of none", expected="no --adapter")
         return None, "it was made of none"
-    path = Path(named) if named else folder / source.get("path", "")
+    path = named or folder / source.get("path", "")
     if not named and not (path / ADAPTER_FILE).is_file():
         return None, f"its adapter {source.get('path', '')!r} is not there"
     try:
@@ -162,7 +197,8 @@ def _dtype_of(sides: _Sides, info: TensorInfo) -> str:
 def _check_names(sides: _Sides) -> Check:
     """Nothing is lost and nothing is added but new heads."""
     plan = sides.record.plan
-    expected = {plan.merged_name(name) for name in sides.base} | {w.weight for w in plan.whole if not w.sha256}
+    infos = dense_infos(sides.base, plan)
+    expected = {plan.merged_name(name) for name in infos} | {w.weight for w in plan.whole if not w.sha256}
     expected |= {t.parameter for t in plan.side}
     difference = sorted(expected ^ set(sides.merged))
     if difference:
@@ -172,13 +208,13 @@ def _check_names(sides: _Sides) -> Check:
             expected="the base's tensors, new heads and a side network's",
         )
     heads = {w.weight for w in plan.whole}
-    wanted = {n: (i.shape, _exported_dtype(sides, i.dtype)) for n, i in sides.base.items() if n not in heads}
+    wanted = {n: (shape, _exported_dtype(sides, dtype)) for n, (shape, dtype) in infos.items() if n not in heads}
     wanted |= {w.weight: (w.shape, _exported_dtype(sides, w.dtype)) for w in plan.whole}
     for name, (shape, dtype) in wanted.items():
         info = sides.merged[plan.merged_name(name)]
         if (info.shape, info.dtype) != (shape, dtype):
             raise CheckError(name, f"{info.dtype} {list(info.shape)}", expected=f"{dtype} {list(shape)}")
-    return Check("names", "passed", f"all {len(sides.base)} tensors of the base are there, {len(heads)} trained whole")
+    return Check("names", "passed", f"all {len(infos)} tensors of the base are there, {len(heads)} trained whole")
 
 
 def _exported_dtype(sides: _Sides, dtype: str) -> str:
@@ -214,7 +250,9 @@ def _check_untouched(sides: _Sides) -> Check:
     """Every tensor that the plan does not name is the base's, byte for byte (or cast, where the export cast)."""
     plan = sides.record.plan
     touched = {t.weight for t in plan.targets} | {w.weight for w in plan.whole}
-    names = [name for name in sides.base if name not in touched]
+    if plan.quantization and _is_dequantized(sides):
+        touched |= set(plan.quantization.layers.values())
+    names = [name for name in dense_infos(sides.base, plan) if name not in touched]
     for name in names:
         for _, ours, theirs in _chunk_pairs(sides, name):
             if ours != theirs:
@@ -248,24 +286,21 @@ def _check_carried(folder: Path, record: Record, base: str | Path | None) -> lis
     return [_check_names(sides), _check_untouched(sides)]
 
 
+def _is_dequantized(sides: _Sides) -> bool:
+    return sides.record.manifest.export.get("merge_base") == DEQUANTIZED
+
+
 def _check_targets(sides: _Sides) -> list[Check]:
     """Of each target only planned columns differ, all of them hold what was trained, and they did move."""
+    if _is_dequantized(sides):
+        return _check_dequantized(sides)
     moved = unmoved = 0
     assert sides.undo is not None  # noqa: S101  a merged folder has one
     for target in sides.record.plan.targets:
         columns = sides.undo.read(f"{target.module}.columns")
         written, differs = _compare_target(sides, target, columns)
-        if sides.adapter and written is not None:
-            stored = require_columns(sides.adapter.delta, "verify").patches[target.module].stored().to(written.dtype)
-            if not torch.equal(bits_of(stored), bits_of(written)):
-                raise CheckError(
-                    target.weight,
-                    "its columns are not what was trained",
-                    expected="the adapter's values",
-                    fix="Export again",
-                )
-            if differs != bool((bits_of(stored) != bits_of(_original(sides, target).to(stored.dtype))).any()):
-                raise CheckError(target.weight, "it equals the base", expected="the trained columns")
+        if sides.adapter:
+            _require_trained(sides, target, columns, written, differs=differs)
         moved, unmoved = moved + differs, unmoved + (not differs)
     if sides.adapter:
         _check_heads(sides, sides.adapter)
@@ -273,6 +308,45 @@ def _check_targets(sides: _Sides) -> list[Check]:
     if not sides.adapter:
         values = Check("trained columns", "not run", sides.why_no_adapter)
     return [Check("planned columns", "passed", _what_moved(moved, unmoved)), values]
+
+
+def _check_dequantized(sides: _Sides) -> list[Check]:
+    """Every quantized weight is what training saw. A target that is not quantized is compared by the logits alone."""
+    adapter = sides.adapter
+    patches = require_columns(adapter.delta, "verify").patches if adapter else None
+    if adapter:
+        _check_heads(sides, adapter)
+    return check_seen(sides.base, sides.merged, sides.record.plan, patches, sides.why_no_adapter)
+
+
+def _require_trained(sides: _Sides, target: Target, columns: Tensor, written: Tensor, *, differs: bool) -> None:
+    """A target's columns as written (out, r) are what its adapter trained; of a union, each adapter its own."""
+    original = _original(sides, target).to(written.dtype)
+    moves, left = False, len(columns)
+    for patch in _trained_patches(sides, target):
+        at = torch.searchsorted(columns, patch.columns).clamp(max=len(columns) - 1)
+        stored = bits_of(patch.stored().to(written.dtype))
+        if not torch.equal(columns[at], patch.columns) or not torch.equal(stored, bits_of(written[:, at])):
+            raise CheckError(
+                target.weight,
+                "its columns are not what was trained",
+                expected="the adapter's values",
+                fix="Export again",
+            )
+        moves, left = moves or not torch.equal(stored, bits_of(original[:, at])), left - len(at)
+    if left:
+        raise CheckError(
+            target.weight, f"{counted(left, 'column')} of no adapter", expected="the trained columns alone"
+        )
+    if differs != moves:
+        raise CheckError(target.weight, "it equals the base", expected="the trained columns")
+
+
+def _trained_patches(sides: _Sides, target: Target) -> list[ColumnPatch]:
+    """What each adapter trained of a target, read from its own file."""
+    assert sides.adapter is not None  # noqa: S101  asked for where there is one
+    deltas = [require_columns(one.delta, "verify") for one in sides.adapter.parents or (sides.adapter,)]
+    return [delta.patches[target.module] for delta in deltas if target.module in delta.patches]
 
 
 def _what_moved(moved: int, unmoved: int) -> str:
@@ -335,30 +409,23 @@ def _original(sides: _Sides, target: Target) -> Tensor:
 def _compare_target(sides: _Sides, target: Target, columns: Tensor) -> tuple[Tensor, bool]:
     """The merged columns (out, r), and whether anything differs. Raises CheckError where another column does."""
     kind = _dtype_of(sides, sides.base[target.weight])
-    written = torch.empty((target.out_features, target.rank), dtype=torch_dtype(kind))
+    written = torch.empty((target.out_features, len(columns)), dtype=torch_dtype(kind))
     picked, wanted = bits(written), columns.numpy()
-    planned = np.zeros(target.in_features, bool)
-    planned[wanted] = True
     differs = False
     for first, ours, theirs in _chunk_pairs(sides, target.weight):
-        base_rows = np.frombuffer(ours, picked.dtype).reshape(-1, target.shape[1])
-        rows = np.frombuffer(theirs, picked.dtype).reshape(-1, target.shape[1])
-        unequal = rows != base_rows
+        rows = np.frombuffer(theirs, picked.dtype)
+        unequal = rows != np.frombuffer(ours, picked.dtype)
         differs = differs or bool(unequal.any())
-        here = slice(first, first + len(rows))
-        stray = unequal[:, ~planned] if target.input_axis == 1 else unequal[~planned[here]]
-        if stray.any():
+        here = columns_here(target, wanted, first, rows.size)
+        here.read(rows, picked)
+        unequal.reshape(here.shape)[:, here.lines] = False
+        if unequal.any():
             raise CheckError(
                 target.weight,
                 "columns outside the plan differ from the base",
-                expected=f"only its {target.rank} planned columns to differ",
+                expected=f"only its {len(columns)} planned columns to differ",
                 fix="Export again",
             )
-        if target.input_axis == 1:
-            picked[here] = rows[:, wanted]
-        else:
-            inside = np.flatnonzero(planned[here])
-            picked[:, np.searchsorted(wanted, inside + first)] = rows[inside].T
     return written, differs
 
 
@@ -376,11 +443,8 @@ def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float |
             f"needs {needed:,} bytes of memory, {free:,} are free; the byte checks above are complete"
         ), None
     inputs = model_inputs(sides.merged.root, prompts)
-    trained = load_base_model(sides.base.root, sides.record.plan)
-    attach_plan(trained, sides.record.plan, sides.adapter.delta)
-    expected = run_model(trained, inputs)
-    del trained
-    gc.collect()
+    plan = sides.record.plan if _is_dequantized(sides) else replace(sides.record.plan, quantization=None)
+    expected = _run_trained(sides, plan, inputs)
     found = run_model(load_merged(sides.merged.root, own_class(sides.merged.root, sides.record)), inputs)
     difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(expected, found, strict=True))
     is_cast = sides.record.manifest.export.get("dtype", "keep") != "keep"
@@ -393,6 +457,34 @@ def _check_logits(sides: _Sides, prompts: Sequence[str]) -> tuple[Check, float |
         )
     said = f"largest difference to base + adapter {difference:.3g} on {len(inputs)} prompts"
     return Check("logits", "passed", said + (", from the cast asked for" if is_cast else "")), difference
+
+
+def _run_trained(sides: _Sides, plan: SurgeryPlan, inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The outputs of base and adapter, which are gone from memory then."""
+    assert sides.adapter is not None  # noqa: S101  the caller's question
+    trained = load_base_model(sides.base.root, plan)
+    attach_plan(trained, plan, sides.adapter.delta)
+    outputs = run_model(trained, inputs)
+    del trained
+    gc.collect()
+    return outputs
+
+
+def _measure_merge(sides: _Sides, prompts: Sequence[str], *, numeric: bool) -> list[Check]:
+    """Of a quantized base merged into the original: what that changes. Nothing for any other merge."""
+    held = sides.record.plan.quantization
+    if held is None or _is_dequantized(sides):
+        return []
+    why = "" if sides.adapter else sides.why_no_adapter
+    needed = int(sides.merged.size_bytes * LOGITS_BYTES_FACTOR)
+    if not numeric or why or needed > psutil.virtual_memory().available:
+        return [
+            Check(MERGE_DIFFERENCE, "not run", why or ("--no-numeric" if not numeric else f"needs {needed:,} bytes"))
+        ]
+    inputs = model_inputs(sides.merged.root, prompts)
+    seen = _run_trained(sides, sides.record.plan, inputs)
+    merged = run_model(load_merged(sides.merged.root), inputs)
+    return [measure(seen, merged, held.kind)]
 
 
 def load_merged(folder: Path, model_class: Any = None) -> Any:
@@ -423,7 +515,7 @@ def own_class(folder: Path, record: Record) -> Any:
 def model_inputs(folder: Path, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     """One batch a prompt; without a tokenizer, token numbers or pixels drawn from a fixed seed."""
     config = read_config(folder)
-    if hasattr(config, "image_size") and hasattr(config, "num_channels"):
+    if hasattr(config, "num_channels"):
         return [{"pixel_values": pixels} for pixels in _random_pixels(config, len(prompts))]
     try:
         with quiet_loading():
@@ -437,10 +529,8 @@ def model_inputs(folder: Path, prompts: Sequence[str]) -> list[dict[str, Tensor]
 
 
 def _random_pixels(config: Any, count: int) -> list[Tensor]:
-    size = config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn((1, config.num_channels, height, width), generator=generator) for _ in range(count)]
+    generator, sizes = torch.Generator().manual_seed(0), (1, config.num_channels, *image_size(config))
+    return [torch.randn(sizes, generator=generator) for _ in range(count)]
 
 
 def _end_with(input_ids: Tensor, eos_token_id: int | None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
+from surgery.choosing import has_same_data
 from surgery.delta import ColumnDelta, Delta, SideDelta
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
 from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, ONNX_PATCH, UNDO, backend_of, resolve
@@ -26,6 +27,7 @@ from surgery.runs import notes_of
 from surgery.survey import TaskSpec
 from surgery.tiny import is_tiny, write_tiny
 from surgery.train import TrainResult, launch, result_of, train
+from surgery.union import unite
 from surgery.verify import Verification, verify
 from surgery.writing import parse_size
 
@@ -34,7 +36,7 @@ VERIFIED_FORMATS = ("safetensors", "remote-code", ONNX)
 EXPORT_DEFAULTS = {"format": "safetensors", "dtype": "keep", "max_shard_bytes": None}
 # What the adapters of each method hold, and the formats for it.
 METHOD_EXPORTS: Mapping[str, tuple[type[Delta], str]] = {
-    "paca": (ColumnDelta, "safetensors, lora or onnx"),
+    "paca": (ColumnDelta, "safetensors, lora, peft-paca or onnx"),
     "read": (SideDelta, "remote-code or onnx"),
 }
 
@@ -106,7 +108,7 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 
 def export(  # noqa: PLR0913  the options of one command, all by keyword
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,
     format: str = "safetensors",
@@ -118,21 +120,24 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     prompts: Sequence[str] = (),
     opset: int | None = None,
     onnx_data: str | None = None,
+    merge_base: str | None = None,
 ) -> ExportResult:
     """Write an adapter's checkpoint in a format; the folder appears only after its check held.
 
-    dtype: of the files, and with format onnx what its graph computes in; opset and onnx_data: of that format alone.
+    adapter: its folder, or those of several that were trained on one base and whose columns do not overlap.
+    dtype: of the files, and with format onnx what its graph computes in; opset and onnx_data: of that format alone;
+    merge_base: `original` or `dequantized`, of a quantized base and format safetensors alone.
     Raises: CheckError, BaseMismatchError, DamagedError, ResourceError, OutputExistsError, RequestError.
     """
     started = time.monotonic()
-    opened = open_adapter(adapter)
+    opened, target = _open(adapter, out, format, base)
     exporter = lookup(EXPORTERS, format, "--format")
     _require_accepted(exporter, type(opened.delta), f"--format {format}", opened.delta.ways_out)
-    target = Path(out) if out else default_export_folder(opened.folder, format)
+    _require_dense(opened.plan.quantization, format, merge_base, f"--format {format}")
     difference: list[float | None] = []
 
     def checking(folder: Path) -> None:
-        held = verify(folder, adapter=opened.folder, base=base, prompts=prompts)
+        held = verify(folder, adapter=opened.folders, base=base, prompts=prompts)
         difference.append(held.max_logit_difference)
 
     is_checked = check and format in VERIFIED_FORMATS
@@ -144,6 +149,7 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
         overwrite=overwrite,
         check=checking if is_checked else None,
         **_format_settings(format, dtype, opset, onnx_data),
+        **({"merge_base": merge_base} if merge_base else {}),
     )
     result = _exported(target, format, started, is_checked=is_checked)
     result = replace(result, notes=(*notes_of(opened), *result.notes))
@@ -152,10 +158,36 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     return result
 
 
+def _open(
+    adapter: str | Path | Sequence[str | Path], out: str | Path | None, format: str, base: str | Path | None
+) -> tuple[Adapter, Path]:
+    """The adapter or the union of several, and the folder to write. Raises: see `unite`."""
+    folders = (adapter,) if isinstance(adapter, (str, Path)) else tuple(adapter)
+    opened = [open_adapter(folder) for folder in folders]
+    if len(opened) == 1:
+        return opened[0], Path(out) if out else default_export_folder(opened[0].folder, format)
+    if not opened or out is None:
+        found = f"{len(opened)} adapters" + ("" if out else " and no -o")
+        raise RequestError("export", found, expected="at least one, and with several the folder to write")
+    return unite(opened, base), Path(out)
+
+
 def _require_accepted(exporter: Any, delta: type[Delta], where: str, fix: str) -> None:
     if not issubclass(delta, exporter.accepts):
         kinds = " or ".join(kind.what for kind in exporter.accepts)
         raise UnsupportedError(where, f"{delta.what} {delta.nature}", expected=kinds, fix=fix)
+
+
+def _require_dense(held: object, format: str, merge_base: str | None, where: str) -> None:
+    """What is written from a quantized base in 16 bits is said for the format that does so.
+
+    Raises: UnsupportedError: graphs of it; RequestError: --merge-base with another format.
+    """
+    if held and format == ONNX:
+        fix = "Merge it first (`export --merge`), then `surgery export MERGED --format onnx`"
+        raise UnsupportedError(where, "an adapter on a quantized base", expected="a dense base", fix=fix)
+    if merge_base and format != EXPORT_DEFAULTS["format"]:
+        raise RequestError("--merge-base", f"{merge_base} with {where}", expected="--merge and --format safetensors")
 
 
 def require_merge(adapter: Path, format: str, *, is_asked: bool) -> None:
@@ -234,6 +266,7 @@ def patch(
     onnx: str | Path, adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
 ) -> Any:
     """Bring a PaCA adapter into an ONNX file that exists already. Returns and raises: see exporters.onnx_patch."""
+    _require_dense(open_adapter(adapter).plan.quantization, ONNX, None, "patch")
     return resolve(ONNX_PATCH)(onnx, adapter, out, base=base, overwrite=overwrite)
 
 
@@ -305,6 +338,7 @@ def run(
         overwrite=overwrite,
         max_shard_size=recipe.export.max_shard_size,
         check=recipe.export.verify,
+        merge_base=recipe.export.merge_base,
     )
     return RunResult(folder, out, trained, done.verification, tuple(skipped))
 
@@ -333,6 +367,7 @@ def _require_export(recipe: Recipe) -> None:
     _require_accepted(exporter, delta, f"export.format: {wanted.format}", f"Set export.format to {formats}")
     if wanted.dtype != EXPORT_DEFAULTS["dtype"] and wanted.format not in MERGED_FORMATS:
         raise RequestError("export.dtype", repr(wanted.dtype), expected=f"keep with export.format {wanted.format}")
+    _require_dense(recipe.paca.quantize, wanted.format, wanted.merge_base, f"export.format {wanted.format}")
     _format_settings(wanted.format, wanted.dtype, None, None)
     _shard_bytes(wanted.max_shard_size)
 
@@ -344,7 +379,8 @@ def _require_same_plan(recipe: Recipe, spec: Any, folder: Path) -> None:
     if adapter.plan.whole and not task.labels:
         task = TaskSpec(task.name, tuple(adapter.plan.config.get("id2label", {}).values()))
     planned = plan_checkpoint(Checkpoint.open(find_model(recipe.model)[0]), spec, task)
-    if planned.without_digests() != adapter.plan.without_digests() and not _is_fresh(adapter, planned):
+    is_same = planned.as_asked() == replace(adapter.plan, calibration={}).as_asked()
+    if not (is_same and has_same_data(adapter.plan)) and not _is_fresh(adapter, planned):
         raise OutputExistsError(
             str(folder),
             "an adapter that another plan made",
@@ -372,6 +408,8 @@ def _is_exported(recipe: Recipe, folder: Path, out: Path) -> bool:
     settings = record.manifest.export if record else {}
     asked = (wanted.format, wanted.dtype, _shard_bytes(wanted.max_shard_size))
     found = {**EXPORT_DEFAULTS, **settings, **({"dtype": settings[ONNX]["asked_dtype"]} if ONNX in settings else {})}
+    if wanted.merge_base and wanted.merge_base != settings.get("merge_base"):
+        same = None
     if not same or asked != tuple(found[name] for name in EXPORT_DEFAULTS):
         raise OutputExistsError(
             str(out),

@@ -16,7 +16,7 @@ import pytest
 
 from surgery.adapter import update_adapter
 from surgery.bench.results import Curve, Results, Row, Size, Where
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.runs import LOG_FILE
 from surgery.survey import TaskSpec

@@ -20,7 +20,7 @@ from surgery import acceleration
 from surgery.acceleration import choose_autocast, choose_tf32, prepare, require, state
 from surgery.backends.local import training_arguments
 from surgery.errors import RecipeError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply, attach
 from surgery.recipe import Recipe, TrainSection, apply_override, check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_a_bench_of_costs(tiny_model: TinyModel, tmp_path: Path) -> None:
         assert (row.trained_values == 0) == (row.method == "floor")
         assert row.longest_by == "predicted"
         assert row.done == ["step", "peak", "longest", "inference"]
-        assert row.merged == (row.method not in ("read", "floor"))
+        assert row.merged == {"read": False, "floor": None}.get(row.method, True)
         assert "energy is not measured" in " ".join(row.notes) or found.energy_by
     assert found.tokens_per_step == 2 * 16
     assert (found.where.device, found.where.command, found.task) == ("cpu", "surgery bench ..", "causal-lm")
@@ -177,6 +178,27 @@ def test_what_cannot_be_resumed(tiny_model: TinyModel, tmp_path: Path) -> None:
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(OutputExistsError):
         go(spec, tmp_path / "other", overwrite=True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bench_that_goes_on_elsewhere(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """What is measured on another machine or by other versions is said to be so; on another device it is refused."""
+    spec, out = little(tiny_model("llama"), "floor", "paca"), tmp_path / "out"
+    go(spec, out)
+    document = json.loads((out / RESULTS_FILE).read_text())
+    document["where"] |= {"threads": 99, "versions": {**document["where"]["versions"], "torch": "1.0"}}
+    (out / RESULTS_FILE).write_text(json.dumps(document))
+    said = r"resumed with threads \d+ \(before: 99\), torch \S+ \(before: 1\.0\)"
+    assert not any("resumed" in note for note in go(spec, out, resume=True).remarks())  # nothing was left to do
+    document["rows"][1]["done"].remove("inference")
+    (out / RESULTS_FILE).write_text(json.dumps(document))
+    notes = [note for note in go(spec, out, resume=True).remarks() if "resumed" in note]
+    assert len(notes) == 1
+    assert re.fullmatch(said, notes[0])
+    document["where"]["device"] = "cuda"
+    (out / RESULTS_FILE).write_text(json.dumps(document))
+    with pytest.raises(RequestError, match="a bench on cuda, and this would go on on cpu, expected the same device"):
+        go(spec, out, resume=True)
 
 
 # --- memory that does not suffice

@@ -31,7 +31,7 @@ from surgery.adapter import open_adapter
 from surgery.cli import cli
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import RequestError, shorten
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.recipe import DataSection, Recipe, TrainSection
 from surgery.survey import TaskSpec

@@ -15,7 +15,7 @@ from surgery import forecast
 from surgery.checkpoint import CONFIG_FILE
 from surgery.cli import cli
 from surgery.errors import NotAModelError, RecipeError, RequestError, SurgeryError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from tests.conftest import TinyModel
 from tests.examples import QUESTIONS, TEXTS, write_rows

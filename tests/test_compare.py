@@ -20,7 +20,7 @@ from exporters.dense import export
 from surgery import compare as module
 from surgery.compare import DTYPE, IDENTICAL, ONLY_A, ONLY_B, SHAPE, VALUES, TensorComparison, compare
 from surgery.errors import DamagedError, NotAModelError, RequestError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.survey import TaskSpec
 from surgery.tensorfile import build_header
 from tests.conftest import TinyModel

@@ -21,7 +21,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from surgery import ReadSpec, paca_layers
 from surgery.compat import keep_inputs_frozen, set_checkpointing
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach
 from tests.conftest import TinyModel
 from tests.examples import mostly_long

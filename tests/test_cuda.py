@@ -20,7 +20,7 @@ from surgery import ReadSpec, acceleration, paca_layers
 from surgery.adapter import open_adapter
 from surgery.backends import local
 from surgery.delta import SideDelta, require_columns
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, attach
 from surgery.recipe import DataSection, TrainSection
 from surgery.train import TrainResult, train

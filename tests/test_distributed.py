@@ -24,7 +24,7 @@ from surgery.adapter import find_base, open_adapter
 from surgery.cli import cli
 from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
 from surgery.errors import RequestError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection, parse_yaml, qualified, read_recipe
@@ -76,6 +76,12 @@ VARIANTS = (
     Variant("evaluated", settings={"eval_steps": 4}, strategies=("ddp",)),
     Variant("conv1d", "gpt2", strategies=("fsdp2",)),
     Variant("bf16", dtype=torch.bfloat16),
+    Variant(
+        "experts",
+        "mixtral",
+        PacaSpec(rank=4, targets=("all-linear", "experts"), experts="own"),
+        overrides={"num_local_experts": 3},
+    ),
     Variant("head", "bert", task="sequence-classification", data="labelled.jsonl"),
     Variant("seq2seq", "t5", data="pairs.jsonl", strategies=("ddp",)),
     Variant("read", "bert", ReadSpec(hidden=8), task="sequence-classification", data="labelled.jsonl"),

@@ -18,7 +18,7 @@ from surgery.evals import mmlu, onnx_scorer, torch_scorer
 from surgery.evals.run import TASKS, EvalResult, evaluate
 from surgery.evals.scorer import Array, score_rows
 from surgery.evals.task import EvalSpec, read_items
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.onnx_runtime import is_onnx
 from surgery.operate import apply

@@ -18,7 +18,7 @@ import pytest
 from surgery.adapter import open_adapter
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import OutputExistsError, ResourceError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection
 from surgery.train import CHECKPOINTS, LOG_FILE, train

@@ -16,7 +16,7 @@ from surgery.backends import gaudi
 from surgery.backends.gaudi import FITTING, Installation, environment, require_mode, shortcomings
 from surgery.compat import settle_rope
 from surgery.errors import RecipeError, RequestError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.paca_layers import SharedGather, open_layer
 from surgery.recipe import DataSection, TrainSection

@@ -35,7 +35,7 @@ from surgery.cli import cli
 from surgery.cli_generate import generate_command
 from surgery.errors import DamagedError, RequestError, SurgeryError
 from surgery.generate import Answer, GenerateSpec, Rules, TextStream
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.survey import TaskSpec
 from surgery.tensorfile import header_sha256

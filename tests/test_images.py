@@ -26,7 +26,7 @@ from surgery.errors import DataError, RecipeError, RequestError, UnsupportedErro
 from surgery.forecast import Question, forecast
 from surgery.images import PROCESSOR_FILE, TASK, mirrored, read_processor
 from surgery.memory import Run, open_subject, predict
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection

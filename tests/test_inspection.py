@@ -17,7 +17,7 @@ from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.errors import DamagedError, NotAModelError, SurgeryError
 from surgery.inspection import Inspection, inspect
 from surgery.manifest import UNDO_FILE, Base
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.survey import TaskSpec
 from surgery.table import plan_lines

@@ -26,7 +26,7 @@ from surgery.lean_functions import ACTIVATIONS, IGNORED, Logits, Norm, activate,
 from surgery.lean_kernels import OURS, choose_kernels
 from surgery.lean_pass import LEAN, is_lean, restore, rewrite
 from surgery.memory import Run, open_subject, predict
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply, attach, detach
 from surgery.recipe import DataSection, TrainSection

@@ -20,16 +20,15 @@ from exporters.lora import (
     find_notes,
     padded_rank,
     path_for_peft,
-    saved_modules,
-    task_type,
 )
 from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ColumnDelta
 from surgery.errors import BaseMismatchError, DamagedError, OutputExistsError, RequestError
 from surgery.manifest import Base, read_record
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import load, load_base_model
+from surgery.peft_files import saved_modules, task_type
 from surgery.plan import Target
 from surgery.survey import TaskSpec
 from tests.conftest import TinyModel

@@ -19,7 +19,7 @@ from surgery.compat import keep_inputs_frozen, set_checkpointing
 from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import RequestError, UnsupportedError
 from surgery.memory import SHARDINGS, Run, Subject, Tensor, _gathered, _state, open_planned, open_subject, predict
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply, attach
 from surgery.recipe import DataSection, TrainSection

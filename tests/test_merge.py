@@ -37,7 +37,7 @@ from surgery.errors import (
     ResourceError,
     SurgeryError,
 )
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, attach, collect, load, save
 from surgery.survey import TaskSpec
 from surgery.tensorfile import tensor_to_bytes

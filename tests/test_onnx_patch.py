@@ -41,7 +41,7 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.inspection import inspect
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, load
 from surgery.survey import TaskSpec
 from tests.conftest import TinyModel, digest_folder

@@ -20,7 +20,7 @@ from surgery import paca_layers
 from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.errors import DamagedError, RequestError, SelectorError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, collect, detach, evaluating, load, save
 from surgery.paca_layers import PacaLayer
 from surgery.planning import plan_checkpoint

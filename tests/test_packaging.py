@@ -28,7 +28,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 NAME, VERSION = PYPROJECT["project"]["name"], PYPROJECT["project"]["version"]
 EXTRAS = {
-    "onnx", "bnb", "deepspeed", "energy", "eval", "gaudi", "images", "liger", "lora", "report", "tracking", "dev",
+    "onnx", "bnb", "deepspeed", "energy", "eval", "gaudi", "images", "liger", "lora", "report", "torchao", "tracking",
+    "dev",
 }  # fmt: skip
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 

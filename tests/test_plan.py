@@ -31,7 +31,8 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.manifest import read_record
-from surgery.methods.paca import PacaSpec, planned_columns
+from surgery.methods.paca_plan import planned_columns
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
 from surgery.planning import plan_checkpoint
@@ -180,15 +181,15 @@ UNTOUCHED = {
     "mixtral": {
         "model.embed_tokens.weight": "embedding",
         "model.layers.*.mlp.gate.weight": "in MixtralTopKRouter",
-        "model.layers.*.mlp.experts.gate_up_proj": "changed by transformers on loading",
-        "model.layers.*.mlp.experts.down_proj": "changed by transformers on loading",
+        "model.layers.*.mlp.experts.gate_up_proj": "experts: name them in --targets",
+        "model.layers.*.mlp.experts.down_proj": "experts: name them in --targets",
         "lm_head.weight": "output head",
     },
     "qwen3_moe": {
         "model.embed_tokens.weight": "embedding",
         "model.layers.*.mlp.gate.weight": "in Qwen3MoeTopKRouter",
-        "model.layers.*.mlp.experts.gate_up_proj": "changed by transformers on loading",
-        "model.layers.*.mlp.experts.down_proj": "changed by transformers on loading",
+        "model.layers.*.mlp.experts.gate_up_proj": "experts: name them in --targets",
+        "model.layers.*.mlp.experts.down_proj": "experts: name them in --targets",
         "lm_head.weight": "output head",
     },
     "vit": {
@@ -336,12 +337,6 @@ def test_requests_that_cannot_be_met(spec: dict[str, Any], text: str, tiny_model
     assert caught.value.exit_code == 2
 
 
-def test_experts_asked_for_by_name_are_an_error(tiny_model: TinyModel) -> None:
-    """What transformers fuses on loading is no layer; nothing is skipped in silence."""
-    with pytest.raises(SelectorError, match="matches no linear layer"):
-        plan_checkpoint(Checkpoint.open(tiny_model("mixtral")), PacaSpec(rank=2, targets=("experts.*", "q_proj")))
-
-
 @pytest.mark.parametrize("wrong", ({"rank": 0}, {"alpha": 0.0}, {"alpha": -1.0}, {"alpha": float("nan")},
                                    {"alpha": float("inf")}, {"select": "best"}))  # fmt: skip
 def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
@@ -422,7 +417,7 @@ PLAN_LARGE = """
 import json, resource, sys, time
 start = time.perf_counter()
 from surgery.checkpoint import Checkpoint
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import plan_checkpoint
 plan = plan_checkpoint(Checkpoint.open(sys.argv[1]), PacaSpec())
 print(json.dumps({

@@ -11,7 +11,7 @@ import transformers
 
 from surgery.data import DataSpec, prepare
 from surgery.generate import GenerateSpec
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.onnx_runtime import open_folder
 from surgery.operate import apply

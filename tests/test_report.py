@@ -27,7 +27,7 @@ from surgery.bench.show import lines
 from surgery.cli import main
 from surgery.delta import require_columns
 from surgery.errors import DamagedError, InterruptedRunError, NotAModelError, OutputExistsError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.report import charts, drawing
 from surgery.report.bench_sections import bench_facts, bench_sections

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from surgery.checkpoint import Checkpoint
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.plan import SurgeryPlan, Target, Untouched
 from surgery.planning import plan_checkpoint
 from surgery.survey import TaskSpec
@@ -104,7 +104,7 @@ def test_experts_are_named_as_not_touched(tiny_model: TinyModel) -> None:
     """Mixtral's experts stand in the table with the reason why they do not train."""
     lines = plan_lines(plan_checkpoint(Checkpoint.open(tiny_model("mixtral")), PacaSpec(rank=4)))
     (line,) = [line for line in lines if "experts.down_proj" in line]
-    assert line.split(None, 2) == ["model.layers.*.mlp.experts.down_proj", "2", "changed by transformers on loading"]
+    assert line.split(None, 2) == ["model.layers.*.mlp.experts.down_proj", "2", "experts: name them in --targets"]
 
 
 def test_heads_are_said_to_be_new(tiny_model: TinyModel) -> None:

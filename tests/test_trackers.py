@@ -18,7 +18,7 @@ from surgery import trackers
 from surgery.adapter import open_adapter
 from surgery.cli import main
 from surgery.errors import InterruptedRunError, RecipeError, UnsupportedError
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection, Recipe, TrainSection, check
 from surgery.report.curves import read_entries

@@ -36,7 +36,7 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.inspection import inspect
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, load
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TASKS, TaskSpec

@@ -27,7 +27,7 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.manifest import UNDO_FILE
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile, build_header, tensor_to_bytes
 from tests.conftest import TinyModel

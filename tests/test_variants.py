@@ -16,7 +16,7 @@ from surgery.cli import main
 from surgery.errors import RecipeError, RequestError, SurgeryError
 from surgery.forecast import Question, forecast
 from surgery.memory import Run, open_subject
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.recipe import Recipe, TrainSection, read_recipe
 from surgery.survey import TaskSpec

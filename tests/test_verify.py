@@ -22,7 +22,7 @@ from surgery.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import BaseMismatchError, CheckError, DamagedError, NotAModelError, ResourceError, SurgeryError
 from surgery.manifest import UNDO_FILE
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import load
 from surgery.survey import TaskSpec
 from surgery.tensorfile import CHUNK_BYTES, TensorFile

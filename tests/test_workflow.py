@@ -24,7 +24,7 @@ from surgery.errors import (
     RequestError,
     UnsupportedError,
 )
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.verify import Verification
 from surgery.workflow import default_adapter_folder, default_export_folder, export, find_adapter, undo
 from tests.conftest import TinyModel, digest_folder

@@ -31,6 +31,7 @@ __all__ = [
     "BOS",
     "EOS",
     "FAMILIES",
+    "OTHERS",
     "PAD",
     "SPECIAL",
     "VOCABULARY",
@@ -57,7 +58,7 @@ LOCAL_AND_GLOBAL: Mapping[str, object] = {**HEAD_DIM, "sliding_window": 16, "que
 EXPERTS: Mapping[str, object] = {**GROUPED, "num_experts_per_tok": 2}
 NO_IDS: Mapping[str, int] = {}
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig", "LlamaForCausalLM", GROUPED),
     "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
     "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", HEAD_DIM),
@@ -146,12 +147,75 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
+# Models whose layers are not, or not only, linear ones: in a table of their own, for what all families have in common
+# are stacks of layers alike, and these have none.
+OTHERS: dict[str, Family] = {
+    "convnext": Family(
+        "ConvNextConfig",
+        "ConvNextForImageClassification",
+        {
+            "hidden_sizes": (8, 12),
+            "depths": (1, 2),
+            "num_stages": 2,
+            "image_size": 16,
+            "patch_size": 2,
+            "num_labels": 3,
+            "layer_scale_init_value": 0.5,
+        },
+        tokenizer="",
+        ids=NO_IDS,
+    ),
+    "efficientnet": Family(
+        "EfficientNetConfig",
+        "EfficientNetForImageClassification",
+        {
+            "image_size": 16,
+            "width_coefficient": 1.0,
+            "depth_coefficient": 1.0,
+            "depth_divisor": 4,
+            "kernel_sizes": (3, 5),
+            "in_channels": (32, 12),
+            "out_channels": (12, 16),
+            "strides": (1, 2),
+            "num_block_repeats": (1, 2),
+            "expand_ratios": (1, 4),
+            "hidden_dim": 1280,
+            "num_labels": 3,
+            "dropout_rate": 0.0,
+            "drop_connect_rate": 0.0,
+        },
+        tokenizer="",
+        ids=NO_IDS,
+    ),
+    "resnet": Family(
+        "ResNetConfig",
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": (8, 12), "depths": (1, 2), "layer_type": "basic", "num_labels": 3},
+        tokenizer="",
+        ids=NO_IDS,
+    ),
+    "siglip": Family(
+        "SiglipVisionConfig",
+        "SiglipVisionModel",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        tokenizer="",
+        ids=NO_IDS,
+    ),
+}
+
 
 def build_model(
     family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, overrides: Mapping[str, object] | None = None
 ) -> transformers.PreTrainedModel:
     """A model in memory, in eval mode. `overrides` replaces fields of the config (`tie_word_embeddings`, sizes ..)."""
-    return tiny.build_model(FAMILIES[family], dtype=dtype, seed=seed, overrides=overrides)
+    return tiny.build_model((FAMILIES | OTHERS)[family], dtype=dtype, seed=seed, overrides=overrides)
 
 
 def build_tiny(
@@ -166,7 +230,7 @@ def build_tiny(
     """Write a tiny checkpoint of `family` into `folder` and return it. `max_shard_size` in bytes, or as `"50KB"`."""
     model = build_model(family, dtype=dtype, seed=seed, overrides=overrides)
     model.save_pretrained(folder, max_shard_size=max_shard_size or "5GB")
-    kind = FAMILIES[family].tokenizer
+    kind = (FAMILIES | OTHERS)[family].tokenizer
     if kind:
         build_tokenizer(kind).save_pretrained(folder)
     return folder
@@ -175,7 +239,7 @@ def build_tiny(
 def sample_inputs(family: str, *, batch: int = 2, tokens: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     """Inputs that `model(**inputs)` takes, logits out: (batch, tokens) ids, or (batch, 3, 16, 16) pixels for ViT."""
     generator = torch.Generator().manual_seed(seed)
-    if family == "vit":
+    if family == "vit" or family in OTHERS:
         return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
     ids = torch.randint(len(SPECIAL), VOCABULARY, (batch, tokens), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

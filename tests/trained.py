@@ -12,7 +12,7 @@ from surgery.adapter import Adapter, update_adapter
 from surgery.columns import generator_seed
 from surgery.delta import ColumnDelta, SideDelta, require_columns, require_side
 from surgery.manifest import Manifest
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.survey import TaskSpec

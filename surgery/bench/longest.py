@@ -20,7 +20,7 @@ from surgery.compat import config_dtype
 from surgery.errors import SurgeryError, UnsupportedError, shorten
 from surgery.generate import max_positions
 from surgery.memory import Run, open_attached, open_subject, predict
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.planning import make_spec
 from surgery.survey import TaskSpec, survey
 

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from surgery.bench.energy import Meter
 from surgery.bench.methods import trained
-from surgery.bench.results import Row
+from surgery.bench.results import FLOOR, Row
 from surgery.bench.spec import Entry
 from surgery.bench.subject import Batch, Feed, Subject, enter, put_on
 
@@ -189,7 +189,8 @@ def measure_inference(
     seconds = take_turns(forwards, batches, warmup=spec.warmup, device=subject.device, seed=1)
     for entry in entries:
         row = rows[entry.name]
-        row.inference_seconds, row.merged = seconds[entry.name], entry.variant.merge is not None
+        row.inference_seconds = seconds[entry.name]
+        row.merged = None if entry.variant.name == FLOOR else entry.variant.merge is not None
 
 
 def deployed(subject: Subject, entry: Entry, base: Any, *, in_place: bool = False) -> Any:

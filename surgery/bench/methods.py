@@ -8,7 +8,7 @@ layers, and what a task adds to its model (a classifier's head) trains whole wit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from surgery.columns import takes_data
 from surgery.errors import RequestError, UnsupportedError
 from surgery.lookup import require_extra
-from surgery.operate import attach_plan, detach
+from surgery.operate import attach_chosen, detach
 from surgery.plan import Stored
 from surgery.planning import make_spec, plan_model
 from surgery.select import find_sites
@@ -27,6 +28,7 @@ from surgery.survey import dry_run, meta_twin
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+CALIBRATION_ROWS = 64  # as PacaSpec's
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -40,7 +42,8 @@ class Shared:
     """What all methods have in common on one model.
 
     layers: the linear layers that the targets mean; whole: parameters that train as they are with every method;
-    stored: the parameters that the checkpoint holds; dropout: that of the methods' own layers; seed: for their values.
+    stored: the parameters that the checkpoint holds; dropout: that of the methods' own layers; seed: for their values;
+    calibration: (strategy, rows) -> batches of the training set to choose columns by.
     """
 
     task: str
@@ -50,6 +53,9 @@ class Shared:
     stored: Mapping[str, Stored] = field(repr=False)
     dropout: float = 0.0
     seed: int = 0
+    calibration: Callable[[str, int], Sequence[Mapping[str, Any]]] = field(
+        default=lambda _select, _rows: (), repr=False
+    )
 
 
 Settings = Mapping[str, Any]
@@ -84,9 +90,16 @@ def freeze(model: nn.Module, shared: Shared) -> None:
 
 
 def attach_paca(model: Any, shared: Shared, settings: Settings) -> Any:
-    """PaCA on the layers."""
-    rest = {name: value for name, value in settings.items() if name != "r"}
-    return _attach_ours("paca", model, shared, {**rest, "rank": settings["r"], "targets": shared.layers})
+    """PaCA on the layers, its columns chosen by the training set where it looks at data."""
+    rows = settings.get("rows", CALIBRATION_ROWS)
+    return _attach_ours("paca", model, shared, paca_settings(shared, settings), rows=rows)
+
+
+def paca_settings(shared: Shared, settings: Settings) -> dict[str, Any]:
+    """The settings of a bench as those of PaCA; the rows to look at are those of the bench."""
+    rank = {"rank": settings["r"]} if "r" in settings else {}
+    rest = {name: value for name, value in settings.items() if name not in ("r", "rows")}
+    return {**rest, **rank, "targets": shared.layers}
 
 
 def attach_read(model: Any, shared: Shared, settings: Settings) -> Any:
@@ -94,10 +107,12 @@ def attach_read(model: Any, shared: Shared, settings: Settings) -> Any:
     return _attach_ours("read", model, shared, settings)
 
 
-def _attach_ours(method: str, model: Any, shared: Shared, settings: Settings) -> Any:
+def _attach_ours(method: str, model: Any, shared: Shared, settings: Settings, *, rows: int = 0) -> Any:
     spec = make_spec(method, {"seed": shared.seed, **settings}, "")
     plan = plan_model(model, spec, shared.stored, {}, task=shared.task, heads=shared.heads)
-    attach_plan(model, plan, None)
+    select = plan.spec.get("select", "random")
+    batches = shared.calibration(select, rows) if takes_data(select) else ()
+    attach_chosen(model, plan, batches)
     return model
 
 
@@ -323,7 +338,7 @@ def keep_plain(model: Any) -> Any:
     return model
 
 
-_PACA = ("alpha", "select", "rank_pattern", "exclude")
+_PACA = ("alpha", "select", "rank_pattern", "exclude", "budget", "resample", "rows")
 _READ = ("cell", "recurrent_layers", "bidirectional", "initial", "reduce", "output_norm", "scale", "layers", "stacks",
          "joiner", "pooling")  # fmt: skip
 VARIANTS: Mapping[str, Variant] = {

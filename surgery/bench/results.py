@@ -88,7 +88,9 @@ class Row(_Part):
     tried: list[Trial] = []
     inference_seconds: list[float] = []
     inference_bytes: int | None = None
-    merged: bool | None = Field(None, description="whether inference ran on the merged, plain model")
+    merged: bool | None = Field(
+        None, description="whether inference ran on the merged, plain model; None for the floor"
+    )
     done: list[str] = Field([], description="the parts that are finished, for going on")
     notes: list[str] = []
 

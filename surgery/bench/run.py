@@ -31,7 +31,10 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class _Bench:
-    """Everything that the parts need. base: the plain model, on the CPU; rows are those of `results`."""
+    """Everything that the parts need. base: the plain model, on the CPU; rows are those of `results`.
+
+    elsewhere: how this machine differs from the one that the results name, empty where it does not.
+    """
 
     subject: Subject
     entries: tuple[Entry, ...]
@@ -40,6 +43,7 @@ class _Bench:
     results: Results
     out: Path
     say: Say
+    elsewhere: str = ""
 
     def rows(self) -> dict[str, Row]:
         return {row.method: row for row in self.results.rows}
@@ -49,6 +53,8 @@ class _Bench:
         rows = self.rows()
         for name in names:
             rows[name].done.append(part)
+            if self.elsewhere and self.elsewhere not in rows[name].notes:
+                rows[name].notes.append(self.elsewhere)
         self.results.write(self.out)
 
     def left(self, part: str) -> list[Entry]:
@@ -73,11 +79,13 @@ def run(
     _require_trainable(spec, subject, entries)
     settled = settle(subject, entries)
     feed = open_feed(subject)
+    elsewhere = _elsewhere(earlier.where, where(subject, command), out) if earlier else ""
     out.mkdir(parents=True, exist_ok=True)
     meter = open_meter(subject.device)
     results = earlier or _fresh(subject, settled, feed, meter, command)
     results.write(out)
-    bench = _Bench(subject, tuple(entry for entry, _ in settled), feed, build(subject), results, out, say)
+    chosen = tuple(entry for entry, _ in settled)
+    bench = _Bench(subject, chosen, feed, build(subject), results, out, say, elsewhere)
     _measure(bench, meter if isinstance(meter, Meter) else None)
     _train(bench)
     return results
@@ -106,6 +114,22 @@ def _earlier(spec: BenchSpec, out: Path, *, resume: bool, overwrite: bool) -> Re
         expected = "a new folder" if is_ours else f"a new folder, or one that holds {RESULTS_FILE}"
         raise OutputExistsError(str(out), "it exists", expected=expected, fix=fix)
     return None
+
+
+def _elsewhere(then: Where, now: Where, out: Path) -> str:
+    """What is to be said of what is measured now, if not as the parts before were. Raises: RequestError."""
+    if now.device != then.device:
+        raise RequestError(
+            str(out / RESULTS_FILE),
+            f"a bench on {then.device}, and this would go on on {now.device}",
+            expected="the same device",
+            fix="Go on where it began, or begin anew with --overwrite",
+        )
+    was, found = (
+        {"machine": w.device_name, "threads": w.threads, "commit": w.commit, **w.versions} for w in (then, now)
+    )
+    differ = [f"{key} {found[key]} (before: {was.get(key)})" for key in found if found[key] != was.get(key)]
+    return f"resumed with {', '.join(differ)}" if differ else ""
 
 
 def _require_trainable(spec: BenchSpec, subject: Subject, entries: Sequence[Entry]) -> None:

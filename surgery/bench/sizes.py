@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from surgery.bench.methods import Shared, explained, trained
-from surgery.bench.results import Size
+from surgery.bench.methods import VARIANTS, Shared, explained, paca_settings, trained
+from surgery.bench.results import FLOOR, Size
 from surgery.bench.spec import BenchSpec, Entry, default_size, parse_method, wanted_values
 from surgery.bench.subject import Subject
 from surgery.errors import RequestError
@@ -30,7 +30,12 @@ def _settle(subject: Subject, entry: Entry) -> tuple[Entry, list[str]]:
     wanted = wanted_values(entry, spec)
     if not variant.size:
         count_values(subject, entry)  # refused here where the model does not suit it
-        return entry, [f"{variant.name} has no size to choose"] if spec.equal == "values" else []
+        is_odd = spec.equal == "values" and variant.name != FLOOR  # the floor trains nothing
+        return entry, [f"{variant.name} has no size to choose"] if is_odd else []
+    if "budget" in entry.settings:
+        entry = _with_budget(subject, entry)
+        found = count_values(subject, entry)
+        return entry, [f"budget {entry.settings['budget']}: about {found:,} values without heads"]
     if wanted is None:
         size = entry.size or default_size(entry, spec)
         settled = with_size(entry, size)
@@ -45,6 +50,15 @@ def _settle(subject: Subject, entry: Entry) -> tuple[Entry, list[str]]:
     ]
 
 
+def _with_budget(subject: Subject, entry: Entry) -> Entry:
+    """A budget that names a method, `budget=paca:r=16`, as that method's values."""
+    budget = str(entry.settings["budget"])
+    if budget.partition(":")[0] in VARIANTS:
+        values = _target(subject, budget, subject.spec)
+        return replace(entry, settings={**entry.settings, "budget": values})
+    return entry
+
+
 def _rank_note(entry: Entry, spec: BenchSpec, size: int) -> list[str]:
     is_rank = entry.variant.size == "r" or entry.size is not None
     return [] if is_rank or spec.equal == "values" else [f"{entry.variant.size} {size} is its size, not a rank"]
@@ -57,7 +71,8 @@ def with_size(entry: Entry, size: int) -> Entry:
 
 def size_of(entry: Entry) -> Size | None:
     """For the results."""
-    return Size(name=entry.variant.size, value=entry.settings[entry.variant.size]) if entry.variant.size else None
+    value = entry.settings.get(entry.variant.size)
+    return Size(name=entry.variant.size, value=value) if value is not None else None
 
 
 def _target(subject: Subject, wanted: str | int, spec: BenchSpec) -> int:
@@ -120,12 +135,7 @@ def heads_values(subject: Subject, entry: Entry) -> int:
     return 0 if entry.variant.name == "floor" else sum(target.trained_values for target in subject.plan.whole)
 
 
-def _paca(shared: Shared, settings: Mapping[str, Any]) -> dict[str, Any]:
-    rest = {name: value for name, value in settings.items() if name != "r"}
-    return {**rest, "rank": settings["r"], "targets": shared.layers}
-
-
 _SPECS: Mapping[str, Callable[[Shared, Mapping[str, Any]], dict[str, Any]]] = {
-    "paca": _paca,
+    "paca": paca_settings,
     "read": lambda _shared, settings: dict(settings),
 }

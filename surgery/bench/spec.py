@@ -271,6 +271,8 @@ def parse_method(text: str) -> Entry:
 
 def _require_size(text: str, variant: Variant, settings: Mapping[str, Any], values: str | int | None) -> None:
     size = settings.get(variant.size) if variant.size else None
+    if "budget" in settings and (size is not None or values is not None):
+        raise RequestError(f"{OPTION} {text}", "budget and another size", expected="one of the two")
     if size is not None and values is not None:
         raise RequestError(f"{OPTION} {text}", f"{variant.size} and {VALUES}", expected="one of the two")
     if size is not None and (type(size) is not int or size < 1):
@@ -289,7 +291,7 @@ def default_size(entry: Entry, spec: BenchSpec) -> int:
 
 def wanted_values(entry: Entry, spec: BenchSpec) -> str | int | None:
     """What a method's trained values shall come near to, where its size is to be found from that; else None."""
-    if entry.values is not None or not entry.variant.size:
+    if entry.values is not None or not entry.variant.size or "budget" in entry.settings:
         return entry.values
     is_reference = entry.variant.name == "paca"
     return f"paca:r={spec.rank}" if spec.equal == "values" and entry.size is None and not is_reference else None

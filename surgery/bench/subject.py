@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,21 @@ from surgery.backends.local import choose_device
 from surgery.bench.methods import Shared, explained, trained
 from surgery.bench.spec import BenchSpec, Entry
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
+from surgery.choosing import draw_batches
 from surgery.compat import config_dtype, keep_inputs_frozen, quiet_loading, set_checkpointing
 from surgery.data import Prepared, inspect_labels, prepare
 from surgery.errors import RequestError, UnsupportedError
+from surgery.experts import require_layers
 from surgery.generate import max_positions
 from surgery.lean_kernels import choose_kernels
 from surgery.lean_pass import rewrite
-from surgery.methods.paca import PacaSpec
-from surgery.operate import load_base_model
+from surgery.methods.paca_spec import PacaSpec
+from surgery.operate import load_base_model, resample
 from surgery.plan import Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model
 from surgery.survey import Survey, TaskSpec, class_for, configured, read_config, survey
 from surgery.tensorfile import dtype_name
-from surgery.train import read_tokenizer
+from surgery.tokens import read_tokenizer
 
 Batch = Mapping[str, Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +45,8 @@ class Subject:
     """The checkpoint as the bench sees it; no weight is read yet.
 
     seen: its model on the meta device; plan: of one column on all wanted layers, for the layers and the head;
-    has_weights: False for a folder with config.json alone, whose weights are drawn; autocast: fp32 for none.
+    has_weights: False for a folder with config.json alone, whose weights are drawn; autocast: fp32 for none; held: the
+    training set, once it has been read to choose columns by.
     """
 
     spec: BenchSpec
@@ -53,6 +56,7 @@ class Subject:
     has_weights: bool
     device: str
     autocast: str
+    held: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def shared(self, seed: int = 0) -> Shared:
         """What all methods have in common."""
@@ -67,6 +71,7 @@ class Subject:
             stored,
             self.spec.dropout,
             seed,
+            lambda select, rows: calibration(self, select, rows, seed),
         )
 
     @property
@@ -93,6 +98,7 @@ def open_subject(spec: BenchSpec) -> Subject:
     has_weights = any((root / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
     wanted = PacaSpec(rank=1, targets=tuple(spec.targets), exclude=tuple(spec.exclude))
     plan = plan_checkpoint(Checkpoint.open(root), wanted, task) if has_weights else _plan_without(seen, wanted)
+    require_layers(plan, "--targets")
     if seen.task in ("features", "image-classification"):
         raise UnsupportedError("--task", seen.task, expected="a task on text", fix="Name one with --task")
     device = choose_device(spec.device)
@@ -168,6 +174,7 @@ class Contender:
     model: Any
     subject: Subject
     optimizer: torch.optim.Optimizer | None
+    steps_done: int = 0
 
     def loss(self, batch: Batch) -> Tensor:
         """The forward pass."""
@@ -184,6 +191,9 @@ class Contender:
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self.steps_done += 1
+            if self.entry.settings.get("resample"):
+                resample(self.model, self.optimizer, step=self.steps_done)
         return loss.detach()
 
 
@@ -273,6 +283,16 @@ def open_feed(subject: Subject, *, data: Any = None) -> Feed:
         return Feed(subject, None)
     tokenizer = read_tokenizer(subject.root)
     return Feed(subject, prepare(section.spec(), task=subject.seen.task, tokenizer=tokenizer, labels=subject.labels))
+
+
+def calibration(subject: Subject, select: str, rows: int, seed: int) -> list[Batch]:
+    """Batches of the training set (or drawn ones) to choose columns by."""
+    if "feed" not in subject.held:
+        subject.held["feed"] = open_feed(subject)
+    feed: Feed = subject.held["feed"]
+    if feed.prepared is None:
+        return list(feed.batches(seed, RANDOM_BATCHES))
+    return draw_batches(feed.prepared, rows=rows, select=select, seed=seed)
 
 
 def draw(subject: Subject, seed: int) -> Batch:

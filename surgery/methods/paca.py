@@ -1,149 +1,166 @@
 """PaCA: train a few input columns of each frozen weight, in place. The layers themselves are in `paca_layers`.
 
+The rest of it: `paca_spec` (what is asked for), `paca_plan` (what will be done), `paca_files` (the base's files).
+
 Source: PaCA, arXiv 2503.01905 (ICLR 2025).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoint import Checkpoint
-from surgery.columns import choose_columns, require_strategy
-from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
-from surgery.errors import BaseMismatchError, DamagedError, RequestError, UnsupportedError
-from surgery.methods import Method, PlanRequest
-from surgery.paca_layers import SharedGather, close_layer, combine, layers, open_layer, watch_optimizers
-from surgery.plan import Stored, SurgeryPlan, Target
-from surgery.select import ALL_LINEAR, LinearSite, find_sites, ranks_of, resolve
+from surgery.columns import (
+    columns_key,
+)
+from surgery.delta import ColumnDelta, ColumnPatch, WholePatch
+from surgery.errors import BaseMismatchError, UnsupportedError
+from surgery.experts import (
+    by_parameter,
+    columns_of,
+    join,
+    join_columns,
+    require_joined,
+    take,
+)
+from surgery.methods import Method
+from surgery.methods.paca_files import bind, fresh
+from surgery.methods.paca_plan import plan, planned_columns
+from surgery.methods.paca_spec import PacaSpec
+from surgery.paca_experts import close_experts, open_experts, opened_experts, part_name
+from surgery.paca_kinds import OPENED, keep_statistics, let_go, route
+from surgery.paca_layers import (
+    PacaLayer,
+    SharedGather,
+    close_layer,
+    combine,
+    layers,
+    open_layer,
+    read_columns,
+    watch_optimizers,
+)
+from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_quantized
+from surgery.plan import SurgeryPlan, Target
+from surgery.quantized import is_quantized
+from surgery.resampling import held as held_columns
+from surgery.resampling import open_past
 from surgery.sharding import whole as gathered
-from surgery.survey import list_untouched, trace_groups
-from surgery.tensorfile import FLOAT_DTYPES, torch_dtype
-
-
-@dataclass(frozen=True)
-class PacaSpec:
-    """What PaCA is asked to do.
-
-    rank: trained columns of each layer; rank_pattern: {pattern: rank}, the last match decides; targets, exclude: names,
-    globs, `re:` patterns or `all-linear`; alpha: the update is multiplied by alpha / rank while training (None: by 1);
-    select: how columns are chosen; seed: with the layer's name it decides them.
-    """
-
-    method: ClassVar[str] = "paca"
-
-    rank: int = 16
-    targets: tuple[str, ...] = (ALL_LINEAR,)
-    exclude: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha: float | None = None
-    select: str = "random"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise RequestError("--rank", str(self.rank), expected="at least 1")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise RequestError("--alpha", str(self.alpha), expected="a positive number")
-        require_strategy(self.select)
-        for name in ("targets", "exclude"):
-            given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-
-    def scale(self, rank: int) -> float:
-        """What the stored difference is multiplied by while training."""
-        return 1.0 if self.alpha is None else self.alpha / rank
-
-
-def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
-    """The layers whose columns will train, and the matrices that will not.
-
-    Raises: SelectorError, UnsupportedError, DamagedError.
-    """
-    model, stored = request.model, request.stored
-    sites = find_sites(model, request.heads)
-    groups = trace_groups(model, sites)
-    whole = {target.parameter: target for target in request.whole}
-    candidates = [s for s in sites if f"{s.module}.weight" in stored and f"{s.module}.weight" not in whole]
-    chosen = resolve(candidates, spec.targets, exclude=spec.exclude)
-    ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
-    targets = tuple(_target(site, stored[f"{site.module}.weight"], ranks[site.module], groups) for site in chosen)
-    touched = {f"{t.module}.weight": t for t in targets} | whole
-    reasons = dict(request.converted) | {f"{s.module}.weight": "output head" for s in sites if s.is_head}
-    reasons |= {f"{s.module}.weight": f"tied with {s.tied_with}" for s in sites if s.tied_with}
-    reasons |= {f"{s.module}.weight": "not selected" for s in candidates if not s.is_head and not s.tied_with}
-    return {"targets": targets, "untouched": list_untouched(model, touched, reasons)}
-
-
-def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
-    if stored.dtype not in FLOAT_DTYPES:
-        raise UnsupportedError(
-            stored.weight,
-            f"dtype {stored.dtype}",
-            expected=f"one of {', '.join(FLOAT_DTYPES)}",
-            fix=f"Leave it out with --exclude {site.module}",
-        )
-    sizes = (site.out_features, site.in_features, site.input_axis)
-    target = Target(site.module, stored.weight, *sizes, stored.dtype, rank, groups[site.module])
-    if stored.shape != target.shape:
-        raise DamagedError(stored.weight, f"shape {stored.shape}", expected=f"{target.shape}, by config.json")
-    return target
-
-
-def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
-    """The columns the plan's seed gives a target: (r,) int64, strictly increasing."""
-    spec = plan.spec
-    return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)
-
-
-def fresh(checkpoint: Checkpoint, plan: SurgeryPlan, whole: Mapping[str, WholePatch]) -> ColumnDelta:
-    """Read every target once: its digest and its columns, unchanged."""
-    patches, targets = {}, []
-    for target in plan.targets:
-        columns = planned_columns(plan, target)
-        digest, original = read_target(checkpoint, target, columns)
-        bound = replace(target, sha256=digest)
-        master = torch.float64 if original.dtype == torch.float64 else torch.float32
-        patches[target.module] = ColumnPatch(bound, columns, original.to(master, copy=True), original)
-        targets.append(bound)
-    return ColumnDelta(replace(plan, targets=tuple(targets)), patches, whole)
+from surgery.tensorfile import torch_dtype
 
 
 def attach(model: nn.Module, plan: SurgeryPlan, delta: ColumnDelta | None) -> None:
-    """Open the plan's targets in a frozen model, in place. `delta` gives the columns' values."""
+    """Open the plan's targets in a frozen model, in place. `delta` gives the columns and their values.
+
+    A group's layers share one gathered input where their columns are equal: an adapter may bring other ones for each.
+    """
     spec = PacaSpec(**plan.spec)
     watch_optimizers()
-    shared: dict[tuple[str, int], SharedGather] = {}
+    _require_held(model, plan)
+    columns = _own_columns(model, delta) if delta else {t.module: planned_columns(plan, t) for t in plan.targets}
+    shared: dict[tuple[str, object], SharedGather] = {}
+    # what is planned needs no look at the columns, which have no values where a run is only predicted
+    keys = {t.module: (t.group, columns_key(columns[t.module]) if delta else t.rank) for t in plan.targets}
+    for name in _gathering(plan, keys):
+        shared.setdefault(keys[name], SharedGather(0)).members += 1
+    for targets in by_parameter(plan.targets).values():
+        _attach_experts(model, spec, targets, columns, delta, shared[keys[targets[0].module]])
     for target in plan.targets:
-        shared.setdefault((target.group, target.rank), SharedGather(0)).members += 1
-    if delta:
-        _require_originals(model, delta)
-    for target in plan.targets:
+        if target.holder:
+            continue
         patch = delta.patches[target.module] if delta else None
-        layer = open_layer(
-            model.get_submodule(target.module),
-            patch.columns if patch else planned_columns(plan, target),
-            input_axis=target.input_axis,
-            storage=torch_dtype(target.dtype),
-            shared=shared[target.group, target.rank],
-            scale=spec.scale(target.rank),
-        )
+        module, gather, scale = model.get_submodule(target.module), shared[keys[target.module]], spec.scale(target.rank)
+        own, storage = columns[target.module], torch_dtype(target.dtype)
+        if is_quantized(module):
+            original = patch.original if patch else None
+            layer = open_quantized(module, own, original=original, storage=storage, shared=gather, scale=scale)
+        else:
+            axis, kind = target.input_axis, OPENED[type(module)]
+            layer = open_layer(module, own, input_axis=axis, storage=storage, shared=gather, scale=scale, opened=kind)
         if patch:
-            layer.start_from(patch.values)
-            layer.refresh()
+            _start(layer, patch)
+    route(model)
+    keep_statistics(model, plan.frozen)
 
 
-def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
-    """The model holds, in the planned columns, what the adapter's base held there."""
+def _active_columns(patch: ColumnPatch) -> Tensor:
+    return patch.columns if patch.active is None else patch.active
+
+
+def _start(layer: PacaLayer, patch: ColumnPatch) -> None:
+    """Let a layer hold a patch's values: of the columns that train, and of those that did before."""
+    is_active = torch.isin(patch.columns, _active_columns(patch))
+    layer.start_from(patch.values[:, is_active])
+    layer.refresh()
+    layer.paca_scores = patch.scores
+    if not bool(is_active.all()):
+        open_past(layer, patch.columns[~is_active], patch.values[:, ~is_active])
+
+
+def _require_held(model: nn.Module, plan: SurgeryPlan) -> None:
+    """The model holds its weights as the plan says. Raises: UnsupportedError."""
+    planned = set(plan.quantization.layers) if plan.quantization else set()
+    name = next((name for name in planned if not is_quantized(model.get_submodule(name))), None)
+    if name and plan.quantization:
+        found = f"{name} is dense, and the plan holds the base as {plan.quantization.kind}"
+        fix = "Load it with surgery.load, or leave quantize out"
+        raise UnsupportedError("attach", found, expected="the model as planned", fix=fix)
+
+
+def _gathering(plan: SurgeryPlan, keys: Mapping[str, object]) -> list[str]:
+    """The targets that gather an input: of experts that share their columns one for each parameter."""
+    found = {(keys[t.module], t.name if t.holder else t.module): t.module for t in reversed(plan.targets)}
+    return list(found.values())
+
+
+def _attach_experts(
+    model: nn.Module,
+    spec: PacaSpec,
+    targets: Sequence[Target],
+    columns: Mapping[str, Tensor],
+    delta: ColumnDelta | None,
+    shared: SharedGather,
+) -> None:
+    """Open one parameter of experts: all its targets together."""
+    first, holder = targets[0], model.get_submodule(targets[0].holder)
+    if len({target.dtype for target in targets}) > 1:
+        raise UnsupportedError(first.name, "experts of several dtypes", expected="one dtype for all")
+    count = len(model.get_parameter(first.name))
+    joined = join_columns(targets, columns, count)
+    if delta:
+        require_joined(targets, columns, joined)
+    part = open_experts(
+        holder,
+        first.parameter,
+        joined,
+        storage=torch_dtype(first.dtype),
+        shared=shared if joined.dim() == 1 else SharedGather(1),
+        scale=spec.scale(first.rank),
+    )
+    if delta:
+        part.start_from(join(targets, {t.module: delta.patches[t.module].values for t in targets}, count))
+        part.refresh()
+
+
+def _read_patch_columns(model: nn.Module, target: Target, columns: Tensor) -> Tensor:
+    """What a model holds in a target's columns: (o, r)."""
+    weight = model.get_parameter(target.name).detach()
+    if target.place:
+        expert, part, parts = target.place
+        weight = weight[expert].chunk(parts)[part]
+    return read_columns(weight, columns.to(weight.device), target.input_axis)
+
+
+def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
+    """The adapter's columns by module, in which the model holds what the adapter's base held there."""
+    columns = {}
     for module, patch in delta.patches.items():
-        weight = cast("Tensor", model.get_submodule(module).weight)
-        here = weight.detach().index_select(patch.target.input_axis, patch.columns.to(weight.device))
-        here = here if patch.target.input_axis == 1 else here.t()
+        columns[module] = _active_columns(patch)
+        if not patch.target.holder and is_quantized(model.get_submodule(module)):
+            continue  # the base's own columns are not in the model: its file's digest says which base it is
+        weight = model.get_parameter(patch.target.name)
+        here = _read_patch_columns(model, patch.target, patch.columns)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
             raise BaseMismatchError(
                 f"adapter, {module}",
@@ -151,11 +168,17 @@ def _require_originals(model: nn.Module, delta: ColumnDelta) -> None:
                 expected="the base this adapter was made for",
                 fix="Name the right base with --base",
             )
+    return columns
 
 
 def trainable_names(plan: SurgeryPlan) -> set[str]:
     """The parameters that may train, by name."""
-    return {f"{t.module}.paca_delta" for t in plan.targets}
+    return {f"{layer_of(target)}.paca_delta" for target in plan.targets}
+
+
+def layer_of(target: Target) -> str:
+    """The module of an attached model that holds a target's difference."""
+    return f"{target.holder}.{part_name(target.parameter)}" if target.holder else target.module
 
 
 def collect(
@@ -163,9 +186,14 @@ def collect(
 ) -> ColumnDelta:
     """Read back what training changed. `originals`: the base's columns (o, r), by module, where its file is known."""
     opened = layers(model)
-    patches = {}
+    patches = _collect_experts(opened, plan, originals)
     for target in plan.targets:
+        if target.holder:
+            continue
         layer = opened[target.module]
+        if plan.spec.get("resample"):
+            patches[target.module] = _collect_all(layer, target)
+            continue
         held = gathered(layer.paca_original)
         values = combine(held, gathered(layer.paca_delta), layer.paca_scale)
         original = originals.get(target.module, held.to(layer.paca_storage))
@@ -174,40 +202,42 @@ def collect(
     return ColumnDelta(plan, patches, whole)
 
 
-def bind(
-    delta: ColumnDelta, checkpoint: Checkpoint, disk: Mapping[str, str], whole: Mapping[str, WholePatch]
-) -> ColumnDelta:
-    """The same delta with its targets tied to a checkpoint's files. `disk`: the name there of each parameter."""
-    patches = {module: _bind_patch(patch, checkpoint, disk) for module, patch in delta.patches.items()}
-    return ColumnDelta(replace(delta.plan, targets=tuple(patch.target for patch in patches.values())), patches, whole)
+def _collect_experts(
+    opened: Mapping[str, PacaLayer], plan: SurgeryPlan, originals: Mapping[str, Tensor]
+) -> dict[str, ColumnPatch]:
+    patches = {}
+    for targets in by_parameter(plan.targets).values():
+        part = opened[layer_of(targets[0])]
+        held = gathered(part.paca_original)
+        values, stored = combine(held, gathered(part.paca_delta), part.paca_scale), held.to(part.paca_storage)
+        for target in targets:
+            original = originals.get(target.module, take(stored, target))
+            columns = columns_of(part.paca_columns, target)
+            patches[target.module] = ColumnPatch(target, columns, take(values, target), original)
+    return patches
 
 
-def _bind_patch(patch: ColumnPatch, checkpoint: Checkpoint, disk: Mapping[str, str]) -> ColumnPatch:
-    weight = disk.get(f"{patch.target.module}.weight", "")
-    if not weight or checkpoint[weight].shape != patch.target.shape:
-        raise BaseMismatchError(
-            str(checkpoint.root),
-            f"no weight for {patch.target.module}",
-            expected=f"one of shape {patch.target.shape}",
-            fix="Name the right base",
-        )
-    target = replace(patch.target, weight=weight, dtype=checkpoint[weight].dtype)
-    digest, original = read_target(checkpoint, target, patch.columns)
-    if not torch.equal(original.to(patch.original.dtype), patch.original):
-        raise BaseMismatchError(
-            str(checkpoint.root),
-            f"{weight} is not what the model started from",
-            expected="the checkpoint the model was loaded from",
-        )
-    is_same = patch.values == patch.original.to(patch.values.dtype)  # unmoved: the file may say it more exactly
-    values = torch.where(is_same, original.to(patch.values.dtype), patch.values)
-    return ColumnPatch(replace(target, sha256=digest), patch.columns, values, original)
+def _collect_all(layer: PacaLayer, target: Target) -> ColumnPatch:
+    """All columns that have trained, each once."""
+    everything, now = held_columns(layer), layer.paca_columns.to("cpu", copy=True)
+    values = combine(everything.original, everything.delta, layer.paca_scale)
+    original = everything.original.to(layer.paca_storage)
+    return ColumnPatch(target, everything.columns, values, original, now, layer.paca_scores)
 
 
 def detach(model: nn.Module, *, merge: bool) -> None:
     """Plain layers again, in place: with the trained columns (`merge`) or with the base's."""
+    dtype = next(
+        (p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".paca_" not in name), None
+    )
+    for experts in opened_experts(model).values():
+        close_experts(experts, merge=merge)
     for layer in layers(model).values():
-        close_layer(layer, merge=merge)
+        if isinstance(layer, QuantizedPacaLinear):
+            close_quantized(layer, merge=merge, dtype=dtype)
+        else:
+            close_layer(layer, merge=merge)
+    let_go(model)
 
 
 METHOD = Method("paca", "arXiv 2503.01905", PacaSpec, plan, fresh, attach, trainable_names, collect, bind, detach)

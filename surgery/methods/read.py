@@ -56,6 +56,7 @@ class ReadSpec:
     """
 
     method: ClassVar[str] = "read"
+    later: ClassVar[tuple[str, ...]] = ()
 
     cell: str = "gru"
     hidden: int = 256
@@ -125,6 +126,9 @@ def choose_layers(text: str, depth: int | None, *, stack: str = BACKBONE) -> tup
 
 def plan(spec: ReadSpec, request: PlanRequest) -> dict[str, Any]:
     """The stacks that are read and the tensors of their side networks. Raises: RequestError, UnsupportedError."""
+    if request.quantization:
+        found = f"a base held as {request.quantization.kind}, and method read"
+        raise UnsupportedError("--method", found, expected="a base in 16 or 32 bits, or method paca")
     stacks = _choose_stacks(spec, find_stacks(request.model))
     if spec.pooling != "own" and (request.task not in POOLED_TASKS or len(stacks) > 1):
         expected = "own, as pooling is for classifiers and regression on one stack"

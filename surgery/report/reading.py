@@ -13,7 +13,9 @@ from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import RECORD_FILE, read_json, require_folder
 from surgery.delta import ADAPTER_FILE, ColumnDelta, Delta
 from surgery.errors import DamagedError, NotAModelError
+from surgery.experts import take
 from surgery.manifest import ADAPTER, MERGED, ONNX, REMOTE_CODE, Check, Manifest, Record, parse_record, read_document
+from surgery.methods.paca import layer_of
 from surgery.plan import SurgeryPlan
 from surgery.report.curves import Entry, read_entries
 from surgery.runs import (
@@ -165,14 +167,18 @@ def _checkpoint_columns(adapter: Adapter, checkpoint: Path) -> dict[str, Tensor]
     if not isinstance(adapter.delta, ColumnDelta) or not (checkpoint / STATE_FILE).is_file():
         return None
     tensors, spec = TensorFile(checkpoint / STATE_FILE), adapter.plan.spec
+    if spec.get("resample"):
+        return None  # other columns than the adapter's train by now
     found = {}
     for target in adapter.plan.targets:
-        name = f"{target.module}.paca_delta"
+        name = f"{layer_of(target)}.paca_delta"
         if name not in tensors.infos:
             raise DamagedError(str(checkpoint / STATE_FILE), f"no {name}", expected="the state of this plan")
         scale = spec["alpha"] / target.rank if spec.get("alpha") else 1.0
         original = adapter.delta.patches[target.module].original
-        found[target.module] = original.double() + scale * tensors.read(name).double()
+        held = tensors.read(name)  # of experts' tensors that of all
+        difference = take(held, target) if target.holder else held
+        found[target.module] = original.double() + scale * difference.double()
     return found
 
 

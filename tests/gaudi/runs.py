@@ -16,7 +16,7 @@ from torch import Tensor
 from surgery.adapter import Adapter, open_adapter
 from surgery.backends import gaudi
 from surgery.delta import ColumnDelta
-from surgery.methods.paca import PacaSpec
+from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection

@@ -1,0 +1,131 @@
+"""What batches say of a model's weights: one number for each input column, summed up layer by layer.
+
+Inputs are seen by hooks on the layers. Gradients are the weights' own, which autograd computes for the chosen layers
+alone; each is reduced and let go as soon as it is there, so that there is one dense gradient at a time.
+
+Sums are kept in float64: the order of the batches changes them in their last digits only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from surgery.columns import GRADIENTS, STRATEGIES
+from surgery.errors import CheckError, RequestError, UnsupportedError
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer to look at: `input_axis` is the weight's axis that its inputs run along."""
+
+    module: str
+    input_axis: int
+
+
+def calibrate(model: Any, sites: Sequence[Site], strategy: str, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Each layer's scores (i,) float64 by module, over all batches. The model is left as it was.
+
+    Raises: RequestError without batches; UnsupportedError where there is no loss, or a layer's weight has no gradient;
+    CheckError where scores are not finite.
+    """
+    scores = {site.module: _zeros(model, site) for site in sites}
+    look = _gradients if STRATEGIES[strategy].looks_at == GRADIENTS else _inputs
+    seen = 0
+    with _evaluating(model), look(model, sites, strategy, scores):
+        for batch in batches:
+            _run(model, batch, strategy)
+            seen += 1
+    if not seen:
+        raise RequestError("--calibration-data", "no batch", expected="at least one row")
+    wrong = [name for name, score in scores.items() if not bool(score.isfinite().all())]
+    if wrong:
+        fix = "Look at the data and the model: a forward or its gradient overflows"
+        raise CheckError(
+            f"--select {strategy}", f"{wrong[0]} has scores that are not finite", expected="numbers", fix=fix
+        )
+    return scores
+
+
+def _zeros(model: nn.Module, site: Site) -> Tensor:
+    weight = cast("Tensor", model.get_submodule(site.module).weight)
+    return torch.zeros(weight.shape[site.input_axis], dtype=torch.float64)
+
+
+def _run(model: Any, batch: Batch, strategy: str) -> None:
+    placed = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    if STRATEGIES[strategy].looks_at != GRADIENTS:
+        with torch.no_grad():
+            model(**placed)
+        return
+    loss = model(**placed).loss
+    if loss is None:
+        fix = "Give batches with labels, or name the task with --task"
+        raise UnsupportedError(f"--select {strategy}", f"{type(model).__name__} gives no loss", expected="one", fix=fix)
+    loss.backward()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, and no gradients but those that are asked for; all as it was in the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+        for parameter, was_wanted in wanted:
+            parameter.requires_grad_(was_wanted)
+
+
+@contextmanager
+def _inputs(model: nn.Module, sites: Sequence[Site], strategy: str, scores: Mapping[str, Tensor]) -> Iterator[None]:
+    def watch(site: Site) -> Any:
+        def add(module: Any, args: tuple[Any, ...]) -> None:
+            out_features = module.weight.shape[1 - site.input_axis]
+            scores[site.module].add_(STRATEGIES[strategy].score(args[0], out_features=out_features).cpu())
+
+        return add
+
+    with ExitStack() as stack:
+        for site in sites:
+            handle = model.get_submodule(site.module).register_forward_pre_hook(watch(site))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _gradients(model: nn.Module, sites: Sequence[Site], strategy: str, scores: Mapping[str, Tensor]) -> Iterator[None]:
+    def watch(site: Site) -> Any:
+        def add(weight: Tensor) -> None:
+            gradient, values = weight.grad, weight
+            weight.grad = None  # before the next layer's is computed
+            assert gradient is not None  # noqa: S101  the hook runs after it was put there
+            gradient, values = (t if site.input_axis == 1 else t.t() for t in (gradient, values))
+            scores[site.module].add_(STRATEGIES[strategy].score(gradient, values.detach()).cpu())
+
+        return add
+
+    with ExitStack() as stack:
+        for site in sites:
+            weight = cast("Tensor", model.get_submodule(site.module).weight)
+            if not weight.is_floating_point() or type(weight.data) is not Tensor:  # torchao has a class of its own
+                found = f"{site.module} has a weight of {weight.dtype}, which has no gradient"
+                raise UnsupportedError(
+                    f"--select {strategy}", found, expected="activation, or a base that is not quantized"
+                )
+            weight.requires_grad_()
+            handle = weight.register_post_accumulate_grad_hook(watch(site))  # type: ignore[no-untyped-call]
+            stack.callback(handle.remove)
+        yield

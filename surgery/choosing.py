@@ -1,0 +1,220 @@
+"""Which columns a plan's strategy means, where it has to look: at weights, at inputs or at gradients, or into a file.
+
+What is chosen is stored (the adapter file holds the columns), so that nothing is looked at again when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from surgery.adapter import draw_heads
+from surgery.calibration import Batch, Site, calibrate
+from surgery.checkpoint import Checkpoint
+from surgery.columns import (
+    INPUTS,
+    RANDOM,
+    STRATEGIES,
+    WEIGHTS,
+    Choice,
+    GroupScores,
+    budget_values,
+    generator_seed,
+    is_file,
+    spread,
+    takes_data,
+    top_columns,
+)
+from surgery.data import DataSpec, Prepared, prepare, prepare_images
+from surgery.delta import ColumnDelta
+from surgery.errors import RequestError, UnsupportedError
+from surgery.images import TASK as IMAGES
+from surgery.images import read_processor
+from surgery.methods.paca_plan import named_columns
+from surgery.methods.paca_spec import PacaSpec
+from surgery.plan import SurgeryPlan, Target, Untouched
+from surgery.table import fold
+from surgery.tensorfile import file_sha256
+from surgery.tokens import read_tokenizer
+
+BATCH_ROWS = 8  # of a gradient; inputs are looked at row by row, without padding
+Chosen = tuple[SurgeryPlan, Choice | None]
+
+
+def looks(plan: SurgeryPlan) -> bool:
+    """Whether a plan's columns are not decided by its seed."""
+    return bool(plan.targets) and plan.spec.get("select", RANDOM) != RANDOM
+
+
+def choose(checkpoint: Checkpoint, plan: SurgeryPlan, load: Callable[..., Any]) -> Chosen:
+    """The plan with what its columns' scores decide, and the columns; None where the seed decides them all.
+
+    load: (root, plan, dtype=..) -> the base as a model, for what looks at inputs or gradients.
+    Raises: RequestError, DataError, UnsupportedError, CheckError, ResourceError.
+    """
+    if not looks(plan):
+        return plan, None
+    spec = PacaSpec(**plan.spec)
+    if is_file(spec.select):
+        return plan, _named(plan, spec)
+    if STRATEGIES[spec.select].looks_at == WEIGHTS:
+        weights = ((target, checkpoint.read_tensor(target.weight)) for target in plan.targets)
+        return settle(plan, _weight_scores(spec, weights))
+    require_data(spec)
+    batches = calibration_batches(checkpoint.root, plan, spec)
+    is_half = any(target.dtype == "F16" for target in plan.targets)
+    held = plan.quantization
+    dense = plan if held is None or held.is_stored else replace(plan, quantization=None)  # looked at before
+    model = load(checkpoint.root, dense, dtype=torch.float32 if is_half else None)
+    draw_heads(model, checkpoint, plan)
+    model.config.use_cache = False
+    settled, choice = settle(plan, calibrate(model, _sites(plan), spec.select, batches))
+    return replace(settled, calibration=_digests(spec)), choice
+
+
+def choose_live(model: Any, plan: SurgeryPlan, batches: Iterable[Batch]) -> Chosen:
+    """The same for a model in memory. `batches`: what it is called with, labels included. Raises: as `choose`."""
+    if not looks(plan):
+        return plan, None
+    spec = PacaSpec(**plan.spec)
+    if is_file(spec.select):
+        return plan, _named(plan, spec)
+    if STRATEGIES[spec.select].looks_at == WEIGHTS:
+        weights = ((t, cast("Tensor", model.get_submodule(t.module).weight).detach()) for t in plan.targets)
+        return settle(plan, _weight_scores(spec, weights))
+    return settle(plan, calibrate(model, _sites(plan), spec.select, batches))
+
+
+def carried(adapter: ColumnDelta, planned: SurgeryPlan) -> Chosen:
+    """A plan of one column on all wanted layers, for another task, with what an adapter has on the same weights."""
+    patches = {patch.target.weight: patch for patch in adapter.patches.values()}
+    first: dict[str, str] = {}
+    targets = []
+    for target in planned.targets:
+        if target.weight in patches:
+            before = patches[target.weight].target
+            group = first.setdefault(before.group, target.module)
+            targets.append(replace(target, rank=before.rank, group=group))
+    dropped = _count_dropped([t for t in planned.targets if t.weight not in patches], "no columns were chosen for it")
+    plan = replace(
+        planned,
+        spec=adapter.plan.spec,
+        targets=tuple(targets),
+        untouched=(*planned.untouched, *dropped),
+        calibration=adapter.plan.calibration,
+    )
+    columns = {target.module: patches[target.weight].columns for target in targets}
+    scores = {target.module: patches[target.weight].scores for target in targets}
+    return plan, Choice(columns, {module: score for module, score in scores.items() if score is not None})
+
+
+def _named(plan: SurgeryPlan, spec: PacaSpec) -> Choice:
+    return Choice(named_columns(spec.select, plan.targets, {t.module: t.group for t in plan.targets}))
+
+
+def _sites(plan: SurgeryPlan) -> list[Site]:
+    return [Site(target.module, target.input_axis) for target in plan.targets]
+
+
+def _weight_scores(spec: PacaSpec, weights: Iterable[tuple[Target, Tensor]]) -> dict[str, Tensor]:
+    """Scores by module; one weight is in memory at a time."""
+    score, found = STRATEGIES[spec.select].score, {}
+    for target, weight in weights:
+        weight_oi = weight if target.input_axis == 1 else weight.t()
+        found[target.module] = score(weight_oi, seed=spec.seed, name=target.weight).cpu()
+    return found
+
+
+# --- from scores to a plan
+
+
+def settle(plan: SurgeryPlan, scores: Mapping[str, Tensor]) -> Chosen:
+    """The plan and its columns by scores (i,) of its targets, by module.
+
+    Of a group the layers' scores are summed. Raises: RequestError for a budget that cannot be met.
+    """
+    spec = PacaSpec(**plan.spec)
+    summed: dict[str, Tensor] = {}
+    values: dict[str, int] = {}
+    for target in plan.targets:
+        before = summed.get(target.group)
+        summed[target.group] = scores[target.module] if before is None else before + scores[target.module]
+        values[target.group] = values.get(target.group, 0) + target.out_features
+    if spec.budget:
+        groups = [GroupScores(group, summed[group], values[group]) for group in sorted(summed)]
+        total = sum(target.out_features * target.in_features for target in plan.targets)
+        plan = _with_ranks(plan, spread(groups, budget_values(spec.budget, total)))
+    columns = {t.module: top_columns(summed[t.group], t.rank, seed=spec.seed, group=t.group) for t in plan.targets}
+    kept = {t.module: summed[t.group] for t in plan.targets} if spec.resample else {}
+    return plan, Choice(columns, kept)
+
+
+def _with_ranks(plan: SurgeryPlan, ranks: Mapping[str, int]) -> SurgeryPlan:
+    """Ranks by group; layers of a group that has none are not touched."""
+    targets = tuple(replace(t, rank=ranks[t.group]) for t in plan.targets if t.group in ranks)
+    dropped = _count_dropped([t for t in plan.targets if t.group not in ranks], "nothing of the budget")
+    return replace(plan, targets=targets, untouched=(*plan.untouched, *dropped))
+
+
+def _count_dropped(targets: Iterable[Target], reason: str) -> tuple[Untouched, ...]:
+    counts = Counter(fold(f"{target.module}.weight") for target in targets)
+    return tuple(Untouched(name, count, reason) for name, count in counts.items())
+
+
+# --- the data
+
+
+def require_data(spec: PacaSpec) -> None:
+    """Data are named where a strategy takes them. Raises: RequestError."""
+    if takes_data(spec.select) and not spec.calibration_data:
+        expected = "data to look at"
+        raise RequestError(f"--select {spec.select}", "no data", expected=expected, fix="Give --calibration-data FILE")
+
+
+def _digests(spec: PacaSpec) -> dict[str, str]:
+    return {name: file_sha256(Path(name)) for name in spec.calibration_data if Path(name).is_file()}
+
+
+def has_same_data(plan: SurgeryPlan) -> bool:
+    """Whether the files that a plan's columns were chosen by are those that are there now; those gone count as such."""
+    if not plan.calibration:
+        return True
+    return all(digest == plan.calibration[name] for name, digest in _digests(PacaSpec(**plan.spec)).items())
+
+
+def calibration_batches(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> list[Batch]:
+    """Rows drawn by the seed, as the model is called with them: a function of the data, the seed and the tokenizer.
+
+    Raises: DataError; RequestError; UnsupportedError for a model without a task.
+    """
+    if plan.task == "features":
+        fix = "Name the task with --task"
+        found = f"a {plan.architecture} has no task, and rows mean nothing to it"
+        raise UnsupportedError(f"--select {spec.select}", found, expected="a model with one", fix=fix)
+    prepared = _prepare(root, plan, spec)
+    return draw_batches(prepared, rows=spec.calibration_rows, select=spec.select, seed=spec.seed)
+
+
+def _prepare(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> Prepared:
+    names = plan.config.get("id2label", {})
+    labels = () if plan.task == "regression" else tuple(names[key] for key in sorted(names, key=int))
+    data = DataSpec(train=spec.calibration_data, columns=spec.calibration_columns)
+    if plan.task == IMAGES:
+        return prepare_images(data, processor=read_processor(root), labels=labels)
+    data = replace(data, max_length=spec.calibration_length)
+    return prepare(data, task=plan.task, tokenizer=read_tokenizer(root), labels=labels)
+
+
+def draw_batches(prepared: Prepared, *, rows: int, select: str, seed: int) -> list[Batch]:
+    """At most so many rows of a training set, in batches for a strategy, as a function of the seed and the set."""
+    size = 1 if STRATEGIES[select].looks_at == INPUTS else BATCH_ROWS
+    generator = torch.Generator().manual_seed(generator_seed(seed, "calibration"))
+    order = torch.randperm(len(prepared.train), generator=generator)[:rows].tolist()
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return [prepared.collator([prepared.train[number] for number in part]) for part in parts]

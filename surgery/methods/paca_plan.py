@@ -1,0 +1,277 @@
+"""PaCA's plan: which layers a request means, how many columns of each, and how the base is held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.columns import (
+    FILE,
+    RANDOM,
+    STRATEGIES,
+    WEIGHTS,
+    budget_values,
+    choose_columns,
+    even_scores,
+    is_file,
+    random_columns,
+    read_columns_file,
+    refuse_stored,
+    spread,
+)
+from surgery.embedding_rows import find_embedding, require_rows, without_embedding
+from surgery.errors import DamagedError, RequestError, UnsupportedError, closest
+from surgery.experts import (
+    expert_group,
+    find_experts,
+    holders,
+    require_whole,
+)
+from surgery.methods import PlanRequest
+from surgery.methods.paca_spec import PacaSpec
+from surgery.paca_experts import SHARED, require_way
+from surgery.paca_kinds import moving_statistics
+from surgery.plan import Quantization, Stored, SurgeryPlan, Target
+from surgery.quantized import GROUP, quantizable
+from surgery.select import (
+    ALL,
+    ALL_LINEAR,
+    CONVOLUTION,
+    EMBEDDING,
+    EXPERTS,
+    LINEAR,
+    LinearSite,
+    asked_rank,
+    ranks_of,
+    resolve,
+)
+from surgery.sites import find_all_sites
+from surgery.survey import list_untouched, trace_groups
+from surgery.tensorfile import FLOAT_DTYPES
+
+QUANTIZABLE = ("F16", "BF16", "F32")
+
+
+def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
+    """The layers whose columns will train, and the matrices that will not.
+
+    A budget is spread evenly here: where scores say otherwise, `surgery.choosing` does.
+    Raises: SelectorError, UnsupportedError, DamagedError, RequestError for a budget that cannot be met.
+    """
+    refuse_stored(spec.select)
+    model, stored = request.model, request.stored
+    sites = find_all_sites(model, request.heads)
+    experts = find_experts(model, stored, request.parts)
+    groups = trace_groups(model, sites, holders(model))
+    whole = {target.parameter: target for target in request.whole}
+    candidates = [_sized(spec, site) for site in sites if site.name in stored and site.name not in whole]
+    embedding = find_embedding(model, candidates, spec.rows)
+    candidates = [site for site in candidates if site.kind != EMBEDDING]
+    everything = [*candidates, *(site for site, _ in experts)]
+    selectors = without_embedding(spec.targets, everything, sites, embedding)
+    chosen = resolve(everything, selectors, exclude=spec.exclude) if selectors or not embedding else ()
+    _require_layers_alone(spec, [*chosen, *([embedding] if embedding else [])])
+    ranks = _ranks(spec, chosen, groups)
+    chosen = tuple(site for site in chosen if site.module in ranks)
+    _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
+    _require_trainable_experts(spec, request, chosen)
+    places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
+    targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
+    if embedding:
+        rows = require_rows(embedding, spec.rows, model)
+        target = _target(embedding, stored[embedding.name], len(rows), groups)
+        targets = tuple(sorted((*targets, replace(target, rows=rows)), key=lambda target: target.module))
+    touched = {target.name: target for target in targets} | whole
+    reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
+    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
+    reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
+    reasons |= {site.name: "experts: name them in --targets" for site, _ in experts}
+    quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
+    _require_dense_where_needed(spec, quantization, request)
+    return {
+        "targets": targets,
+        "untouched": list_untouched(model, touched, reasons),
+        "frozen": moving_statistics(model),
+        "quantization": quantization,
+    }
+
+
+def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSite]) -> Quantization | None:
+    """How the base will be held: every linear layer that can be is quantized, trained or not, but for the heads.
+
+    Raises: UnsupportedError where none can be; RequestError where it is quantized already.
+    """
+    if not spec.quantize:
+        return request.quantization
+    if request.quantization:
+        found = f"{spec.quantize}, and the base is held as {request.quantization.kind} already"
+        raise RequestError("--quantize", found, expected="a base in 16 or 32 bits", fix="Leave it out")
+    fitting = [s.module for s in sites if request.stored[s.name].dtype in QUANTIZABLE]
+    names = quantizable(request.model, fitting)
+    if not names:
+        found = f"{spec.quantize}, and {type(request.model).__name__} has no layer that could be"
+        raise UnsupportedError("--quantize", found, expected="linear layers (nn.Linear) of 16 or 32 bits",
+                               fix="Leave it out")  # fmt: skip
+    uneven = [s for s in sites if s.module in names and spec.quantize == "torchao-int4" and s.in_features % GROUP]
+    if uneven:
+        found = f"{spec.quantize}, and {uneven[0].module} has {uneven[0].in_features} inputs"
+        raise UnsupportedError("--quantize", found, expected=f"widths that {GROUP} divides", fix="Take nf4 or int8")
+    return Quantization(
+        spec.quantize, is_stored=False, layers={name: request.stored[f"{name}.weight"].weight for name in names}
+    )
+
+
+def _require_dense_where_needed(spec: PacaSpec, quantization: Quantization | None, request: PlanRequest) -> None:
+    """Columns that go out are written into the weight, and some strategies read it. Raises: UnsupportedError."""
+    if quantization and spec.resample:
+        found = f"a base held as {quantization.kind}, into which no column can be written"
+        raise UnsupportedError("--resample", found, expected="a dense base", fix="Leave out one of them")
+    if request.quantization and not is_file(spec.select) and STRATEGIES[spec.select].looks_at == WEIGHTS:
+        found = f"weights that are held as {request.quantization.kind}"
+        fix = "Choose by activation, or start from the checkpoint that it was quantized from"
+        raise UnsupportedError(f"--select {spec.select}", found, expected="dense weights to look at", fix=fix)
+
+
+def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
+    """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is."""
+    asked = asked_rank(site, spec.rank, spec.rank_pattern)
+    return replace(site, is_narrow=site.kind == CONVOLUTION and asked > site.in_features)
+
+
+def why_left(site: LinearSite) -> str:
+    """Why a layer that could have been meant does not train."""
+    if site.is_narrow and not site.unfit:
+        return f"convolution of {site.in_features} channels, fewer than the rank"
+    return site.unfit or ("not selected" if site.kind in ALL[ALL_LINEAR] else site.kind)
+
+
+def _require_trainable_experts(spec: PacaSpec, request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
+    """Experts multiply in a way in which columns train, beside layers held as they are. Raises: UnsupportedError."""
+    experts = [site for site in chosen if site.holder]
+    for holder in {site.holder for site in experts}:
+        require_way(request.model.get_submodule(holder))
+    if experts and (spec.quantize or request.quantization):
+        found = f"experts train ({experts[0].module}) beside a quantized base, which has not been tried"
+        raise UnsupportedError("--quantize", found, expected="a base in 16 or 32 bits", fix=f"Leave out {EXPERTS}")
+
+
+def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:
+    """Layers that are no linear ones have columns that the seed decides, or rows that are named, once and for all.
+
+    Raises: UnsupportedError.
+    """
+    expert = next((site for site in chosen if site.holder or site.kind != LINEAR), None)
+    settings = {"--select": spec.select != RANDOM, "--budget": spec.budget, "--resample": spec.resample}
+    given = next((name for name, is_given in settings.items() if is_given), "")
+    if expert and given:
+        kind, name = ("experts", EXPERTS) if expert.holder else (f"{expert.kind} layers", expert.module)
+        fix = f"Leave out {given}, or {name} among the --targets"
+        raise UnsupportedError(given, f"{kind} train ({expert.module})", expected="linear layers alone", fix=fix)
+
+
+def _ranks(spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
+    """How many columns of each layer train, by module; a budget may leave some out."""
+    if is_file(spec.select):
+        return {module: len(columns) for module, columns in named_columns(spec.select, chosen, groups).items()}
+    return _even_ranks(spec, chosen, groups) if spec.budget else ranks_of(chosen, spec.rank, spec.rank_pattern)
+
+
+def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Mapping[str, str]) -> dict[str, Tensor]:
+    """The columns that a file names for each layer, or for the group that it is in. Raises: RequestError."""
+    named, result = read_columns_file(Path(select.removeprefix(FILE))), {}
+    for site in sites:
+        found = named.get(site.module, named.get(groups[site.module]))
+        if found is None:
+            hint = closest(site.module, named) or "Name the layers with --targets"
+            raise RequestError(f"--select {select}", f"no columns for {site.module}", expected="some", fix=hint)
+        if int(found[-1]) >= site.in_features:
+            expected = f"columns below {site.in_features}, its width"
+            raise RequestError(f"--select {select}", f"{site.module}: column {int(found[-1])}", expected=expected)
+        result[site.module] = found
+    surplus = sorted(set(named) - {site.module for site in sites} - {groups[site.module] for site in sites})
+    if surplus:
+        strange, fix = f"columns for {surplus[0]!r}, which does not train", closest(surplus[0], result)
+        raise RequestError(f"--select {select}", strange, expected="the layers that --targets means", fix=fix)
+    return result
+
+
+def _even_ranks(spec: PacaSpec, sites: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
+    """Ranks by module that use up a budget, of each group the same part of its columns.
+
+    A layer may get none; where scores will decide, one column stands for that.
+    """
+    values: dict[str, int] = {}
+    widths = {groups[site.module]: site.in_features for site in sites}
+    for site in sites:
+        values[groups[site.module]] = values.get(groups[site.module], 0) + site.out_features
+    scores = [even_scores(group, width, values[group], seed=spec.seed) for group, width in sorted(widths.items())]
+    ranks = spread(scores, budget_values(spec.budget, sum(site.out_features * site.in_features for site in sites)))
+    if spec.select != RANDOM:
+        ranks = dict.fromkeys(widths, 1) | ranks
+    return {site.module: ranks[groups[site.module]] for site in sites if groups[site.module] in ranks}
+
+
+def _settle_experts(
+    spec: PacaSpec,
+    chosen: Sequence[LinearSite],
+    known: Sequence[LinearSite],
+    ranks: Mapping[str, int],
+    groups: dict[str, str],
+) -> None:
+    """Add the groups of the experts that were chosen. Raises: SelectorError, UnsupportedError, RequestError."""
+    mine = [site for site in chosen if site.holder]
+    if spec.experts != SHARED and not mine:
+        fix = f"Add {EXPERTS} to --targets, or leave it out"
+        raise RequestError("--experts", f"{spec.experts!r}, and no experts train", expected="experts to train", fix=fix)
+    require_whole(mine, known, ranks)
+    groups |= {site.module: expert_group(site, spec.experts, groups) for site in mine}
+
+
+def _target(site: LinearSite, stored: Stored, rank: int, groups: Mapping[str, str]) -> Target:
+    if stored.dtype not in FLOAT_DTYPES:
+        raise UnsupportedError(
+            stored.weight,
+            f"dtype {stored.dtype}",
+            expected=f"one of {', '.join(FLOAT_DTYPES)}",
+            fix=f"Leave it out with --exclude {site.module}",
+        )
+    target = Target(
+        site.module,
+        stored.weight,
+        site.out_features,
+        site.in_features,
+        site.input_axis,
+        stored.dtype,
+        rank,
+        groups[site.module],
+        parameter=site.parameter,
+        sizes=site.sizes,
+        holder=site.holder,
+        place=site.place,
+    )
+    if stored.shape != target.shape:
+        raise DamagedError(stored.weight, f"shape {stored.shape}", expected=f"{target.shape}, by config.json")
+    return target
+
+
+def planned_columns(plan: SurgeryPlan, target: Target) -> Tensor:
+    """The columns the plan's seed gives a target: (r,) int64, strictly increasing.
+
+    Of a plan whose columns are an adapter's own or chosen by looking, any: without them only sizes are asked for.
+    """
+    if target.rows:
+        return torch.tensor(target.rows)
+    return random_columns(target.in_features, target.rank, seed=plan.spec["seed"], group=target.group)
+
+
+def seed_columns(plan: SurgeryPlan, target: Target) -> Tensor:
+    """The same where nothing else may decide. Raises: UnsupportedError."""
+    spec = plan.spec
+    if target.rows:
+        return torch.tensor(target.rows)
+    return choose_columns(spec["select"], target.in_features, target.rank, seed=spec["seed"], group=target.group)

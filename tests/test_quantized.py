@@ -1,0 +1,547 @@
+"""PaCA over a quantized base: exact to the dequantized weight, nothing dense kept, and merges that say what they do."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exporters import dense, lora
+from surgery import operate, paca_quantized, quantized
+from surgery.adapter import open_adapter
+from surgery.checkpoint import Checkpoint
+from surgery.compat import set_checkpointing
+from surgery.errors import BaseMismatchError, UnsupportedError
+from surgery.forecast import Question, forecast
+from surgery.methods.paca_spec import PacaSpec
+from surgery.paca_layers import PacaLayer, layers
+from surgery.plan import SurgeryPlan
+from surgery.planning import plan_checkpoint
+from surgery.quantized_base import seen_weight
+from surgery.verify import verify
+from tests.conftest import TinyModel
+from tests.console import Command, Console
+from tests.examples import TEXTS
+from tests.tiny import sample_inputs
+from tests.trained import make_adapter
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra bnb")
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+KINDS = [
+    pytest.param(name, marks=[] if kind.package == "bitsandbytes" or HAS_TORCHAO else pytest.mark.skip("no torchao"))
+    for name, kind in quantized.KINDS.items()
+]
+BNB = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
+DOUBLE = PacaSpec(rank=4, quantize="nf4-double")
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values from a fixed seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def layer_of(kind: str, *, bias: bool, dtype: torch.dtype = torch.float32) -> tuple[PacaLayer, Tensor]:
+    """An opened quantized layer (32 -> 48) whose columns have moved, and the dense weight that it stands for."""
+    model: Any = nn.Sequential(nn.Linear(32, 48, bias=bias, dtype=dtype))
+    model[0].weight.data.copy_(drawn(48, 32))
+    operate.attach(model, PacaSpec(rank=5, quantize=kind))
+    opened: Any = model[0]
+    with torch.no_grad():
+        opened.paca_delta.copy_(drawn(48, 5))
+    return opened, opened.dense()
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_model: TinyModel) -> Path:
+    """A tiny Llama in bf16."""
+    return tiny_model("llama", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def stored(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as bitsandbytes' 4-bit files, written by transformers."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings, dtype="auto")
+    folder = tmp_path_factory.mktemp("stored") / "model"
+    model.save_pretrained(folder)
+    for path in llama.glob("*token*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def logits(model: Any) -> Tensor:
+    """Of the sample batch, in eval mode."""
+    with operate.evaluating(model):
+        result: Tensor = model(**sample_inputs("llama")).logits
+    return result
+
+
+# --- the interface
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_a_packed_weight_comes_back_near_and_rounded_once(kind: str, dtype: torch.dtype) -> None:
+    """In each dtype the values are those of float32 rounded, and near the original as so few bits allow."""
+    weight = drawn(48, 64, dtype=dtype)
+    holder = nn.Linear(1, 1, bias=False)
+    holder.weight = quantized.pack(weight, kind)
+    assert quantized.is_quantized(holder)
+    assert not holder.weight.requires_grad
+    assert quantized.kind_of(holder) == kind
+    exact = quantized.dequantize(holder, torch.float32)
+    assert torch.equal(quantized.dequantize(holder, dtype), exact.to(dtype))
+    assert torch.equal(quantized.round_trip(weight, kind), exact.to(dtype))
+    error = float((exact - weight.float()).norm() / weight.float().norm())
+    assert (0.002 if "int8" in kind else 0.03) < error < (0.02 if "int8" in kind else 0.15)
+
+
+@pytest.mark.parametrize("kind", ("nf4", "fp4"))
+def test_codes_and_values_are_bitsandbytes_own(kind: str) -> None:
+    """What its own functions quantize and dequantize is the same, bit for bit; double quantization to its own error."""
+    weight, functional = drawn(48, 64), bitsandbytes.functional
+    for is_double in (False, True):
+        packed, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=is_double)
+        ours = quantized.pack(weight, f"{kind}-double" if is_double else kind)
+        assert torch.equal(packed, ours.data)
+        theirs = functional.dequantize_4bit(packed, state)
+        found = quantized.round_trip(weight, f"{kind}-double" if is_double else kind)
+        torch.testing.assert_close(found, theirs, rtol=1e-6 if is_double else 0, atol=0)
+
+
+@pytest.mark.parametrize("kind", BNB)
+def test_the_predicted_size_is_the_real_one(kind: str) -> None:
+    """Values, scales and tables: what `surgery plan` counts is what the weight holds."""
+    weight: Any = quantized.pack(drawn(48, 96), kind)
+    beside = [weight.SCB] if kind == "int8" else [weight.quant_state.absmax, weight.quant_state.code]
+    if "double" in kind:
+        nested = weight.quant_state.state2
+        beside += [nested.absmax, nested.code, weight.quant_state.offset]
+    assert quantized.KINDS[kind].size_bytes(48, 96) == weight.nbytes + sum(tensor.nbytes for tensor in beside)
+
+
+def test_a_weight_of_another_type_is_refused() -> None:
+    """Nothing is guessed by a name: a plain weight is not quantized."""
+    assert not quantized.is_quantized(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedError, match=r"a weight of type torch\.nn\.parameter:Parameter"):
+        quantized.dequantize(nn.Linear(2, 2), torch.float32)
+
+
+# --- gradients, and what is kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ((5, 32), (2, 3, 32), (2, 3, 2, 32)), ids=str)
+@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
+def test_gradients_are_those_of_the_dequantized_weight(kind: str, shape: tuple[int, ...], *, bias: bool) -> None:
+    """Forward, the input's gradient and the columns' see the dequantized weight with the trained columns in it."""
+    layer, weight = layer_of(kind, bias=bias)
+    theirs = nn.Linear(32, 48, bias=bias)
+    theirs.weight.data.copy_(weight)
+    if bias:
+        theirs.bias.data.copy_(layer.bias)
+    x = drawn(*shape)
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    results = [module(value) for module, value in zip((layer, theirs), given, strict=True)]
+    assert torch.equal(*results)
+    for result in results:
+        (result * drawn(*result.shape)).sum().backward()
+    torch.testing.assert_close(given[0].grad, given[1].grad, rtol=1e-6, atol=1e-6)
+    expected = theirs.weight.grad[:, layer.paca_columns]
+    torch.testing.assert_close(layer.paca_delta.grad, expected, rtol=1e-5, atol=1e-5)
+    held = quantized.dequantize(layer, torch.float32)
+    torch.testing.assert_close(weight[:, layer.paca_columns], held[:, layer.paca_columns] + layer.paca_delta)
+
+
+def kept_bytes(model: Any) -> int:
+    """What a forward keeps for backward, each storage once, the model's own left out."""
+    own = {id(tensor.untyped_storage()) for tensor in (*model.parameters(), *model.buffers())}
+    seen: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in own:
+            seen[id(storage)] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.train()(**sample_inputs("llama")).logits.sum()
+    del loss
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def test_backward_keeps_what_it_keeps_over_a_dense_base(llama: Path, tmp_path: Path) -> None:
+    """Not a byte more: no dense weight, and one gathered input for each group of layers."""
+    kept = []
+    for name, spec in (("dense", PacaSpec(rank=4)), ("packed", DOUBLE)):
+        operate.apply(llama, tmp_path / name, spec)
+        kept.append(kept_bytes(operate.load(tmp_path / name, trainable=True)))
+    assert kept[0] == kept[1]
+
+
+def test_a_dense_weight_lives_for_one_product(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that are made none is left when the next one is, in forward and in backward, trained layers or not."""
+    operate.apply(llama, tmp_path / "a", PacaSpec(rank=4, targets=("q_proj", "up_proj"), quantize="nf4"))
+    model = operate.load(tmp_path / "a", trainable=True)
+    real, made, alive = quantized.dequantize, [], []
+
+    def watched(module: Any, dtype: torch.dtype) -> Tensor:
+        alive.append(sum(ref() is not None for ref in made))
+        weight = real(module, dtype)
+        made.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(quantized, "dequantize", watched)
+    monkeypatch.setattr(paca_quantized, "dequantize", watched)
+    gc.disable()
+    try:
+        model.train()(**sample_inputs("llama")).logits.sum().backward()
+    finally:
+        gc.enable()
+    assert len(made) >= 2 * 14 - 3  # the first layer's input asks for no gradient
+    assert set(alive) == {0}
+
+
+def test_a_frozen_adapter_keeps_no_dense_weight_either() -> None:
+    """Where nothing trains and the input asks for its gradient, nothing at all is kept."""
+    layer, weight = layer_of("nf4", bias=True)
+    layer.requires_grad_(requires_grad=False)
+    x, kept = drawn(3, 32).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        result = layer(x)
+    result.sum().backward()
+    assert kept == []
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 32))
+
+
+def test_checkpointing_gives_the_same_gradients(llama: Path, tmp_path: Path) -> None:
+    """A layer that is run again sees the same weight."""
+    operate.apply(llama, tmp_path / "a", DOUBLE)
+    found = []
+    for is_on in (False, True):
+        model = operate.load(tmp_path / "a", trainable=True).train()
+        if is_on:
+            set_checkpointing(model, on=True)
+        model(**sample_inputs("llama")).logits.float().square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+# --- in memory
+
+
+@pytest.fixture
+def live(llama: Path) -> Any:
+    """The tiny Llama as transformers and bitsandbytes quantize it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings, dtype="auto").eval()
+
+
+def training_logits(model: Any) -> Tensor:
+    """As `logits`, in training: on some CPUs bitsandbytes' own layers lose precision when they run otherwise."""
+    result: Tensor = model.train()(**sample_inputs("llama")).logits
+    return result.detach()
+
+
+def test_a_weight_that_bitsandbytes_ordered_anew_is_refused(live: Any) -> None:
+    """Its scales were rounded, and its bits lie otherwise: better to load it again."""
+    live.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UnsupportedError, match=r"ordered anew .* Load the model again"):
+        operate.attach(live, PacaSpec(rank=4))
+
+
+def test_a_live_quantized_model_is_attached_as_it_is(live: Any, llama: Path, tmp_path: Path) -> None:
+    """Attaching changes nothing but rounding; trained, saved over its base and loaded it is the same; then plain."""
+    before = training_logits(live)
+    plan = operate.attach(live, PacaSpec(rank=4))
+    assert plan.quantization is not None
+    assert (plan.quantization.kind, len(plan.quantization.layers), len(plan.targets)) == ("nf4", 14, 14)
+    torch.testing.assert_close(logits(live), before, rtol=0.02, atol=0.25)  # bitsandbytes multiplies otherwise
+    live.train()(**sample_inputs("llama")).logits.float().square().mean().backward()
+    torch.optim.SGD([p for p in live.parameters() if p.requires_grad], lr=1.0).step()
+    moved = logits(live)
+    assert not torch.equal(moved, before)
+    operate.save(live, tmp_path / "a", base=llama)
+    assert torch.equal(logits(operate.load(tmp_path / "a")), moved)
+    operate.detach(live, merge=True)
+    assert type(live.model.layers[0].mlp.up_proj) is nn.Linear
+    assert torch.equal(logits(live), moved)
+
+
+def test_a_detached_model_is_the_quantized_one_again(live: Any) -> None:
+    """Without merge nothing is left of the surgery."""
+    before, types = training_logits(live), [type(module) for module in live.modules()]
+    operate.attach(live, PacaSpec(rank=4))
+    with torch.no_grad():
+        for layer in layers(live).values():
+            layer.paca_delta.fill_(0.5)
+    operate.detach(live, merge=False)
+    assert torch.equal(training_logits(live), before)
+    assert [type(module) for module in live.modules()] == types
+
+
+def test_a_live_model_is_saved_over_its_own_base_only(live: Any, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The base is quantized again to see whether it is the one."""
+    operate.attach(live, PacaSpec(rank=4))
+    with pytest.raises(BaseMismatchError, match="not what the model started from"):
+        operate.save(live, tmp_path / "a", base=tiny_model("llama", dtype=torch.bfloat16, seed=1))
+
+
+def test_attaching_quantizes_a_dense_model_where_asked(llama: Path) -> None:
+    """`attach(model, PacaSpec(quantize=..))` holds the base so, as loading an adapter would; heads stay."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype="auto")
+    operate.attach(model, PacaSpec(rank=4, targets=("q_proj",), quantize="nf4"))
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert kinds["model.layers.0.self_attn.q_proj"] == "QuantizedPacaLinear"
+    assert kinds["model.layers.0.mlp.up_proj"] == "QuantizedLinear"
+    assert kinds["lm_head"] == "Linear"
+
+
+# --- merges
+
+
+@pytest.mark.parametrize("kind", BNB)
+def test_both_merges_hold_what_they_promise(kind: str, llama: Path, tmp_path: Path) -> None:
+    """Original: the base but for columns, and how far that is from training. Dequantized: training's very bits."""
+    adapter = make_adapter(llama, tmp_path / "a", PacaSpec(rank=4, exclude=("k_proj",), quantize=kind))
+    dense.export(adapter, tmp_path / "original")
+    dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
+    checks = {check.name: check for check in verify(tmp_path / "original").checks}
+    assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
+    assert checks["merge difference"].result == "measured"
+    assert f"(the base as {kind})" in checks["merge difference"].detail
+    checks = {check.name: check for check in verify(tmp_path / "seen").checks}
+    assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
+    assert "14 layers are what training saw, bit for bit" in checks["dequantized weights"].detail
+    assert "merge difference" not in checks
+
+
+def test_zero_step_merges_are_the_base_and_the_dequantized_base(llama: Path, tmp_path: Path) -> None:
+    """Byte for byte: columns start where the quantized base has them, and stand in the adapter as the file has them."""
+    adapter = operate.apply(llama, tmp_path / "a", DOUBLE)
+    dense.export(adapter, tmp_path / "original")
+    dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
+    assert (tmp_path / "original/model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+    base, seen, held = Checkpoint.open(llama), Checkpoint.open(tmp_path / "seen"), adapter.plan.quantization
+    assert held is not None
+    for weight in base:
+        expected = seen_weight(base, held, weight) if weight in held.layers.values() else base.read_tensor(weight)
+        assert torch.equal(seen.read_tensor(weight).view(torch.int16), expected.view(torch.int16)), weight
+
+
+def test_after_a_step_the_model_computes_what_its_merge_does(llama: Path, tmp_path: Path) -> None:
+    """Dequantized, right after an optimizer step, in train and in eval mode."""
+    operate.apply(llama, tmp_path / "a", DOUBLE)
+    model = operate.load(tmp_path / "a", trainable=True).train()
+    model(**sample_inputs("llama")).logits.float().square().mean().backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True).step()
+    with torch.no_grad():
+        in_training = model(**sample_inputs("llama")).logits
+    adapter = operate.save(model, tmp_path / "b", base=llama)
+    dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "seen", dtype="auto")
+    assert torch.equal(logits(merged), logits(model))
+    assert torch.equal(logits(merged), in_training)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the former name
+def test_a_lora_on_the_quantized_base_computes_what_was_trained(llama: Path, tmp_path: Path) -> None:
+    """PEFT adds to the quantized layers what training added to their columns."""
+    from peft import PeftModel
+
+    adapter = make_adapter(llama, tmp_path / "a", DOUBLE)
+    lora.export(adapter, tmp_path / "lora")
+    theirs = PeftModel.from_pretrained(operate.load_base_model(llama, adapter.plan), tmp_path / "lora").eval()
+    ours, base = operate.load(tmp_path / "a"), operate.load_base_model(llama, adapter.plan)
+    moved = (logits(ours) - logits(base)).abs().max()
+    assert (logits(theirs) - logits(ours)).abs().max() < 0.1 * moved
+
+
+def test_the_whole_way(llama: Path, console: Console, tmp_path: Path) -> None:
+    """apply, train, export both ways, verify, undo, inspect: with exit code 0, or the documented one."""
+    data, a = tmp_path / "d.txt", tmp_path / "a"
+    data.write_text("\n".join(TEXTS), encoding="utf-8")
+    assert console("apply", llama, "-r", 4, "--quantize", "nf4-double", "-o", a).code == 0
+    settings = ("max_length=32", "max_steps=2", "batch_size=2", "learning_rate=1e-2")
+    assert console("train", a, "--data", data, *settings).code == 0
+    merged = console("export", a, "--merge", "-o", tmp_path / "m")
+    assert merged.code == 0
+    assert "measured merge difference: to what training saw (the base as nf4-double)" in merged.out
+    assert "note: training saw the base as nf4-double" in merged.out
+    assert json.loads((tmp_path / "m/surgery.json").read_text())["manifest"]["export"]["merge_base"] == "original"
+    assert console("undo", tmp_path / "m", "-o", tmp_path / "again").code == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+    assert console("export", a, "--merge", "--merge-base", "dequantized", "-o", tmp_path / "s").code == 0
+    refused = console("undo", tmp_path / "s", "-o", tmp_path / "none")
+    assert (refused.code, "--merge-base dequantized" in refused.err) == (5, True)
+    assert "undo" in (shown := console("inspect", tmp_path / "s").out)
+    assert "not possible: with --merge-base dequantized" in shown
+    assert "base held as  nf4-double, 14 layers" in console("inspect", a).out
+
+
+# --- 4 bits in the files
+
+
+def test_a_base_stored_in_4_bits_is_trained_and_merged_dequantized(
+    stored: Path, tmp_path: Path, command: Command
+) -> None:
+    """The files are read as they are; the merge is dense, loads without bitsandbytes and equals training."""
+    adapter = make_adapter(stored, tmp_path / "a", PacaSpec(rank=4))
+    held = adapter.plan.quantization
+    assert held is not None
+    assert (held.kind, held.is_stored, len(held.layers)) == ("nf4-double", True, 14)
+    code, said = command("export", tmp_path / "a", "--merge")
+    assert (code, "it has no original, expected dequantized" in said) == (5, True)
+    assert command("export", tmp_path / "a", "--merge", "--merge-base", "dequantized", "-o", tmp_path / "m")[0] == 0
+    assert "quantization_config" not in json.loads((tmp_path / "m/config.json").read_text())
+    assert not [name for name in Checkpoint.open(tmp_path / "m") if "absmax" in name or "quant" in name]
+    assert command("verify", tmp_path / "m")[0] == 0
+
+
+def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command: Command) -> None:
+    """A scale that was changed is another base: what lies beside a packed weight is in its digest."""
+    import safetensors.torch
+
+    make_adapter(stored, tmp_path / "a", PacaSpec(rank=4))
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in stored.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    tensors = safetensors.torch.load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight.nested_absmax"] *= 1.5
+    safetensors.torch.save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    line = ("export", tmp_path / "a", "--merge", "--merge-base", "dequantized", "--base", other, "-o", tmp_path / "m")
+    code, said = command(*line)
+    assert (code, "of the base this adapter was made for" in said) == (4, True)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    (
+        ("apply {stored} --quantize nf4 -o {out}", 2, "the base is held as nf4-double already"),
+        ("apply {stored} --method read -o {out}", 5, "a base held as nf4-double, and method read"),
+        ("apply {llama} --quantize nf4 --resample every:5 -o {out}", 5, "into which no column can be written"),
+        ("apply {stored} --select magnitude -o {out}", 5, "weights that are held as nf4-double"),
+        ("export {stored} --format onnx -o {out}", 5, "a checkpoint quantized by bitsandbytes"),
+        ("apply {llama} --quantize nf5 -o {out}", 2, "The closest is 'nf4'"),
+        ("apply {llama} --method read --quantize nf4 -o {out}", 2, "method read has no such setting"),
+        ("apply {gpt2} --quantize nf4 -o {out}", 5, "GPT2LMHeadModel has no layer that could be"),
+        ("export {plain} --merge --merge-base original -o {out}", 2, "the base of this adapter is not quantized"),
+        ("export {a} --merge --merge-base middle -o {out}", 2, "expected original or dequantized"),
+        ("export {a} --format lora --merge-base original -o {out}", 2, "expected --merge and --format safetensors"),
+        ("export {a} --merge --format onnx -o {out}", 5, "an adapter on a quantized base"),
+        ("patch {stored} {a} -o {out}", 5, "patch: an adapter on a quantized base"),
+        ("train {a} --data {data} compile=true", 5, "train.compile"),
+        ("plan {llama} paca.quantize=nf4 --devices 2 --sharding fsdp2", 5, "fsdp2 with a base held as nf4"),
+    ),
+    ids=lambda value: value if isinstance(value, str) and "{" in value else "",
+)
+def test_what_does_not_go_together_is_refused(
+    line: str, code: int, said: str, llama: Path, stored: Path, tiny_model: TinyModel, tmp_path: Path,
+    command: Command,
+) -> None:  # fmt: skip
+    """With the documented error and exit code, and nothing is written."""
+    names = {"llama": llama, "stored": stored, "gpt2": tiny_model("gpt2"), "out": tmp_path / "out"}
+    names |= {"a": tmp_path / "a", "plain": tmp_path / "plain", "data": tmp_path / "d.txt"}
+    names["data"].write_text("\n".join(TEXTS), encoding="utf-8")
+    if "{a}" in line:
+        operate.apply(llama, names["a"], DOUBLE)
+    if "{plain}" in line:
+        operate.apply(llama, names["plain"], PacaSpec(rank=4))
+    found, error = command(*(word.format_map(names) for word in line.split()))
+    assert (found, said in error) == (code, True), error
+    assert not names["out"].exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "said"),
+    (
+        ({"strategy": "fsdp2"}, "cuda", "train.strategy: fsdp2 with a base held as nf4"),
+        ({"strategy": "zero2"}, "cuda", "train.strategy: zero2 with a base held as nf4"),
+        ({"compile": True}, "cpu", "train.compile: true with a base held as nf4"),
+        ({}, "hpu", "train.device: hpu with a base held as nf4"),
+    ),
+)
+def test_a_run_on_a_quantized_base_has_not(settings: dict[str, Any], device: str, said: str) -> None:
+    """Sharding, compilation and Gaudi, whatever machine it is."""
+    from surgery.acceleration import require_for_quantized
+    from surgery.recipe import TrainSection
+
+    with pytest.raises(UnsupportedError, match=said) as caught:
+        require_for_quantized(TrainSection(**settings), device, "nf4")
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(("kind", "extra"), (("nf4", "bnb"), ("torchao-int8", "torchao")))
+def test_a_package_that_is_missing_is_named(
+    kind: str, extra: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """With the extra that brings it, before anything is written."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, quantized.KINDS[kind].package, None)
+    code, said = command("apply", llama, "--quantize", kind, "-o", tmp_path / "a")
+    assert (code, f"checkpoint-surgery[{extra}]" in said) == (5, True), said
+    assert not (tmp_path / "a").exists()
+
+
+# --- plans
+
+
+def test_a_plan_says_how_the_base_is_held_and_old_ones_say_nothing(llama: Path) -> None:
+    """The plan round-trips; one without quantization has none of the new words in its text."""
+    plan = plan_checkpoint(Checkpoint.open(llama), DOUBLE)
+    assert SurgeryPlan.from_dict(json.loads(plan.to_json())) == plan
+    assert plan.spec["quantize"] == "nf4-double"
+    assert "quantiz" not in plan_checkpoint(Checkpoint.open(llama), PacaSpec(rank=4)).to_json()
+
+
+def test_the_predicted_weights_are_those_in_memory(llama: Path, tmp_path: Path) -> None:
+    """`surgery plan` needs no bitsandbytes, and counts what the loaded base then takes."""
+    operate.apply(llama, tmp_path / "a", PacaSpec(rank=4, quantize="nf4"))
+    found = forecast(str(llama), Question(device="cpu"), ("paca.quantize=nf4", "paca.rank=4", "train.batch_size=1"))
+    model = operate.load(tmp_path / "a")
+    own = [p for name, p in model.named_parameters() if "paca_" not in name]
+    scales = sum(p.quant_state.absmax.nbytes + p.quant_state.code.nbytes for p in own if hasattr(p, "quant_state"))
+    buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if "paca_" not in name)
+    assert found.parts["weights"] == sum(p.nbytes for p in own) + scales + buffers
+    assert any("the base is held as nf4, 14 layers" in note for note in found.notes)
+
+
+def test_what_fp16_holds_is_the_same_when_it_is_computed_in_fp32(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """On a CPU an fp16 base is loaded in fp32 to train: its values are quantized and rounded as the file's."""
+    base = tiny_model("llama", dtype=torch.float16)
+    adapter = make_adapter(base, tmp_path / "a", DOUBLE)
+    weights = []
+    for dtype in (None, torch.float32):
+        model = operate.load_base_model(base, adapter.plan, dtype=dtype)
+        operate.attach_plan(model, adapter.plan, adapter.delta)
+        layer: Any = model.model.layers[0].mlp.up_proj
+        weights.append(layer.dense())
+    assert weights[0].dtype == torch.float16
+    assert torch.equal(*weights)
+    assert math.isfinite(float(weights[0].float().sum()))
+
+
+def test_an_adapter_s_file_is_read_back(llama: Path, tmp_path: Path) -> None:
+    """The record holds the plan with its quantization; a reader of the folder finds the same plan."""
+    adapter = operate.apply(llama, tmp_path / "a", DOUBLE)
+    assert open_adapter(tmp_path / "a").plan == adapter.plan

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.bench.measure import saved_bytes, take_turns
-from surgery.paca_kinds import moving_statistics
+from surgery.paca_kinds import keep_statistics, moving_statistics
 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "convnext": (
@@ -35,7 +35,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "efficientnet": (
         "EfficientNetConfig",
         "EfficientNetForImageClassification",
-        {"width_coefficient": 1.0, "depth_coefficient": 1.0, "num_labels": 10, "drop_connect_rate": 0.0},
+        {
+            "width_coefficient": 1.0,
+            "depth_coefficient": 1.0,
+            "hidden_dim": 1280,
+            "num_labels": 10,
+            "drop_connect_rate": 0.0,
+        },
     ),
 }
 
@@ -54,8 +60,7 @@ def targets_of(family: str) -> tuple[str, ...]:
 
 def as_floor(model: Any, _targets: tuple[str, ...], _rank: int) -> Any:
     """Frozen, with the base's statistics."""
-    for name in moving_statistics(model):
-        model.get_submodule(name).momentum = 0.0
+    keep_statistics(model, moving_statistics(model))
     return model.requires_grad_(requires_grad=False)
 
 

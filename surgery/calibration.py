@@ -120,7 +120,7 @@ def _gradients(model: nn.Module, sites: Sequence[Site], strategy: str, scores: M
     with ExitStack() as stack:
         for site in sites:
             weight = cast("Tensor", model.get_submodule(site.module).weight)
-            if not weight.is_floating_point():
+            if not weight.is_floating_point() or type(weight.data) is not Tensor:  # torchao has a class of its own
                 found = f"{site.module} has a weight of {weight.dtype}, which has no gradient"
                 raise UnsupportedError(
                     f"--select {strategy}", found, expected="activation, or a base that is not quantized"

@@ -69,7 +69,9 @@ def choose(checkpoint: Checkpoint, plan: SurgeryPlan, load: Callable[..., Any]) 
     require_data(spec)
     batches = calibration_batches(checkpoint.root, plan, spec)
     is_half = any(target.dtype == "F16" for target in plan.targets)
-    model = load(checkpoint.root, plan, dtype=torch.float32 if is_half else None)
+    held = plan.quantization
+    dense = plan if held is None or held.is_stored else replace(plan, quantization=None)  # looked at before
+    model = load(checkpoint.root, dense, dtype=torch.float32 if is_half else None)
     draw_heads(model, checkpoint, plan)
     model.config.use_cache = False
     settled, choice = settle(plan, calibrate(model, _sites(plan), spec.select, batches))

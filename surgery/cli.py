@@ -276,6 +276,8 @@ def apply(
     from surgery.survey import TaskSpec
 
     given = {name: value for name, value in settings.items() if value is not None and value not in ((), {})}
+    if {"rank", "budget"} <= set(given):
+        raise RequestError("--budget", "given with --rank", expected="one of the two")
     spec = make_spec(method, given)
     wanted = TaskSpec(task, split_list([labels]))
     folder = out or workflow.default_adapter_folder(model, method)

@@ -225,6 +225,8 @@ class Recipe(_Section):
             if name != self.method and section.model_fields_set:
                 found = f"settings of {name} ({', '.join(sorted(section.model_fields_set))}), and method {self.method}"
                 raise RecipeError("recipe", found, expected=f"the settings of {self.method}", fix=f"Set method: {name}")
+        if {"rank", "budget"} <= self.paca.model_fields_set:
+            raise RecipeError("paca.budget", "given with paca.rank", expected="one of the two")
         settings = sections[self.method].model_dump()
         if self.method == "paca" and takes_data(self.paca.select) and not self.paca.calibration_data:
             settings |= {"calibration_data": self.data.train, "calibration_columns": self.data.columns}

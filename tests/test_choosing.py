@@ -335,6 +335,8 @@ def test_the_command_says_what_is_missing(tiny_model: TinyModel, data: Path, tmp
     )
     assert (code, "experts train" in said) == (5, True)
     assert command("apply", root, "--select", "lowrank", "--budget", "1%", "--plan") == (0, "")
+    code, said = command("apply", root, "-r", "16", "--budget", "1%", "-o", tmp_path / "x")
+    assert (code, "given with --rank" in said) == (2, True), "also where it is the default's rank"
     assert not (tmp_path / "x").exists()
 
 

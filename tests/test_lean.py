@@ -417,7 +417,7 @@ class _OtherLoss(transformers.LlamaForCausalLM):
 
 def test_what_computes_something_else_is_left() -> None:
     """Classes with the look of a norm, a gated MLP and a language model, which are none of those known."""
-    model = built("llama")
+    model = built("llama").requires_grad_(requires_grad=False)
     model.__class__ = _OtherLoss
     model.model.layers[0].mlp.__class__ = _OtherMLP
     model.model.norm.__class__ = _OtherNorm

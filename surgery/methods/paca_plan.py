@@ -133,7 +133,7 @@ def _require_dense_where_needed(spec: PacaSpec, quantization: Quantization | Non
         raise UnsupportedError("--resample", found, expected="a dense base", fix="Leave out one of them")
     if request.quantization and not is_file(spec.select) and STRATEGIES[spec.select].looks_at == WEIGHTS:
         found = f"weights that are held as {request.quantization.kind}"
-        fix = "Choose by activation or gradient, or start from the checkpoint that it was quantized from"
+        fix = "Choose by activation, or start from the checkpoint that it was quantized from"
         raise UnsupportedError(f"--select {spec.select}", found, expected="dense weights to look at", fix=fix)
 
 

@@ -47,6 +47,7 @@ from surgery.select import (
     LINEAR,
     LinearSite,
     asked_rank,
+    check_pattern,
     ranks_of,
     resolve,
 )
@@ -64,6 +65,8 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     Raises: SelectorError, UnsupportedError, DamagedError, RequestError for a budget that cannot be met.
     """
     refuse_stored(spec.select)
+    for pattern in spec.rank_pattern:
+        check_pattern(pattern, "--rank-pattern")
     model, stored = request.model, request.stored
     sites = find_all_sites(model, request.heads)
     experts = find_experts(model, stored, request.parts)

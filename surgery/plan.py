@@ -33,10 +33,9 @@ def without_later(kind: type[Any], entries: Sequence[dict[str, Any]]) -> list[di
 
     These were added to the class later: what was written before them, and what has no use for them, stays as it was.
     """
-    known = {item.name: item for item in fields(kind)}
-    values = {name: known[name].default for name in kind.later}
-    made = {name: known[name].default_factory() for name, value in values.items() if value is MISSING}  # type: ignore[misc]
-    defaults = json.loads(json.dumps(values | made))
+    usual = {item.name: item.default if item.default_factory is MISSING else item.default_factory()
+             for item in fields(kind) if item.name in kind.later}  # fmt: skip
+    defaults = json.loads(json.dumps(usual))
     return [{k: v for k, v in entry.items() if k not in defaults or v != defaults[k]} for entry in entries]
 
 

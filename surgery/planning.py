@@ -14,7 +14,7 @@ from torch import nn
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import base_prefix, memory_names
 from surgery.embedding_rows import number_rows
-from surgery.errors import DamagedError, RequestError, UnsupportedError
+from surgery.errors import DamagedError, RequestError, UnsupportedError, option_of
 from surgery.experts import expert_parts
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
@@ -115,7 +115,7 @@ def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> A
     known = [entry.name for entry in fields(spec_type)]
     for name in settings:
         if name not in known:
-            shown, *names = (option + (n.replace("_", "-") if option else n) for n in (name, *known))
+            shown, *names = (option_of(n) if option else n for n in (name, *known))
             raise RequestError(shown, f"method {method} has no such setting", expected=f"one of {', '.join(names)}")
     return spec_type(**settings)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,28 @@ def given_arguments(*leave_out: str) -> list[str]:
     return given
 
 
+def read_settings(adapter: Path, texts: Sequence[str], config: Path | None, flags: Mapping[str, Any]) -> Any:
+    """The recipe that a command line asks for: that of `config` first, then the flags by key, then `key=value` texts.
+
+    Raises: RecipeError.
+    """
+    from surgery import recipe as recipes
+
+    document: dict[str, Any] = {"model": str(adapter)}
+    own = list(texts)
+    if config:
+        switches, own = recipes.split_switches(texts)
+        loaded = recipes.read_recipe(config, [f"{key}={value}" for key, value in switches.items()])
+        document |= loaded.model_dump(include={"data", "train", "task", "labels"})
+    for key, value in flags.items():
+        if value not in (None, []):
+            section, name = key.split(".")
+            document.setdefault(section, {})[name] = value
+    for text in own:
+        recipes.apply_override(document, text)
+    return recipes.check(recipes.Recipe, document, "settings")
+
+
 @click.command("train")
 @click.argument("adapter", type=FOLDER)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
@@ -121,7 +143,6 @@ def train_command(
     """  # noqa: D301  click reads \b as "keep these lines as they are"
     require_record(adapter)
     settings, launcher = split_launcher(settings, nproc)
-    from surgery import recipe as recipes
     from surgery import show as showing
     from surgery.adapter import open_adapter
     from surgery.report.curve import draw_curve
@@ -129,22 +150,10 @@ def train_command(
     from surgery.train import launch
     from surgery.train import train as run_training
 
-    document: dict[str, Any] = {"model": str(adapter)}
-    own = list(settings)
-    if config:
-        switches, own = recipes.split_switches(settings)
-        loaded = recipes.read_recipe(config, [f"{key}={value}" for key, value in switches.items()])
-        document |= {"data": loaded.data.model_dump(), "train": loaded.train.model_dump()}
-        task, labels = task or loaded.task, labels or ",".join(loaded.labels)
     flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
     flags |= {"train.cache_features": cache_features, "train.cache_bytes": cache_bytes}
-    for key, value in flags.items():
-        if value not in (None, []):
-            section, name = key.split(".")
-            document.setdefault(section, {})[name] = value
-    for text in own:
-        recipes.apply_override(document, text)
-    recipe = recipes.check(recipes.Recipe, document, "settings")
+    recipe = read_settings(adapter, settings, config, flags)
+    wanted = TaskSpec(task or recipe.task, split_list([labels]) or tuple(recipe.labels))
     enter_environment(recipe.train)
     if nproc is not None:
         sys.exit(launch([*given_arguments("nproc", "settings"), *settings, *launcher], recipe.train, nproc))
@@ -152,7 +161,7 @@ def train_command(
         adapter,
         recipe.data,
         recipe.train,
-        task=TaskSpec(task, split_list([labels])),
+        task=wanted,
         base=base,
         resume=resume,
         overwrite=overwrite,

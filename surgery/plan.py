@@ -90,6 +90,8 @@ class Target:
             raise DamagedError(where, f"sizes {list(shape)}", expected=expected)
         if self.place and (not self.holder or len(self.place) != 3 or not 0 <= self.place[1] < self.place[2]):
             raise DamagedError(where, f"place {list(self.place)}", expected="an expert and a part of its outputs")
+        if self.rows and len(self.rows) != self.rank:
+            raise DamagedError(where, f"{len(self.rows)} rows and rank {self.rank}", expected="as many")
         _require_float(self.module, self.dtype)
 
     @property

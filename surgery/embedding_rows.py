@@ -94,9 +94,7 @@ def without_embedding(
     left = []
     for selector in selectors:
         is_layer = selector in ALL or any(means(selector, site) for site in sites)
-        named = (
-            [site for site in every if site.kind == EMBEDDING and matches(selector, site.module)] if selector else []
-        )
+        named = [site for site in every if site.kind == EMBEDDING and matches(selector, site.module)]
         if is_layer or not named:
             left.append(selector)
         elif embedding is None or embedding not in named:

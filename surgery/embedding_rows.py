@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.compat import load_tokenizer, quiet_loading
 from surgery.errors import RequestError, SelectorError, UnsupportedError
-from surgery.select import ALL, EMBEDDING, LinearSite, matches, means
+from surgery.select import ALL, EMBEDDING, LinearSite, check_pattern, matches, means
 
 OPTION, NUMBER = "--rows", "id:"
 
@@ -93,6 +93,7 @@ def without_embedding(
     """The selectors but for those that mean an embedding alone. Raises: SelectorError for one without rows."""
     left = []
     for selector in selectors:
+        check_pattern(selector, "--targets")
         is_layer = selector in ALL or any(means(selector, site) for site in sites)
         named = [site for site in every if site.kind == EMBEDDING and matches(selector, site.module)]
         if is_layer or not named:

@@ -198,7 +198,12 @@ def _is_parameter(selector: str, site: LinearSite) -> bool:
 
 
 def asked_rank(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int:
-    """The number of columns asked for: the last pattern that means a site decides, else `rank`."""
+    """The number of columns asked for: the last pattern that means a site decides, else `rank`.
+
+    Raises: SelectorError for a pattern that is none.
+    """
+    for pattern in rank_pattern:
+        check_pattern(pattern, "--rank-pattern")
     return [rank, *(value for pattern, value in rank_pattern.items() if means(pattern, site))][-1]
 
 
@@ -217,8 +222,6 @@ def rank_of(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int
 
 def ranks_of(sites: Sequence[LinearSite], rank: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
     """Every site's rank. Raises SelectorError also for a rank pattern that decides no layer."""
-    for pattern in rank_pattern:
-        check_pattern(pattern, "--rank-pattern")
     ranks = {site.module: rank_of(site, rank, rank_pattern) for site in sites}
     for number, pattern in enumerate(rank_pattern):
         later = list(rank_pattern)[number + 1 :]

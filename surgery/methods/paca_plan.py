@@ -42,7 +42,6 @@ from surgery.select import (
     LINEAR,
     LinearSite,
     asked_rank,
-    check_pattern,
     ranks_of,
     resolve,
 )
@@ -51,7 +50,6 @@ from surgery.survey import list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES
 
 QUANTIZABLE = ("F16", "BF16", "F32")
-NAME_THEM = "experts: name them in --targets"
 
 
 def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
@@ -61,7 +59,6 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     Raises: SelectorError, UnsupportedError, DamagedError, RequestError for a budget that cannot be met.
     """
     refuse_stored(spec.select)
-    _require_patterns(spec)
     model, stored = request.model, request.stored
     sites = find_all_sites(model, request.heads)
     experts = find_experts(model, stored, request.parts)
@@ -85,9 +82,11 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
         target = _target(embedding, stored[embedding.name], len(rows), groups)
         targets = tuple(sorted((*targets, replace(target, rows=rows)), key=lambda target: target.module))
     touched = {target.name: target for target in targets} | whole
-    free = [site for site in candidates if not site.is_head and not site.tied_with]
-    reasons = dict(request.converted) | _why_none(sites, free) | dict.fromkeys((s.name for s, _ in experts), NAME_THEM)
-    quantization = _quantization(spec, request, free)
+    reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
+    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
+    reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
+    reasons |= {site.name: "experts: name them in --targets" for site, _ in experts}
+    quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
     _require_dense_where_needed(spec, quantization, request)
     return {
         "targets": targets,
@@ -137,21 +136,6 @@ def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
     """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is."""
     asked = asked_rank(site, spec.rank, spec.rank_pattern)
     return replace(site, is_narrow=site.kind == CONVOLUTION and asked > site.in_features)
-
-
-def _require_patterns(spec: PacaSpec) -> None:
-    """All that names layers can be read, before any of it is used. Raises: SelectorError."""
-    named = {"--targets": spec.targets, "--exclude": spec.exclude, "--rank-pattern": spec.rank_pattern}
-    for option, patterns in named.items():
-        for pattern in patterns:
-            check_pattern(pattern, option)
-
-
-def _why_none(sites: Sequence[LinearSite], free: Sequence[LinearSite]) -> dict[str, str]:
-    """Why weights do not train, by name, where no request says so. free: neither heads nor tied."""
-    reasons = {site.name: "output head" for site in sites if site.is_head}
-    reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
-    return reasons | {site.name: why_left(site) for site in free}
 
 
 def why_left(site: LinearSite) -> str:

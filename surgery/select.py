@@ -74,9 +74,14 @@ def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite,
         sizes = (module.out_features, module.in_features) if packed else tuple(module.weight.shape)
         out_features, in_features = int(sizes[1 - axis]), int(sizes[axis])
         others = [owner for owner in owners[id(module.weight)] if owner != name]
-        is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
-        sites.append(LinearSite(name, out_features, in_features, axis, is_head, others[0] if others else ""))
+        tied_with = others[0] if others else ""
+        sites.append(LinearSite(name, out_features, in_features, axis, is_within(name, heads), tied_with))
     return tuple(sorted(sites, key=lambda site: site.module))
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a dotted name is one of these, or of a part of one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def owners_of(model: nn.Module) -> dict[int, list[str]]:

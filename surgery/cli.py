@@ -314,6 +314,7 @@ def apply(
 )
 @click.option("--cache-features", help="read: a folder for the backbone's states; later epochs read them from there.")
 @click.option("--cache-bytes", help="read: what the states may take, for example 20GB.")
+@click.option("--lean", is_flag=True, default=None, help="With lean blocks: norms, gates and loss keep the least.")
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="A recipe whose data and train sections hold.")
 @click.option("--nproc", type=int, help="Processes on this machine, a device each; torchrun's own options follow `--`.")
 @BASE
@@ -331,6 +332,7 @@ def train(
     resume: str,
     cache_features: str | None,
     cache_bytes: str | None,
+    lean: bool | None,
     config: Path | None,
     nproc: int | None,
     base: str | None,
@@ -365,7 +367,7 @@ def train(
         document |= {"data": loaded.data.model_dump(), "train": loaded.train.model_dump()}
         task, labels = task or loaded.task, labels or ",".join(loaded.labels)
     flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
-    flags |= {"train.cache_features": cache_features, "train.cache_bytes": cache_bytes}
+    flags |= {"train.cache_features": cache_features, "train.cache_bytes": cache_bytes, "train.lean": lean}
     for key, value in flags.items():
         if value not in (None, []):
             section, name = key.split(".")

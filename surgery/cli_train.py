@@ -108,6 +108,7 @@ def read_settings(adapter: Path, texts: Sequence[str], config: Path | None, flag
 )
 @click.option("--cache-features", help="read: a folder for the backbone's states; later epochs read them from there.")
 @click.option("--cache-bytes", help="read: what the states may take, for example 20GB.")
+@click.option("--lean", is_flag=True, default=None, help="With lean blocks: norms, gates and loss keep the least.")
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="A recipe whose data and train sections hold.")
 @click.option("--nproc", type=int, help="Processes on this machine, a device each; torchrun's own options follow `--`.")
 @BASE
@@ -125,6 +126,7 @@ def train_command(
     resume: str,
     cache_features: str | None,
     cache_bytes: str | None,
+    lean: bool | None,
     config: Path | None,
     nproc: int | None,
     base: str | None,
@@ -151,7 +153,7 @@ def train_command(
     from surgery.train import train as run_training
 
     flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
-    flags |= {"train.cache_features": cache_features, "train.cache_bytes": cache_bytes}
+    flags |= {"train.cache_features": cache_features, "train.cache_bytes": cache_bytes, "train.lean": lean}
     recipe = read_settings(adapter, settings, config, flags)
     wanted = TaskSpec(task or recipe.task, split_list([labels]) or tuple(recipe.labels))
     enter_environment(recipe.train)

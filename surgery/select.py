@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.errors import SelectorError, UnsupportedError, closest
+from surgery.errors import SelectorError, UnsupportedError, closest, counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,15 +151,24 @@ def resolve(
         for name in hit:
             del chosen[name]
     if not chosen:
-        others = sum(site.kind == CONVOLUTION and not site.unfit for site in sites)
-        wider = f"Name its {others} convolutions with --targets {ALL_CONV}" if others else ""
-        raise SelectorError(
-            "--targets",
-            "no layer is left to train",
-            expected="at least one linear layer",
-            fix=wider or "Widen --targets or drop an --exclude",
-        )
+        raise _nothing_left(sites, selectors)
     return tuple(chosen[name] for name in sorted(chosen))
+
+
+def _nothing_left(sites: Sequence[LinearSite], selectors: Sequence[str]) -> SelectorError:
+    found, expected = "no layer is left to train", "at least one linear layer"
+    fits = [site for site in sites if site.kind == CONVOLUTION and not site.unfit]
+    if fits and ALL_CONV not in selectors:
+        fix = f"Name its {len(fits)} convolutions with --targets {ALL_CONV}"
+        return SelectorError("--targets", found, expected=expected, fix=fix)
+    narrow = [site.in_features for site in fits if site.is_narrow]
+    if narrow:
+        found += (
+            f": of {counted(len(narrow), 'convolution')} each has fewer channels than the rank, {max(narrow)} at most"
+        )
+        fix = "Lower -r, or give them a rank of their own with --rank-pattern"
+        return SelectorError("--targets", found, expected="channels for that rank", fix=fix)
+    return SelectorError("--targets", found, expected=expected, fix="Widen --targets or drop an --exclude")
 
 
 def _select_one(sites: Sequence[LinearSite], selector: str) -> list[LinearSite]:

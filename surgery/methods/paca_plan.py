@@ -72,6 +72,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     chosen = resolve(everything, selectors, exclude=spec.exclude) if selectors or not embedding else ()
     _require_layers_alone(spec, [*chosen, *([embedding] if embedding else [])])
     ranks = _ranks(spec, chosen, groups)
+    unpaid = {site.name: "nothing of the budget" for site in chosen if site.module not in ranks}
     chosen = tuple(site for site in chosen if site.module in ranks)
     _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
     _require_trainable_experts(spec, request, chosen)
@@ -85,7 +86,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
     reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
     reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
-    reasons |= {site.name: "experts: name them in --targets" for site, _ in experts}
+    reasons |= {site.name: "experts: name them in --targets" for site, _ in experts} | unpaid
     quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
     _require_dense_where_needed(spec, quantization, request)
     return {

@@ -50,7 +50,7 @@ class PacaConv2d(PacaLayer, nn.Conv2d):
     def input_gradient(self, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """dy (n, o, ..) -> dx (n, i, ..) of this shape, in dy's dtype."""
         whole = (1, *shape)[-4:]
-        gradient = self._gradients(dy, dy.new_empty(1).expand(whole), weight.to(dy.dtype), wanted=0)
+        gradient = self._gradients(dy, dy.new_empty(whole), weight.to(dy.dtype), wanted=0)
         return gradient.reshape(shape)
 
     def column_gradient(self, kept: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,6 +47,10 @@ class PacaConv2d(PacaLayer, nn.Conv2d):
     def frozen_forward(self, x: Tensor) -> Tensor:
         return functional.conv2d(x, self.weight, self.bias, self.stride, self.margins()[2], self.dilation)
 
+    def laid_out(self, dy: Tensor) -> Tensor:
+        """As it is: convolutions are for both orders."""
+        return dy
+
     def input_gradient(self, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """dy (n, o, ..) -> dx (n, i, ..) of this shape, in dy's dtype."""
         whole = (1, *shape)[-4:]

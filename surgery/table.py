@@ -74,7 +74,7 @@ def target_rows(targets: Sequence[Target]) -> list[TargetRow]:
     members = Counter(target.group for target in targets)
     kinds: dict[tuple[str, tuple[int, int], str, int, int, tuple[int, ...]], list[Target]] = {}
     for target in targets:
-        kernel = target.sizes[2:] if len(target.sizes) == 4 else ()
+        kernel: tuple[int, ...] = target.sizes[2:] if len(target.sizes) == 4 else ()
         shape = (target.out_features // math.prod(kernel), target.in_features)
         key = (fold(target.module), shape, target.dtype, target.rank, members[target.group], kernel)
         kinds.setdefault(key, []).append(target)

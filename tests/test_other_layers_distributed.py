@@ -52,11 +52,11 @@ def job(root: Path, kind: str, data: Path, strategy: str) -> Job:
 
 
 def test_two_processes_train_what_one_does(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """In DDP and in FSDP2, whose ranks hold some outputs of each kernel and some of each row's values."""
+    """In FSDP2, whose ranks hold some outputs of each kernel and some of each row's values."""
     jobs = [
         job(tmp_path, kind, data, strategy)
         for kind, data in prepare(tmp_path, tiny_model).items()
-        for strategy in ("", "ddp", "fsdp2")
+        for strategy in ("", "fsdp2")
     ]
     path, out = tmp_path / "jobs.json", tmp_path / "outcomes.json"
     path.write_text(json.dumps([asdict(one) for one in jobs]))

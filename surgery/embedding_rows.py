@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from surgery.compat import load_tokenizer, quiet_loading
+from surgery.compat import input_embeddings, load_tokenizer, quiet_loading
 from surgery.errors import RequestError, SelectorError, UnsupportedError
 from surgery.select import ALL, EMBEDDING, LinearSite, check_pattern, matches, means
 
@@ -69,8 +70,8 @@ def find_embedding(model: Any, sites: Sequence[LinearSite], rows: Sequence[int |
     if not rows:
         return None
     known = [site for site in sites if site.kind == EMBEDDING]
-    if hasattr(model, "get_input_embeddings"):
-        words: Any = model.get_input_embeddings()
+    if isinstance(model, PreTrainedModel):
+        words = input_embeddings(model)
         known = [site for site in known if model.get_submodule(site.module) is words]
     if len(known) != 1:
         raise RequestError(OPTION, f"a model with {len(known)} input embeddings", expected="one")

@@ -123,6 +123,7 @@ class _PacaFunction(torch.autograd.Function):
         layer: PacaLayer = ctx.layer
         x_dtype, delta_dtype = ctx.dtypes
         dx = ddelta_or = None
+        dy = layer.laid_out(dy)
         if ctx.needs_input_grad[0]:
             weight = layer.weight_again() if ctx.weight is None else ctx.weight
             dx = layer.input_gradient(dy, weight, ctx.shape).to(x_dtype)
@@ -279,6 +280,14 @@ class PacaLayer(nn.Module):
     def paca_weight(self) -> Any:
         """The parameter whose columns train."""
         return self.weight
+
+    def laid_out(self, dy: Tensor) -> Tensor:
+        """dy as both products of backward read it: rows one after another.
+
+        Where the axes of images were permuted (ConvNeXt's), matmul would go image by image and take up to four times as
+        long.
+        """
+        return dy.contiguous()
 
     def input_gradient(self, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG002  others need it
         """dy (.., o) -> dx (.., i) of this shape, in dy's dtype."""

@@ -152,7 +152,7 @@ def train_command(
     from surgery.train import launch
     from surgery.train import train as run_training
 
-    flags = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
+    flags: dict[str, Any] = {"data.train": list(data), "data.eval": list(eval_data), "train.device": device}
     flags |= {"train.cache_features": cache_features, "train.cache_bytes": cache_bytes, "train.lean": lean}
     recipe = read_settings(adapter, settings, config, flags)
     wanted = TaskSpec(task or recipe.task, split_list([labels]) or tuple(recipe.labels))

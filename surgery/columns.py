@@ -279,7 +279,7 @@ def budget_values(text: str, total: int) -> int:
         raise RequestError("--budget", repr(text), expected="a number of values, or a part such as 0.5%")
     values = int(match[1]) if match[1] else int(total * float(match[2]) / 100)
     if not values:
-        raise RequestError("--budget", f"{text}, which is no value of {total:,}", expected="more", fix="Raise it")
+        raise RequestError("--budget", f"{text}, which is not one value", expected="more", fix="Raise it")
     return values
 
 

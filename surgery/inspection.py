@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.adapter import open_adapter
+from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json, require_folder
+from surgery.delta import ColumnDelta
 from surgery.errors import NotAModelError, counted
 from surgery.manifest import (
     ADAPTER,
@@ -87,12 +88,14 @@ class AdapterFacts:
     """What training did: `moved` of `targets` (layers, or corrections) changed; `training` is the record's summary.
 
     open_run_step: of a run that is not finished, the step of its last whole checkpoint (0: none); None without one.
+    held_values: of columns that were drawn anew, the values of all that have ever trained; else 0.
     """
 
     moved: int
     targets: int
     training: Mapping[str, Any]
     open_run_step: int | None = None
+    held_values: int = 0
 
     def pairs(self) -> _Pairs:
         """Labels and texts."""
@@ -105,6 +108,8 @@ class AdapterFacts:
                 state.append((f"held-out {moment}", text))
         if self.open_run_step is not None:
             state.append(("run", _open_run(self.open_run_step)))
+        if self.held_values:
+            state.append(("held", f"{self.held_values:,} values, in all columns that have ever trained"))
         return [*state, ("moved", f"{self.moved} of {counted(self.targets, 'target')}")]
 
 
@@ -201,8 +206,17 @@ def _inspect_adapter(path: Path, _record: Record) -> Inspection:
     adapter = open_adapter(path)  # decides which of two records holds, after a kill in between
     last = latest_checkpoint(path / CHECKPOINTS)
     step = (step_of(last) if last else 0) if open_run(adapter) else None
-    facts = AdapterFacts(adapter.delta.moved, adapter.delta.movable, adapter.record.manifest.training, step)
+    facts = AdapterFacts(
+        adapter.delta.moved, adapter.delta.movable, adapter.record.manifest.training, step, _held_values(adapter)
+    )
     return Inspection(str(path), ADAPTER, origin=_origin(path, adapter.record), adapter=facts, plan=adapter.plan)
+
+
+def _held_values(adapter: Adapter) -> int:
+    if not isinstance(adapter.delta, ColumnDelta) or not adapter.plan.spec.get("resample"):
+        return 0
+    widths = adapter.delta.widths()
+    return sum(target.out_features * widths[target.module] for target in adapter.plan.targets)
 
 
 def _inspect_merged(path: Path, record: Record) -> Inspection:
@@ -322,7 +336,7 @@ def _chosen_by(spec: Mapping[str, Any]) -> str:
     """How columns were chosen, where not at random once and for all."""
     how = f", columns by {spec['select']}" if spec.get("select", "random") != "random" else ""
     budget = f", of a budget of {spec['budget']}" if spec.get("budget") else ""
-    return how + budget + (f", drawn anew {spec['resample']}" if spec.get("resample") else "")
+    return how + budget + (f", drawn anew {spec['resample'].replace(':', ' ')} steps" if spec.get("resample") else "")
 
 
 def _plan_summary(plan: SurgeryPlan) -> dict[str, Any]:

@@ -377,6 +377,29 @@ class PacaLayer(nn.Module):
         self.paca_delta.copy_(difference / self.paca_scale)
         self.paca_pending = True
 
+    def open_columns(
+        self, original: Tensor, columns: Tensor, *, storage: torch.dtype, shared: SharedGather, scale: float
+    ) -> None:
+        """Become a layer whose columns train, of which nothing has moved yet.
+
+        original: the base's columns (o, r); columns: which, on the weight's device; storage: as of `open_layer`.
+        """
+        master = torch.float64 if self.paca_weight.dtype == torch.float64 else torch.float32
+        self.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=columns.device))
+        self.paca_original = nn.Parameter(original.to(columns.device), requires_grad=False)
+        self.register_buffer("paca_columns", shared.one_tensor(columns), persistent=False)
+        self.take_number()
+        self.paca_gather, self.paca_scale, self.paca_storage = shared, scale, storage
+        self.paca_pending, self.paca_seen = False, self._signs()
+
+    def close_columns(self) -> None:
+        """The inverse of `open_columns`."""
+        for name in ("paca_delta", "paca_original", "paca_columns", "paca_gather", "paca_number", "paca_scale",
+                     "paca_storage", "paca_pending", "paca_seen"):  # fmt: skip
+            delattr(self, name)
+        for name in ("paca_past", "paca_scores"):
+            vars(self).pop(name, None)  # where other columns are drawn from time to time
+
     def train(self, mode: bool = True) -> PacaLayer:  # noqa: FBT001, FBT002  torch's signature
         self.paca_pending = self.paca_pending or mode != self.training
         super().train(mode)
@@ -498,13 +521,7 @@ def open_layer(
     weight = cast("nn.Parameter", layer.paca_weight)
     columns_r = columns_r.to(weight.device)
     original = read_columns(weight, columns_r, input_axis)
-    master = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    layer.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=weight.device))
-    layer.paca_original = nn.Parameter(original, requires_grad=False)
-    layer.register_buffer("paca_columns", shared.one_tensor(columns_r), persistent=False)
-    layer.take_number()
-    layer.paca_gather, layer.paca_scale, layer.paca_storage = shared, scale, storage
-    layer.paca_pending, layer.paca_seen = False, layer._signs()  # noqa: SLF001  this module's own class
+    layer.open_columns(original, columns_r, storage=storage, shared=shared, scale=scale)
     return layer
 
 
@@ -522,12 +539,7 @@ def close_layer(layer: PacaLayer, *, merge: bool) -> None:
                 past.original.to(layer.paca_weight),
                 layer.input_axis,
             )
-    for name in ("paca_delta", "paca_original", "paca_columns"):
-        delattr(layer, name)
-    for name in ("paca_gather", "paca_number", "paca_scale", "paca_storage", "paca_pending", "paca_seen"):
-        delattr(layer, name)
-    for name in ("paca_past", "paca_scores"):
-        vars(layer).pop(name, None)  # where other columns are drawn from time to time
+    layer.close_columns()
     module.__class__ = layer.plain
 
 

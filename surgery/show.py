@@ -85,6 +85,7 @@ def result_lines(result: TrainResult) -> list[str]:
 def _figures(result: TrainResult) -> list[str]:
     return [
         *(f"data: {line}" for line in result.data),
+        *([f"lean: {result.lean}"] if result.lean else []),
         *_metric_lines(result.before, result.after),
         f"{result.steps} steps on {result.device} in {result.seconds:.1f} s, mean loss {result.loss:.4f}",
         f"{result.trained_values:,} trained values, peak memory {size_text(result.peak_memory_bytes)}",

@@ -168,6 +168,8 @@ def plan_lines(plan: SurgeryPlan) -> list[str]:
     if plan.targets:
         layers = _layers(len(plan.targets))
         total = f"{trained:,} values train in {layers}, {trained / weights:.2%} of {weights:,} weights"
+        if budget := plan.spec.get("budget"):
+            total += f", under a budget of {budget}" + " of all that was meant" * budget.endswith("%")
     if plan.whole:
         total += f"; {plan.trained_values - trained:,} in {len(plan.whole)} whole tensors"
     if plan.quantization:

@@ -75,6 +75,7 @@ from surgery.tokens import read_tokenizer
 from surgery.trainer import (
     TRAINER_FILE,
     Interruption,
+    KeepFrozenInputs,
     LogFile,
     Progress,
     Resample,
@@ -119,6 +120,7 @@ PER_STEP = ("batch_size", "gradient_accumulation")  # these and the number of pr
 class TrainResult:
     """What a run did. `before` and `after` are the evaluation's metrics (empty without evaluation data).
 
+    lean: what was made lean, in words (empty where nothing was).
     was_finished: nothing was done now, the figures are those of the run that had been finished before.
     """
 
@@ -132,10 +134,11 @@ class TrainResult:
     before: Mapping[str, float]
     after: Mapping[str, float]
     data: tuple[str, ...]
+    lean: str = ""
     was_finished: bool = False
 
 
-_OF_THE_CALL = ("adapter", "was_finished")  # what a record does not hold: it is not the run's
+_OF_THE_CALL = ("adapter", "lean", "was_finished")  # what a record does not hold: it is not the run's
 
 
 # --- the run
@@ -332,6 +335,7 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         before,
         after,
         tuple(prepared.report.lines()),
+        kernels.lean,
     )
     delta = collect(model)
     if is_main():
@@ -387,7 +391,8 @@ def result_of(adapter: Adapter) -> TrainResult:
     training = adapter.record.manifest.training
     names = [field.name for field in fields(TrainResult) if field.name not in (*_OF_THE_CALL, "data")]
     figures = {name: training[name] for name in names}
-    return TrainResult(adapter=adapter.folder, data=tuple(training["data"]), was_finished=True, **figures)
+    lean = str(training.get("kernels", {}).get("lean", ""))
+    return TrainResult(adapter=adapter.folder, data=tuple(training["data"]), lean=lean, was_finished=True, **figures)
 
 
 def count_steps(settings: TrainSection, examples: int, *, only_whole_batches: bool = False) -> int:
@@ -584,7 +589,7 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
     if adapter.plan.spec.get("resample"):
         callbacks.append(Resample(adapter.plan))
     if settings.gradient_checkpointing:
-        callbacks.append(acceleration.KeepFrozenInputs())
+        callbacks.append(KeepFrozenInputs())
     if settings.early_stopping_patience:
         callbacks.append(StopEarly(settings.early_stopping_patience))
     task = adapter.plan.task

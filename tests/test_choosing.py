@@ -29,6 +29,7 @@ from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection, read_recipe
 from surgery.survey import TaskSpec
+from surgery.table import plan_lines
 from surgery.train import train
 from surgery.workflow import run
 from tests.conftest import TinyModel
@@ -191,7 +192,10 @@ def test_without_scores_a_budget_is_spread_evenly() -> None:
     assert spread(groups, (25 * 7 + 100 * 3)) == {"a": 25, "b": 100}
 
 
-@pytest.mark.parametrize(("budget", "said"), (("5", "first column"), ("99999999", "at most"), ("0%", "no value")))
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    (("5", "first column"), ("99999999", "at most"), ("0%", "^--budget: 0%, which is not one value, expected more")),
+)
 def test_a_budget_that_cannot_be_met_says_so(budget: str, said: str, plan: SurgeryPlan) -> None:
     """Too small for one column, more than there is, nothing."""
     asked = replace(plan, spec={**plan.spec, "rank": 16, "select": "magnitude", "budget": budget})
@@ -335,6 +339,11 @@ def test_the_command_says_what_is_missing(tiny_model: TinyModel, data: Path, tmp
     )
     assert (code, "experts train" in said) == (5, True)
     assert command("apply", root, "--select", "lowrank", "--budget", "1%", "--plan") == (0, "")
+    for select in ("random", "magnitude"):
+        said = "\n".join(plan_lines(apply(root, tmp_path / select, PacaSpec(select=select, budget="1%")).plan))
+        assert "nothing of the budget" in said
+        assert "not selected" not in said
+        assert said.endswith("under a budget of 1% of all that was meant"), "beside the part of the layers that train"
     code, said = command("apply", root, "-r", "16", "--budget", "1%", "-o", tmp_path / "x")
     assert (code, "given with --rank" in said) == (2, True), "also where it is the default's rank"
     assert not (tmp_path / "x").exists()

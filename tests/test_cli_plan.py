@@ -17,6 +17,7 @@ from surgery.cli import cli
 from surgery.errors import NotAModelError, RecipeError, RequestError, SurgeryError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
+from surgery.table import size_text
 from tests.conftest import TinyModel
 from tests.examples import QUESTIONS, TEXTS, write_rows
 
@@ -202,6 +203,8 @@ def test_apply_shows_it_too(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert "a step of 8 x 128 tokens on c" in lines[-1]
     document = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)
     assert document["step_memory"]["total"] > 0
+    passing = size_text(document["step_memory"]["parts"]["temporary"])
+    assert f", {passing} for a moment" in lines[-1], "it is no part of what the weights take"
     masked = CliRunner().invoke(
         cli, ["apply", str(tiny_model("bert")), "--plan", "-r", "4", "-o", str(tmp_path / "out")]
     )

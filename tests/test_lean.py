@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +20,7 @@ from surgery import lean_blocks, lean_functions, lean_pass
 from surgery.acceleration import choose_lean, prepare, require
 from surgery.bench.measure import saved_bytes
 from surgery.bench.methods import attach_floor
+from surgery.cli import cli
 from surgery.compat import keep_no_cache, set_checkpointing
 from surgery.errors import CheckError, RecipeError, RequestError, SurgeryError, UnsupportedError
 from surgery.lean_blocks import Lean
@@ -296,6 +298,18 @@ def test_predicted_to_the_byte(family: str, method: str, tiny_model: TinyModel) 
     batch = {**batch_of(family, tokens=24), "attention_mask": torch.ones(2, 24, dtype=torch.long)}
     kept = saved_bytes(model, lambda: model(**batch).loss)
     assert sum(predicted.activations.values()) == kept
+
+
+def test_the_command_says_what_it_made_lean(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """`--lean` is `lean=on`, and a run says what came of it, also one that was finished before."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXTS) * 4, encoding="utf-8")
+    apply(tiny_model("llama"), tmp_path / "adapter", PacaSpec(rank=4))
+    asked = ["train", str(tmp_path / "adapter"), "--data", str(text), "--lean", "max_steps=1", "max_length=40"]
+    for resume in ("no", "auto"):
+        result = CliRunner().invoke(cli, [*asked, "--resume", resume])
+        assert result.exit_code == 0, result.output
+        assert "lean: 5 norms, 2 gated MLPs, the loss" in result.stdout.splitlines()
 
 
 def test_a_training_run_is_lean(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -360,6 +360,14 @@ def test_a_model_of_convolutions_alone_says_how_to_name_them(tiny_model: TinyMod
         plan_checkpoint(Checkpoint.open(tiny_model("efficientnet")), PacaSpec())
 
 
+def test_all_conv_that_leaves_narrow_ones_alone_says_so(tiny_model: TinyModel) -> None:
+    """Where the rank is above all of them; not that `all-conv` should be named, which it was."""
+    with pytest.raises(
+        SelectorError, match=r"2 convolutions each has fewer channels than the rank, 8 at most.*Lower -r"
+    ):
+        plan_checkpoint(Checkpoint.open(tiny_model("convnext")), PacaSpec(targets=("all-conv",)))
+
+
 @pytest.mark.parametrize("family", CONVOLUTIONAL)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_the_way_through_files(family: str, dtype: torch.dtype, tiny_model: TinyModel, tmp_path: Path) -> None:

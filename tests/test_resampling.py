@@ -15,6 +15,7 @@ from surgery.adapter import open_adapter
 from surgery.columns import drawn_columns
 from surgery.delta import require_columns
 from surgery.errors import DamagedError, RequestError, UnsupportedError
+from surgery.inspection import inspect
 from surgery.methods.paca_plan import planned_columns
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, attach, collect, detach, load, resample
@@ -209,6 +210,10 @@ def test_the_file_holds_the_union_and_the_merge_is_verified(trained: Path, tmp_p
     adapter = open_adapter(trained)
     widths = require_columns(adapter.delta, "test").widths()
     assert max(widths.values()) > 2
+    said = "\n".join(inspect(trained).lines())
+    held_values = sum(target.out_features * widths[target.module] for target in adapter.plan.targets)
+    assert f"{held_values:,} values, in all columns that have ever trained" in said
+    assert "drawn anew every 2 steps" in said
     export(trained, tmp_path / "merged")
     checks = verify(tmp_path / "merged")
     assert {check.result for check in checks.checks} == {"passed"}

@@ -26,12 +26,7 @@ from surgery.columns import (
 )
 from surgery.embedding_rows import find_embedding, require_rows, without_embedding
 from surgery.errors import DamagedError, RequestError, UnsupportedError, closest
-from surgery.experts import (
-    expert_group,
-    find_experts,
-    holders,
-    require_whole,
-)
+from surgery.experts import expert_group, find_experts, holders, require_whole
 from surgery.methods import PlanRequest
 from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_experts import SHARED, require_way
@@ -77,6 +72,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     chosen = resolve(everything, selectors, exclude=spec.exclude) if selectors or not embedding else ()
     _require_layers_alone(spec, [*chosen, *([embedding] if embedding else [])])
     ranks = _ranks(spec, chosen, groups)
+    unpaid = {site.name: "nothing of the budget" for site in chosen if site.module not in ranks}
     chosen = tuple(site for site in chosen if site.module in ranks)
     _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
     _require_trainable_experts(spec, request, chosen)
@@ -90,7 +86,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
     reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
     reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
-    reasons |= {site.name: "experts: name them in --targets" for site, _ in experts}
+    reasons |= {site.name: "experts: name them in --targets" for site, _ in experts} | unpaid
     quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
     _require_dense_where_needed(spec, quantization, request)
     return {

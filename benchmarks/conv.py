@@ -15,6 +15,7 @@ import copy
 import functools
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--processor-time", action="store_true", help="count it instead of wall time, on a busy machine"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     base, targets = build(given.family, given.size), targets_of(given.family)
@@ -114,7 +118,8 @@ def main() -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
         steps[name] = functools.partial(step, model, optimizer)
-    seconds = take_turns(steps, itertools.repeat(batch, given.rounds + 2), warmup=2)
+    clock = time.process_time if given.processor_time else time.perf_counter
+    seconds = take_turns(steps, itertools.repeat(batch, given.rounds + 2), warmup=2, clock=clock)
     print(f"{given.family}, {given.batch} x {given.size} x {given.size}, rank {given.rank}, {given.threads} threads")
     for name, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, seconds["floor"], strict=True))

@@ -34,7 +34,15 @@ from exporters.onnx_file import (
 )
 from surgery.adapter import copy_small_files, find_base, open_adapter
 from surgery.checkpoint import INDEX_FILE, RECORD_FILE, Checkpoint, path_inside, read_json
-from surgery.delta import ColumnDelta, bits, count_not_finite, patched_chunks, require_base, require_columns
+from surgery.delta import (
+    ColumnDelta,
+    ColumnPatch,
+    bits,
+    count_not_finite,
+    patched_chunks,
+    require_base,
+    require_columns,
+)
 from surgery.errors import (
     BaseMismatchError,
     CheckError,
@@ -46,7 +54,7 @@ from surgery.errors import (
 )
 from surgery.lookup import require_extra
 from surgery.manifest import PATCHED, Check
-from surgery.plan import SurgeryPlan
+from surgery.plan import SurgeryPlan, Target
 from surgery.runs import notes_of
 from surgery.tensorfile import (
     FLOAT_DTYPES,
@@ -219,11 +227,26 @@ def _read_change(delta: ColumnDelta, weight: str) -> Change:
     for target in delta.plan.targets:
         if target.weight == weight:
             columns = delta.patches[target.module]
+            if len(target.sizes) == 4:
+                return _read_channels(target, columns)
             return Change(target.input_axis, columns.columns, columns.stored(), columns.original)
     head = next(head for head in delta.plan.whole if head.weight == weight)
     whole, shape = delta.whole[head.parameter], matrix_shape(head.shape)
     original = cast("Tensor", whole.original).reshape(shape)
     return Change(1, torch.arange(shape[1]), whole.values.to(original.dtype).reshape(shape), original)
+
+
+def _read_channels(target: Target, columns: ColumnPatch) -> Change:
+    """A convolution's columns as rows of its kernel (o, i, h, w), which as a matrix is (o * i * h, w)."""
+    outputs, channels, height, width = target.sizes
+    first = torch.arange(outputs)[:, None, None] * channels + columns.columns[:, None]
+    lines = (first * height + torch.arange(height)).flatten()  # (o, r, h)
+
+    def as_rows(values: Tensor) -> Tensor:
+        kernel = values.reshape(outputs, height, width, len(columns.columns))
+        return kernel.permute(2, 0, 3, 1).reshape(width, -1)
+
+    return Change(0, lines, as_rows(columns.stored()), as_rows(columns.original))
 
 
 # --- which base weight lies where
@@ -436,7 +459,8 @@ def _merged_rows(checkpoint: Checkpoint, delta: ColumnDelta, weight: str, dtype:
     target = next((target for target in delta.plan.targets if target.weight == weight), None)
     views: Iterable[memoryview]
     if target:
-        views = patched_chunks(checkpoint, weight, target, change.lines, change.values)
+        columns = delta.patches[target.module]
+        views = patched_chunks(checkpoint, weight, target, columns.columns, columns.stored())
     else:
         views = [memoryview(tensor_to_bytes(change.values))]
     return _cast_rows(views, info.dtype, dtype, matrix_shape(info.shape)[1])

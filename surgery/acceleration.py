@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
-from surgery.compat import keep_inputs_frozen
 from surgery.errors import RecipeError, UnsupportedError, shorten
 from surgery.lean_kernels import choose_kernels
 from surgery.lean_pass import rewrite
@@ -317,10 +315,3 @@ def _apply_liger(model: Any) -> None:
 
 def _trains(module: nn.Module) -> bool:
     return isinstance(module, PacaLayer) or any(parameter.requires_grad for parameter in module.parameters())
-
-
-class KeepFrozenInputs(TrainerCallback):  # type: ignore[misc]
-    """With gradient checkpointing: what asks for no gradient stays so once the trainer has switched it on."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        keep_inputs_frozen(kwargs["model"])

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from surgery.checkpoint import RECIPE_ENDINGS, require_model
+from surgery.cli_options import JSON
 from surgery.terminal import say, show
 
 
@@ -55,7 +56,7 @@ from surgery.terminal import say, show
     "--resume", type=click.Choice(["auto", "no"]), default="no", show_default=True, help="auto: go on with --out."
 )
 @click.option("--overwrite", is_flag=True, help="Begin anew over an earlier bench.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@JSON
 def bench_command(
     model: str,
     *,

@@ -10,18 +10,12 @@ from typing import Any
 import click
 
 from surgery.checkpoint import require_model
-from surgery.errors import RequestError
+from surgery.cli_options import BASE, JSON, parse_columns
 from surgery.terminal import show
 
 
-def _columns(_context: click.Context, _option: click.Parameter, values: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for value in values:
-        role, equals, column = value.partition("=")
-        if not (role and equals and column):
-            raise RequestError("--column", repr(value), expected="ROLE=COLUMN, such as sentence=3")
-        pairs[role] = column
-    return pairs
+def _columns(_context: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    return parse_columns(option.opts[0], values, "sentence=3")
 
 
 @click.command("eval")
@@ -38,13 +32,13 @@ def _columns(_context: click.Context, _option: click.Parameter, values: Sequence
 @click.option("--batch", type=int, help="Rows at once. Default: 8. Scores do not depend on it.")
 @click.option("--max-new-tokens", type=int, help="gsm8k: how long an answer may be. Default: 256.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--base", help="The base's folder or hub id, where it is not where it was.")
+@BASE
 @click.option(
     "--tasks-folder", type=click.Path(path_type=Path), help="lm-eval: a folder with YAML files of tasks of your own."
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the result into this file, as JSON.")
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@JSON
 def eval_command(model: str, *, out: Path | None, overwrite: bool, as_json: bool, **settings: Any) -> None:
     """Score MODEL on a benchmark: a checkpoint, an adapter, a merged folder, an ONNX folder or a hub id.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.checkpoint import require_folder
+from surgery.cli_options import BASE, JSON
 from surgery.errors import RequestError
 from surgery.terminal import say
 
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     "--seed", default=0, show_default=True, help="With the prompt it decides what is drawn, by each runtime for itself."
 )
 @click.option("--chat", is_flag=True, help="The prompt is a user's message: write it as the chat template says.")
-@click.option("--base", help="The base's folder or hub id, where it is not where it was.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@BASE
+@JSON
 def generate_command(path: Path, *, prompts: tuple[str, ...], base: str | None, as_json: bool, **settings: Any) -> None:
     """Write on from a prompt with the model in PATH, or classify it.
 

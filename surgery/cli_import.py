@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from surgery.checkpoint import require_folder
+from surgery.cli_options import JSON, OVERWRITE, split_list
 from surgery.terminal import show
 
 
@@ -19,8 +20,8 @@ from surgery.terminal import show
 )
 @click.option("--task", default="", help="The task, where neither its config nor the base's says it.")
 @click.option("--labels", default="", help="Class names, separated by commas: PEFT's files do not hold them.")
-@click.option("--overwrite", is_flag=True, help="Replace a folder that surgery made.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@OVERWRITE
+@JSON
 def import_command(
     peft: Path, *, base: str | None, out: Path | None, task: str, labels: str, overwrite: bool, as_json: bool
 ) -> None:
@@ -38,7 +39,7 @@ def import_command(
     from surgery.survey import TaskSpec
     from surgery.workflow import default_adapter_folder
 
-    wanted = TaskSpec(task, tuple(label.strip() for label in labels.split(",") if label.strip()))
+    wanted = TaskSpec(task, split_list([labels]))
     folder = out or default_adapter_folder(str(peft), "paca")
     result = import_peft(peft, folder, base=base, task=wanted, overwrite=overwrite)
     lines = [*table.plan_lines(result.adapter.plan), "", f"Wrote {folder}.", *(f"note: {n}" for n in result.notes)]

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from surgery.checkpoint import RECIPE_ENDINGS, require_model
+from surgery.cli_options import JSON
 from surgery.errors import RequestError
 from surgery.terminal import show
 
@@ -49,7 +50,7 @@ KEYS = {  # of a recipe, by option
 )
 @click.option("--fit", help="What a device has, e.g. 80GB: whether the run fits, and the longest sequence that does.")
 @click.option("--task", help="As in `surgery apply`. Default: the checkpoint's own.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@JSON
 def plan_command(path: str, *, settings: tuple[str, ...], fit: str | None, as_json: bool, **options: Any) -> None:
     """Predict the memory that training takes on each device, without weights: config.json is enough.
 

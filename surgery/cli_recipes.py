@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from surgery.cli_options import JSON
 from surgery.errors import RequestError
 from surgery.terminal import show
 
@@ -11,7 +12,7 @@ from surgery.terminal import show
 @click.command("recipes")
 @click.argument("action", type=click.Choice(["list", "show"]))
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@JSON
 def recipes_command(action: str, name: str | None, *, as_json: bool) -> None:
     """List the recipes that are shipped, with a line for each, or show the recipe NAME as it stands.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from surgery.checkpoint import require_folder
+from surgery.cli_options import JSON
 from surgery.terminal import show
 
 
@@ -16,7 +17,7 @@ from surgery.terminal import show
     "-o", "--out", type=click.Path(path_type=Path), default="report.html", show_default=True, help="The file to write."
 )
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+@JSON
 def report_command(folders: tuple[Path, ...], *, out: Path, overwrite: bool, as_json: bool) -> None:
     """Write one page, which needs nothing else, on training runs and benches; several are compared.
 

@@ -32,6 +32,7 @@ _Numbers = npt.NDArray[np.float64]
 class Lines:
     """The columns (axis 1) or rows (axis 0) that hold every difference, whichever are fewer, out of `total`.
 
+    A column of a convolution's kernel (o, i, h, w) is an input channel.
     `numbers` is left empty where all of them differ.
     """
 
@@ -199,7 +200,9 @@ class _Tally:
         )  # below a byte neither rows nor columns can be told apart
         self.width = math.prod(shape[1:])
         self.rows = np.zeros(shape[0] if shape else 0, dtype=bool)
-        self.columns = np.zeros(shape[1] if len(shape) == 2 else 0, dtype=bool)
+        has_columns = len(shape) in (2, 4)  # axis 1 of other tensors, a mixture's experts among them, is no input
+        self.columns = np.zeros(shape[1] if has_columns else 0, dtype=bool)
+        self.behind = math.prod(shape[2:])
         self.changed = self.finite = 0
         self.largest = self.total = 0.0
 
@@ -224,7 +227,7 @@ class _Tally:
         if self.rows.size:
             self.rows[where // self.width] = True
         if self.columns.size:
-            self.columns[where % self.width] = True
+            self.columns[where % self.width // self.behind] = True
         if x.size:
             self._add_gaps(x[differs], y[differs])
 

@@ -337,6 +337,14 @@ def load_image_processor(folder: Path) -> Any:
     return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **given)
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """What looks a model's tokens up; None where transformers 5 says that it knows of none (ConvNeXt has none)."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[no-any-return]
+    except NotImplementedError:
+        return None
+
+
 def current_class(model_class: Any) -> Any:
     """The class that stands under this class's name in transformers now.
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from surgery.compat import load_tokenizer, quiet_loading
+from surgery.compat import input_embeddings, load_tokenizer, quiet_loading
 from surgery.errors import RequestError, SelectorError, UnsupportedError
-from surgery.select import ALL, EMBEDDING, LinearSite, matches, means
+from surgery.select import ALL, EMBEDDING, LinearSite, check_pattern, matches, means
 
 OPTION, NUMBER = "--rows", "id:"
 
@@ -69,8 +70,8 @@ def find_embedding(model: Any, sites: Sequence[LinearSite], rows: Sequence[int |
     if not rows:
         return None
     known = [site for site in sites if site.kind == EMBEDDING]
-    if hasattr(model, "get_input_embeddings"):
-        words: Any = model.get_input_embeddings()
+    if isinstance(model, PreTrainedModel):
+        words = input_embeddings(model)
         known = [site for site in known if model.get_submodule(site.module) is words]
     if len(known) != 1:
         raise RequestError(OPTION, f"a model with {len(known)} input embeddings", expected="one")
@@ -93,10 +94,9 @@ def without_embedding(
     """The selectors but for those that mean an embedding alone. Raises: SelectorError for one without rows."""
     left = []
     for selector in selectors:
+        check_pattern(selector, "--targets")
         is_layer = selector in ALL or any(means(selector, site) for site in sites)
-        named = (
-            [site for site in every if site.kind == EMBEDDING and matches(selector, site.module)] if selector else []
-        )
+        named = [site for site in every if site.kind == EMBEDDING and matches(selector, site.module)]
         if is_layer or not named:
             left.append(selector)
         elif embedding is None or embedding not in named:

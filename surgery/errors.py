@@ -114,6 +114,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def option_of(name: str) -> str:
+    """A setting's name as an option of the command line: `--in-words`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def shorten(text: str, limit: int) -> str:
     """A text as one line of at most `limit` characters, cut at a word; `..` stands for the rest."""
     text = " ".join(text.split())

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, path_inside, read_json
 from surgery.columns import generator_seed
-from surgery.errors import DamagedError, NotAModelError, RequestError, UnsupportedError, shorten
+from surgery.errors import DamagedError, NotAModelError, RequestError, UnsupportedError, option_of, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,19 +75,15 @@ class GenerateSpec:
         }
         for name, (holds, expected) in ranges.items():
             if not holds:
-                raise RequestError(_option(name), str(getattr(self, name)), expected=expected)
+                raise RequestError(option_of(name), str(getattr(self, name)), expected=expected)
         idle = [name for name in ("top_k", "top_p", "seed") if name in self.given()]
         if not self.temperature and idle:
             found = f"{getattr(self, idle[0])} with temperature 0, which draws nothing"
-            raise RequestError(_option(idle[0]), found, expected="a --temperature above 0")
+            raise RequestError(option_of(idle[0]), found, expected="a --temperature above 0")
 
     def given(self) -> list[str]:
         """The names of what differs from its default."""
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -241,7 +237,7 @@ def require_tokens(ids: Sequence[int]) -> None:
 def require_no_settings(spec: GenerateSpec) -> None:
     """A classifier makes no text. Raises: RequestError: a setting that would be ignored."""
     for name in spec.given():
-        raise RequestError(_option(name), "given to a classifier, which makes no text", expected="--prompt alone")
+        raise RequestError(option_of(name), "given to a classifier, which makes no text", expected="--prompt alone")
 
 
 def scores_of(config: Mapping[str, Any], logits_l: Array) -> tuple[Score, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json, require_folder
 from surgery.columns import STORED
-from surgery.delta import Delta
+from surgery.delta import ColumnDelta
 from surgery.errors import NotAModelError, counted
 from surgery.manifest import (
     ADAPTER,
@@ -214,7 +214,7 @@ def _inspect_adapter(path: Path, _record: Record) -> Inspection:
 
 
 def _held_values(adapter: Adapter) -> int:
-    if not isinstance(adapter.delta, Delta) or not adapter.plan.spec.get("resample"):
+    if not isinstance(adapter.delta, ColumnDelta) or not adapter.plan.spec.get("resample"):
         return 0
     widths = adapter.delta.widths()
     return sum(target.out_features * widths[target.module] for target in adapter.plan.targets)

@@ -17,7 +17,7 @@ import torch
 
 from surgery.acceleration import FLASH, set_heads, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
-from surgery.compat import config_dtype, memory_names
+from surgery.compat import config_dtype, input_embeddings, memory_names
 from surgery.errors import RequestError, UnsupportedError, counted, require_known
 from surgery.experts import require_layers, usual_experts
 from surgery.generate import max_positions
@@ -305,7 +305,7 @@ def _held(plan: SurgeryPlan, dtype: torch.dtype) -> str:
 def _positions(model: Any) -> int | None:
     """How long a sequence may be: RoBERTa's kind counts positions from behind the padding's."""
     limit = max_positions(model.config.to_dict())
-    words = model.get_input_embeddings()
+    words = input_embeddings(model)
     tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words]
     skipped = [t.padding_idx + 1 for t in tables if t.num_embeddings == limit and t.padding_idx is not None]
     return limit - max(skipped, default=0) if limit is not None else None

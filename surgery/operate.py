@@ -12,14 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter import (
-    Adapter,
-    find_base,
-    find_model,
-    fresh_delta,
-    open_adapter,
-    write_adapter,
-)
+from surgery.adapter import Adapter, find_base, find_model, fresh_delta, open_adapter, write_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.choosing import carried, choose, choose_live, looks, require_data
 from surgery.columns import resample_steps
@@ -39,15 +32,7 @@ from surgery.quantized import KINDS, is_quantized, kind_of, live_dtype, quantize
 from surgery.quantized_base import require_package
 from surgery.resampling import resample_model
 from surgery.sharding import settle, whole
-from surgery.survey import (
-    TASKS,
-    TaskSpec,
-    class_for,
-    configured,
-    find_heads,
-    own_architecture,
-    read_config,
-)
+from surgery.survey import TASKS, TaskSpec, class_for, configured, find_heads, own_architecture, read_config
 from surgery.tensorfile import dtype_name, tensor_bytes, torch_dtype
 from surgery.writing import CheckpointWriter, require_apart
 

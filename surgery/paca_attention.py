@@ -38,6 +38,7 @@ class _PackedFunction(torch.autograd.Function):
         layer: PacaAttention = ctx.layer
         x_dtype, delta_dtype = ctx.dtypes
         dx = ddelta_or = None
+        dy = layer.laid_out(dy)
         if ctx.needs_input_grad[0]:
             if ctx.weight is None:
                 layer.refresh()

@@ -384,13 +384,7 @@ def open_experts(
     part.input_axis = 1 if experts.is_transposed else 2
     columns = columns.to(weight.device)
     original = read_experts(weight, columns, part.input_axis)
-    master = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    part.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=weight.device))
-    part.paca_original = nn.Parameter(original, requires_grad=False)
-    part.register_buffer("paca_columns", shared.one_tensor(columns), persistent=False)
-    part.take_number()
-    part.paca_gather, part.paca_scale, part.paca_storage = shared, scale, storage
-    part.paca_pending, part.paca_seen = False, part._signs()  # noqa: SLF001  as `paca_layers.open_layer`
+    part.open_columns(original, columns, storage=storage, shared=shared, scale=scale)
     name = part_name(parameter)
     experts.add_module(name, part)
     experts.paca_parts[parameter] = name

@@ -123,6 +123,7 @@ class _PacaFunction(torch.autograd.Function):
         layer: PacaLayer = ctx.layer
         x_dtype, delta_dtype = ctx.dtypes
         dx = ddelta_or = None
+        dy = layer.laid_out(dy)
         if ctx.needs_input_grad[0]:
             weight = layer.weight_again() if ctx.weight is None else ctx.weight
             dx = layer.input_gradient(dy, weight, ctx.shape).to(x_dtype)
@@ -280,6 +281,14 @@ class PacaLayer(nn.Module):
         """The parameter whose columns train."""
         return self.weight
 
+    def laid_out(self, dy: Tensor) -> Tensor:
+        """dy as both products of backward read it: rows one after another.
+
+        Where the axes of images were permuted (ConvNeXt's), matmul would go image by image and take up to four times as
+        long.
+        """
+        return dy.contiguous()
+
     def input_gradient(self, dy: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG002  others need it
         """dy (.., o) -> dx (.., i) of this shape, in dy's dtype."""
         return input_gradient(dy, weight, self.input_axis)
@@ -367,6 +376,29 @@ class PacaLayer(nn.Module):
         difference = values.to(self.paca_delta) - self.paca_original.to(self.paca_delta.dtype)
         self.paca_delta.copy_(difference / self.paca_scale)
         self.paca_pending = True
+
+    def open_columns(
+        self, original: Tensor, columns: Tensor, *, storage: torch.dtype, shared: SharedGather, scale: float
+    ) -> None:
+        """Become a layer whose columns train, of which nothing has moved yet.
+
+        original: the base's columns (o, r); columns: which, on the weight's device; storage: as of `open_layer`.
+        """
+        master = torch.float64 if self.paca_weight.dtype == torch.float64 else torch.float32
+        self.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=columns.device))
+        self.paca_original = nn.Parameter(original.to(columns.device), requires_grad=False)
+        self.register_buffer("paca_columns", shared.one_tensor(columns), persistent=False)
+        self.take_number()
+        self.paca_gather, self.paca_scale, self.paca_storage = shared, scale, storage
+        self.paca_pending, self.paca_seen = False, self._signs()
+
+    def close_columns(self) -> None:
+        """The inverse of `open_columns`."""
+        for name in ("paca_delta", "paca_original", "paca_columns", "paca_gather", "paca_number", "paca_scale",
+                     "paca_storage", "paca_pending", "paca_seen"):  # fmt: skip
+            delattr(self, name)
+        for name in ("paca_past", "paca_scores"):
+            vars(self).pop(name, None)  # where other columns are drawn from time to time
 
     def train(self, mode: bool = True) -> PacaLayer:  # noqa: FBT001, FBT002  torch's signature
         self.paca_pending = self.paca_pending or mode != self.training
@@ -489,13 +521,7 @@ def open_layer(
     weight = cast("nn.Parameter", layer.paca_weight)
     columns_r = columns_r.to(weight.device)
     original = read_columns(weight, columns_r, input_axis)
-    master = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    layer.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=master, device=weight.device))
-    layer.paca_original = nn.Parameter(original, requires_grad=False)
-    layer.register_buffer("paca_columns", shared.one_tensor(columns_r), persistent=False)
-    layer.take_number()
-    layer.paca_gather, layer.paca_scale, layer.paca_storage = shared, scale, storage
-    layer.paca_pending, layer.paca_seen = False, layer._signs()  # noqa: SLF001  this module's own class
+    layer.open_columns(original, columns_r, storage=storage, shared=shared, scale=scale)
     return layer
 
 
@@ -513,12 +539,7 @@ def close_layer(layer: PacaLayer, *, merge: bool) -> None:
                 past.original.to(layer.paca_weight),
                 layer.input_axis,
             )
-    for name in ("paca_delta", "paca_original", "paca_columns"):
-        delattr(layer, name)
-    for name in ("paca_gather", "paca_number", "paca_scale", "paca_storage", "paca_pending", "paca_seen"):
-        delattr(layer, name)
-    for name in ("paca_past", "paca_scores"):
-        vars(layer).pop(name, None)  # where other columns are drawn from time to time
+    layer.close_columns()
     module.__class__ = layer.plain
 
 

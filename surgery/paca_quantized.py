@@ -87,6 +87,9 @@ class QuantizedPacaLinear(PacaLayer, nn.Linear):
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight, self.paca_original, self.paca_delta
 
+    def _signs(self) -> tuple[int, ...]:
+        return ()  # by which a weight would be told to be stale
+
     @property
     def is_due(self) -> bool:
         return False
@@ -114,12 +117,7 @@ def open_quantized(
     module.__class__ = QuantizedPacaLinear
     layer = cast("QuantizedPacaLinear", module)
     layer.paca_plain = plain
-    layer.paca_delta = nn.Parameter(torch.zeros(original.shape, dtype=torch.float32, device=weight.device))
-    layer.paca_original = nn.Parameter(original.to(weight.device), requires_grad=False)
-    layer.register_buffer("paca_columns", shared.one_tensor(columns_r), persistent=False)
-    layer.take_number()
-    layer.paca_gather, layer.paca_scale, layer.paca_storage = shared, scale, storage
-    layer.paca_pending, layer.paca_seen = False, ()
+    layer.open_columns(original, columns_r, storage=storage, shared=shared, scale=scale)
     return layer
 
 
@@ -131,9 +129,8 @@ def close_quantized(layer: QuantizedPacaLinear, *, merge: bool, dtype: torch.dty
     module: Any = layer
     dense = layer.dense().to(dtype) if merge else None
     plain = layer.paca_plain
-    for name in ("paca_delta", "paca_original", "paca_columns", "paca_gather", "paca_number", "paca_scale",
-                 "paca_storage", "paca_pending", "paca_seen", "paca_plain"):  # fmt: skip
-        delattr(layer, name)
+    layer.close_columns()
+    del layer.paca_plain
     module.__class__ = plain
     if dense is not None:
         module.__class__ = nn.Linear

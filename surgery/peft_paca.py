@@ -223,7 +223,7 @@ def _plan(peft: PeftAdapter, checkpoint: Checkpoint, task: TaskSpec) -> SurgeryP
     """The plan of what the file holds: its layers are the base's, and all that its configuration means are there."""
     wanted = _task(peft, checkpoint, task)
     seen = survey(checkpoint.root, wanted)
-    linear = [site for site in find_sites(seen.model, seen.heads) if not site.sizes and site.parameter == "weight"]
+    linear = find_sites(seen.model, seen.heads)
     sites = {site.module: site for site in linear}
     for module in peft.modules:
         if module not in sites:

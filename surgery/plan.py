@@ -6,17 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypeVar
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 from surgery.errors import DamagedError, RequestError
 from surgery.side import Stack
 from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1
-# left out, so that plans of matrices read as they always did
-_TARGET_DEFAULTS = {"parameter": "weight", "sizes": [], "holder": "", "place": [], "rows": []}
-_OWN_FIELDS = ("stacks", "side", "frozen", "backbone_sha256", "calibration", "quantization")
 
 T = TypeVar("T")
 _JSON_TYPES = {"str": str, "int": int, "Mapping[str, Any]": dict, "Mapping[str, str]": dict}
@@ -29,6 +26,17 @@ def from_json(kind: type[T], entry: Mapping[str, Any]) -> T:
         if wanted and item.name in entry and type(entry[item.name]) is not wanted:
             raise TypeError(f"{kind.__name__}.{item.name} is {entry[item.name]!r}")
     return kind(**entry)
+
+
+def without_later(kind: type[Any], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON objects of a dataclass without the fields in its `later` that are at their default.
+
+    These were added to the class later: what was written before them, and what has no use for them, stays as it was.
+    """
+    usual = {item.name: item.default if item.default_factory is MISSING else item.default_factory()
+             for item in fields(kind) if item.name in kind.later}  # fmt: skip
+    defaults = json.loads(json.dumps(usual))
+    return [{k: v for k, v in entry.items() if k not in defaults or v != defaults[k]} for entry in entries]
 
 
 def _require_float(name: str, dtype: str) -> None:
@@ -51,6 +59,8 @@ class Target:
     `place` where in it this one lies: (expert, part, of so many equal parts of its outputs), empty where it is all.
     Of an embedding `rows` are the tokens whose rows train, where no strategy chooses.
     """
+
+    later: ClassVar[tuple[str, ...]] = ("parameter", "sizes", "holder", "place", "rows")
 
     module: str
     weight: str
@@ -80,6 +90,8 @@ class Target:
             raise DamagedError(where, f"sizes {list(shape)}", expected=expected)
         if self.place and (not self.holder or len(self.place) != 3 or not 0 <= self.place[1] < self.place[2]):
             raise DamagedError(where, f"place {list(self.place)}", expected="an expert and a part of its outputs")
+        if self.rows and len(self.rows) != self.rank:
+            raise DamagedError(where, f"{len(self.rows)} rows and rank {self.rank}", expected="as many")
         _require_float(self.module, self.dtype)
 
     @property
@@ -185,6 +197,8 @@ class SurgeryPlan:
     None where the base is held as its files have it.
     """
 
+    later: ClassVar[tuple[str, ...]] = ("stacks", "side", "frozen", "backbone_sha256", "calibration", "quantization")
+
     method: str
     spec: Mapping[str, Any]
     architecture: str
@@ -234,13 +248,10 @@ class SurgeryPlan:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, numbers and text. A method's own fields are left out where they are empty."""
+        """Plain lists, dicts, numbers and text; see `without_later`."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        plain["targets"] = [
-            {name: value for name, value in entry.items() if value != _TARGET_DEFAULTS.get(name, ...)}
-            for entry in plain["targets"]
-        ]
-        return {name: value for name, value in plain.items() if value or name not in _OWN_FIELDS}
+        plain["targets"] = without_later(Target, plain["targets"])
+        return without_later(type(self), [plain])[0]
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], where: str = "plan") -> SurgeryPlan:

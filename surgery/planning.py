@@ -14,13 +14,13 @@ from torch import nn
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
 from surgery.compat import base_prefix, memory_names
 from surgery.embedding_rows import number_rows
-from surgery.errors import DamagedError, RequestError, UnsupportedError
+from surgery.errors import DamagedError, RequestError, UnsupportedError, option_of
 from surgery.experts import expert_parts
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
 from surgery.manifest import read_document
 from surgery.methods import PlanRequest
-from surgery.plan import Parts, Quantization, Stored, SurgeryPlan, WholeTarget
+from surgery.plan import Parts, Quantization, Stored, SurgeryPlan, WholeTarget, without_later
 from surgery.quantized import stored_kind
 from surgery.quantized_base import packed_names, stored_weight
 from surgery.survey import TASKS, TaskSpec, new_parameters, survey
@@ -102,10 +102,8 @@ def plan_model(
 
 
 def plain_spec(spec: Any) -> dict[str, Any]:
-    """A spec as a plan holds it: what was added to it later is left out at its default, as older plans have it."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
-    defaults = json.loads(json.dumps(asdict(type(spec)())))
-    return {name: value for name, value in plain.items() if name not in spec.later or value != defaults[name]}
+    """A spec as a plan holds it, as older plans have it: see `without_later`."""
+    return without_later(type(spec), [json.loads(json.dumps(asdict(spec)))])[0]
 
 
 def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> Any:
@@ -117,7 +115,7 @@ def make_spec(method: str, settings: Mapping[str, Any], option: str = "--") -> A
     known = [entry.name for entry in fields(spec_type)]
     for name in settings:
         if name not in known:
-            shown, *names = (option + (n.replace("_", "-") if option else n) for n in (name, *known))
+            shown, *names = (option_of(n) if option else n for n in (name, *known))
             raise RequestError(shown, f"method {method} has no such setting", expected=f"one of {', '.join(names)}")
     return spec_type(**settings)
 

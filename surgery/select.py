@@ -74,9 +74,14 @@ def find_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite,
         sizes = (module.out_features, module.in_features) if packed else tuple(module.weight.shape)
         out_features, in_features = int(sizes[1 - axis]), int(sizes[axis])
         others = [owner for owner in owners[id(module.weight)] if owner != name]
-        is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
-        sites.append(LinearSite(name, out_features, in_features, axis, is_head, others[0] if others else ""))
+        tied_with = others[0] if others else ""
+        sites.append(LinearSite(name, out_features, in_features, axis, is_within(name, heads), tied_with))
     return tuple(sorted(sites, key=lambda site: site.module))
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a dotted name is one of these, or of a part of one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def owners_of(model: nn.Module) -> dict[int, list[str]]:
@@ -202,7 +207,12 @@ def _is_parameter(selector: str, site: LinearSite) -> bool:
 
 
 def asked_rank(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int:
-    """The number of columns asked for: the last pattern that means a site decides, else `rank`."""
+    """The number of columns asked for: the last pattern that means a site decides, else `rank`.
+
+    Raises: SelectorError for a pattern that is none.
+    """
+    for pattern in rank_pattern:
+        check_pattern(pattern, "--rank-pattern")
     return [rank, *(value for pattern, value in rank_pattern.items() if means(pattern, site))][-1]
 
 
@@ -221,8 +231,6 @@ def rank_of(site: LinearSite, rank: int, rank_pattern: Mapping[str, int]) -> int
 
 def ranks_of(sites: Sequence[LinearSite], rank: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
     """Every site's rank. Raises SelectorError also for a rank pattern that decides no layer."""
-    for pattern in rank_pattern:
-        check_pattern(pattern, "--rank-pattern")
     ranks = {site.module: rank_of(site, rank, rank_pattern) for site in sites}
     for number, pattern in enumerate(rank_pattern):
         later = list(rank_pattern)[number + 1 :]

@@ -6,12 +6,12 @@ What cannot be opened is found as well, with the reason: who names it is told, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from surgery.select import ATTENTION, CONVOLUTION, EMBEDDING, LinearSite, find_sites, owners_of
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from surgery.select import ATTENTION, CONVOLUTION, EMBEDDING, LinearSite, find_sites, is_within, owners_of
 
 
 def find_all_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearSite, ...]:
@@ -19,53 +19,38 @@ def find_all_sites(model: nn.Module, heads: Iterable[str] = ()) -> tuple[LinearS
     heads, owners = tuple(heads), owners_of(model)
     found = list(find_sites(model, heads))
     for name, module in model.named_modules():
-        is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
-        for site, weight in _sites_of(name, module, is_head=is_head):
+        for site, weight in _sites_of(name, module, is_head=is_within(name, heads)):
             others = [owner for owner in owners[id(weight)] if owner != site.module]
-            found.append(_tied(site, others[0]) if others else site)
+            found.append(replace(site, tied_with=others[0]) if others else site)
     return tuple(sorted(found, key=lambda site: (site.module, site.parameter)))
 
 
-def _tied(site: LinearSite, other: str) -> LinearSite:
-    from dataclasses import replace
-
-    return replace(site, tied_with=other)
-
-
 def _sites_of(name: str, module: nn.Module, *, is_head: bool) -> Iterator[tuple[LinearSite, Any]]:
-    from torch import nn as torch_nn
-
-    if isinstance(module, torch_nn.Conv2d):
+    if isinstance(module, nn.Conv2d):
         yield _convolution(name, module, is_head=is_head), module.weight
-    elif type(module) is torch_nn.MultiheadAttention:
+    elif type(module) is nn.MultiheadAttention:
         yield from _attention(name, module, is_head=is_head)
-    elif isinstance(module, torch_nn.Embedding):
+    elif isinstance(module, nn.Embedding):
         yield _embedding(name, module, is_head=is_head), module.weight
 
 
 def _convolution(name: str, module: nn.Conv2d, *, is_head: bool) -> LinearSite:
     """`out_features` is the number of values of a column: outputs x height x width of the kernel."""
-    from torch import nn as torch_nn
-
     sizes = tuple(map(int, module.weight.shape))
     unfit = ""
     if module.groups > 1:
         kind = "depthwise" if module.groups == module.in_channels else "grouped"
         unfit = f"{kind} convolution ({module.groups} groups): a channel reaches the outputs of its group only"
-    elif type(module) is not torch_nn.Conv2d:
+    elif type(module) is not nn.Conv2d:
         unfit = f"{type(module).__name__}, a class of its own"
     values = sizes[0] * sizes[2] * sizes[3]
     return LinearSite(name, values, sizes[1], 1, is_head=is_head, sizes=sizes, kind=CONVOLUTION, unfit=unfit)
 
 
-def _packed(module: nn.MultiheadAttention) -> Any:
-    """The weight of all three input projections; None where each has its own."""
-    return module.in_proj_weight
-
-
 def _attention(name: str, module: nn.MultiheadAttention, *, is_head: bool) -> Iterator[tuple[LinearSite, Any]]:
     """Both projections. `unfit` where queries, keys and values have weights of their own, or attention more inputs."""
-    unfit, packed_weight = "", _packed(module)
+    unfit = ""
+    packed_weight: Any = module.in_proj_weight  # None where each of the three has its own
     if packed_weight is None:
         unfit = "queries, keys and values of different widths"
     elif module.bias_k is not None or module.add_zero_attn:
@@ -83,11 +68,9 @@ def _attention(name: str, module: nn.MultiheadAttention, *, is_head: bool) -> It
 
 def _embedding(name: str, module: nn.Embedding, *, is_head: bool) -> LinearSite:
     """Rows are an embedding's columns: the weight (tokens, width) as (in, out)."""
-    from torch import nn as torch_nn
-
     tokens, width = map(int, module.weight.shape)
     unfit = ""
-    if type(module) is not torch_nn.Embedding:
+    if type(module) is not nn.Embedding:
         unfit = f"{type(module).__name__}, a class of its own"
     elif module.max_norm is not None:
         unfit = "max_norm rewrites its rows whenever it is used"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,8 +20,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 class TargetRow:
     """Targets that differ in their layer number only.
 
-    `pattern`: their common name, see `describe`; `shape`: (out, in); `sharing`: how many targets, itself included, are
-    fed by the same tensor and share their columns.
+    `pattern`: their common name, see `describe`; `shape`: (out, in), of a convolution in channels, whose `kernel` is
+    its height and width; `sharing`: how many targets, itself included, are fed by one tensor and share their columns.
     """
 
     pattern: str
@@ -30,6 +31,12 @@ class TargetRow:
     rank: int
     sharing: int
     trained_values: int
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> str:
+        """`768 x 192`, of a convolution `384 x 192 x 2 x 2`."""
+        return " x ".join(f"{size}" for size in (*self.shape, *self.kernel))
 
 
 def fold(name: str) -> str:
@@ -65,17 +72,18 @@ def describe(names: Sequence[str], *, is_only: bool) -> str:
 def target_rows(targets: Sequence[Target]) -> list[TargetRow]:
     """One row for each kind of target, in the order of the first names."""
     members = Counter(target.group for target in targets)
-    kinds: dict[tuple[str, tuple[int, int], str, int, int], list[Target]] = {}
+    kinds: dict[tuple[str, tuple[int, int], str, int, int, tuple[int, ...]], list[Target]] = {}
     for target in targets:
-        shape = (target.out_features, target.in_features)
-        key = (fold(target.module), shape, target.dtype, target.rank, members[target.group])
+        kernel: tuple[int, ...] = target.sizes[2:] if len(target.sizes) == 4 else ()
+        shape = (target.out_features // math.prod(kernel), target.in_features)
+        key = (fold(target.module), shape, target.dtype, target.rank, members[target.group], kernel)
         kinds.setdefault(key, []).append(target)
     folded = Counter(key[0] for key in kinds)
     rows = []
-    for (pattern, shape, dtype, rank, sharing), same in kinds.items():
+    for (pattern, shape, dtype, rank, sharing, kernel), same in kinds.items():
         name = describe([target.module for target in same], is_only=folded[pattern] == 1)
         values = sum(target.trained_values for target in same)
-        rows.append(TargetRow(name, len(same), shape, dtype, rank, sharing, values))
+        rows.append(TargetRow(name, len(same), shape, dtype, rank, sharing, values, kernel))
     return rows
 
 
@@ -112,9 +120,10 @@ def target_lines(plan: SurgeryPlan) -> list[str]:
     head = ("layers", "count", "out x in", "dtype", "rank", sharing, "trained values")
     rows = [head]
     for row in target_rows(plan.targets):
-        size = f"{row.shape[0]} x {row.shape[1]}"
         shared = _layers(row.sharing) if row.sharing > 1 else "-"
-        rows.append((row.pattern, f"{row.count}", size, row.dtype, f"{row.rank}", shared, f"{row.trained_values:,}"))
+        rows.append(
+            (row.pattern, f"{row.count}", row.size, row.dtype, f"{row.rank}", shared, f"{row.trained_values:,}")
+        )
     return align(rows, right=(1, 2, 4, 5, 6))
 
 

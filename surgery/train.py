@@ -75,6 +75,7 @@ from surgery.tokens import read_tokenizer
 from surgery.trainer import (
     TRAINER_FILE,
     Interruption,
+    KeepFrozenInputs,
     LogFile,
     Progress,
     Resample,
@@ -588,7 +589,7 @@ def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, 
     if adapter.plan.spec.get("resample"):
         callbacks.append(Resample(adapter.plan))
     if settings.gradient_checkpointing:
-        callbacks.append(acceleration.KeepFrozenInputs())
+        callbacks.append(KeepFrozenInputs())
     if settings.early_stopping_patience:
         callbacks.append(StopEarly(settings.early_stopping_patience))
     task = adapter.plan.task

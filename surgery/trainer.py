@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from surgery.columns import resample_steps
+from surgery.compat import keep_inputs_frozen
 from surgery.errors import CheckError, DamagedError, InterruptedRunError, RequestError
 from surgery.features import ROW, FeatureCache
 from surgery.images import mirrored
@@ -268,6 +269,13 @@ def remove_whole(folder: Path) -> None:
 def partial_beside(path: Path) -> Path:
     """Where something is put together, or taken apart, that is not to be seen in part."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+class KeepFrozenInputs(TrainerCallback):  # type: ignore[misc]
+    """With gradient checkpointing: what asks for no gradient stays so once the trainer has switched it on."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        keep_inputs_frozen(kwargs["model"])
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

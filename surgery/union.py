@@ -21,6 +21,7 @@ from surgery.columns import STORED, columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, require_base, require_columns
 from surgery.errors import BaseMismatchError, RequestError, UnsupportedError, counted
 from surgery.manifest import Manifest, Record
+from surgery.methods.paca_spec import CALIBRATION
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
 
 LISTED_LAYERS, LISTED_COLUMNS = 12, 8  # of an overlap, in its message
@@ -177,6 +178,7 @@ def _united_plan(deltas: Sequence[ColumnDelta]) -> SurgeryPlan:
     """Every target of every plan, with as many columns as it has in all of them together."""
     plans = [delta.plan for delta in deltas]
     ranks: Counter[str] = Counter()
+    rows: dict[str, tuple[int, ...]] = {}
     keys: dict[str, tuple[Hashable, ...]] = {}
     targets: dict[str, Target] = {}
     for delta in deltas:
@@ -184,13 +186,14 @@ def _united_plan(deltas: Sequence[ColumnDelta]) -> SurgeryPlan:
             targets.setdefault(target.module, target)
             numbers = delta.patches[target.module].columns
             ranks[target.module] += len(numbers)  # more than its rank where they were drawn anew
+            rows[target.module] = tuple(sorted((*rows.get(target.module, ()), *target.rows)))
             columns = columns_key(numbers)
             keys[target.module] = (*keys.get(target.module, ()), target.group, columns)
     groups = shared_groups(keys)
-    united = tuple(replace(targets[m], rank=ranks[m], group=groups[m]) for m in sorted(targets))
+    united = tuple(replace(targets[m], rank=ranks[m], group=groups[m], rows=rows[m]) for m in sorted(targets))
     whole = {target.parameter: target for plan in plans for target in plan.whole}
-    chosen_by = ("budget", "resample")  # and the data for it: the columns are there
-    spec = {n: v for n, v in plans[0].spec.items() if n not in chosen_by and not n.startswith("calibration_")}
+    chosen_by = ("budget", "resample", "rows", *CALIBRATION)  # the columns are there
+    spec = {name: value for name, value in plans[0].spec.items() if name not in chosen_by}
     spec = {**spec, "rank": max(ranks.values()), "targets": [target.module for target in united]}
     spec |= {"exclude": [], "rank_pattern": {}, "alpha": None, "select": STORED}
     untouched = _still_untouched(plans[0], united, whole)

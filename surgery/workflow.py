@@ -33,7 +33,7 @@ from surgery.writing import parse_size
 
 MERGED_FORMATS = ("safetensors", ONNX)
 VERIFIED_FORMATS = ("safetensors", "remote-code", ONNX)
-EXPORT_DEFAULTS = {"format": "safetensors", "dtype": "keep", "max_shard_bytes": None}
+EXPORT_DEFAULTS = {"format": "safetensors", "dtype": "keep", "max_shard_bytes": None, "merge_base": "original"}
 # What the adapters of each method hold, and the formats for it.
 METHOD_EXPORTS: Mapping[str, tuple[type[Delta], str]] = {
     "paca": (ColumnDelta, "safetensors, lora, peft-paca or onnx"),
@@ -406,10 +406,9 @@ def _is_exported(recipe: Recipe, folder: Path, out: Path) -> bool:
     adapter = open_adapter(folder).record.manifest
     same = record and record.manifest.adapter.get("sha256") in adapter.files.values()
     settings = record.manifest.export if record else {}
-    asked = (wanted.format, wanted.dtype, _shard_bytes(wanted.max_shard_size))
+    merge_base = wanted.merge_base or EXPORT_DEFAULTS["merge_base"]
+    asked = (wanted.format, wanted.dtype, _shard_bytes(wanted.max_shard_size), merge_base)
     found = {**EXPORT_DEFAULTS, **settings, **({"dtype": settings[ONNX]["asked_dtype"]} if ONNX in settings else {})}
-    if wanted.merge_base and wanted.merge_base != settings.get("merge_base"):
-        same = None
     if not same or asked != tuple(found[name] for name in EXPORT_DEFAULTS):
         raise OutputExistsError(
             str(out),

@@ -16,7 +16,7 @@ from tests.conftest import TinyModel
 
 METHODS = (
     "paca:r=4",
-    "paca:r=4,select=gradient,rows=4",
+    "paca:r=4,select=gradient,calibration_rows=4",
     "paca:budget=paca:r=4,select=activation",
     "paca:budget=paca:r=4",
     "paca:r=4,resample=every:2",

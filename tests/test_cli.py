@@ -137,11 +137,14 @@ def test_json_is_one_document_and_nothing_else(name: str, work: Path, run: Conso
         "report": ["report", "model-paca"],
         "patch": ["patch", "theirs/model.onnx", "model-paca", "-o", "patched"],
         "recipes": ["recipes", "list"],
+        "import": ["import", "theirs"],
     }
     if name in ("verify", "undo"):
         assert run("export", "--merge").code == 0
     if name == "patch":
         assert run("export", "model", "--format", "onnx", "-o", "theirs", "--no-verify").code == 0
+    if name == "import":
+        assert run("export", "model-paca", "--format", "peft-paca", "-o", "theirs").code == 0
     ended = run(*arguments[name], "--json")
     assert ended.code == 0, ended.err
     document = json.loads(ended.out)
@@ -416,7 +419,9 @@ def test_train_takes_a_recipe_and_overrides_it(work: Path, run: Console) -> None
 
 RECIPE = {"model": "model", "task": "seq2seq", "labels": ["x"], "data": {"train": ["a"]}, "train": {"max_steps": 9}}
 LIBRARY = {
-    "apply": "surgery.operate", "train": "surgery.train", "verify": "surgery.verify", "report": "surgery.report.page",
+    "apply": "surgery.operate:apply", "train": "surgery.train:train", "train --nproc": "surgery.train:launch",
+    "verify": "surgery.verify:verify", "report": "surgery.report.page:report",
+    "import": "surgery.peft_paca:import_peft",
 }  # fmt: skip
 REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
@@ -425,6 +430,18 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
         {
             "out": Path("new"), "task": TaskSpec("regression", ("p", "q")), "overwrite": True,
             "spec": PacaSpec(4, ("a", "b", "c"), ("d",), {"e": 1}, alpha=2.0, seed=7),
+        },
+    ),
+    (
+        ("apply model --rows a,id:7 --rows b --quantize nf4 --experts own --select gradient --budget 5% "
+         "--resample every:9 --calibration-data c.jsonl --calibration-data d.jsonl --calibration-columns "
+         "text=0,label=1 --calibration-rows 3 --calibration-length 8"),
+        {
+            "spec": PacaSpec(
+                rows=("a", "id:7", "b"), quantize="nf4", experts="own", select="gradient", budget="5%",
+                resample="every:9", calibration_data=("c.jsonl", "d.jsonl"),
+                calibration_columns={"text": "0", "label": "1"}, calibration_rows=3, calibration_length=8,
+            ),
         },
     ),
     (
@@ -468,6 +485,15 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
             "prompts": ("p",), "base": "b", "overwrite": True,
         },
     ),
+    (
+        "export model-paca model-paca --merge --merge-base dequantized",
+        {"adapter": (Path("model-paca"), Path("model-paca")), "merge_base": "dequantized"},
+    ),
+    (
+        "import model --base b -o out --task regression --labels p,q --overwrite",
+        {"folder": Path("model"), "out": Path("out"), "base": "b", "task": TaskSpec("regression", ("p", "q")),
+         "overwrite": True},
+    ),
     ("export model-paca --format lora", {"format": "lora", "check": True, "overwrite": False}),
     (
         "export model-paca --merge --format onnx --opset 21 --onnx-data copy --dtype fp16",
@@ -479,8 +505,8 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
          "overwrite": True},
     ),
     (
-        "verify model-paca --adapter a --base b --prompt p --no-numeric",
-        {"adapter": Path("a"), "base": "b", "prompts": ("p",), "numeric": False},
+        "verify model-paca --adapter a --adapter c --base b --prompt p --no-numeric",
+        {"adapter": (Path("a"), Path("c")), "base": "b", "prompts": ("p",), "numeric": False},
     ),
     ("undo model-paca -o again", {"out": Path("again")}),
     (
@@ -501,8 +527,9 @@ def test_every_option_reaches_the_library(
     """What is given on the command line is what the function is called with."""
     (work / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     command, *given = line.split()
-    module = importlib.import_module(LIBRARY.get(command, "surgery.workflow"))
-    name = "launch" if command == "train" and "--nproc" in given else command
+    called = "train --nproc" if command == "train" and "--nproc" in given else command
+    path, _, name = LIBRARY.get(called, f"surgery.workflow:{command}").partition(":")
+    module = importlib.import_module(path)
     signature, seen = inspect.signature(getattr(module, name)), {}
 
     def call(*given: Any, **options: Any) -> None:

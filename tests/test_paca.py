@@ -523,7 +523,7 @@ def test_a_group_gathers_once(llama: Any, inputs: dict[str, Tensor], monkeypatch
     """Fourteen layers with eight distinct inputs gather eight times a forward, and keep nothing afterwards."""
     calls: Counter[str] = Counter()
     real = paca_layers.gather
-    monkeypatch.setattr(paca_layers, "gather", lambda x, columns: (calls.update(["gather"]), real(x, columns))[1])
+    monkeypatch.setattr(paca_layers, "gather", lambda *given: (calls.update(["gather"]), real(*given))[1])
     for forwards in (1, 2):
         loss_of(llama, inputs)
         assert calls["gather"] == 8 * forwards

@@ -31,6 +31,7 @@ from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
 from surgery.tiny import image_settings
 from surgery.train import train as run_training
+from surgery.trainer import SurgeryCheckpoints
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel
 from tests.test_images import write_folder
@@ -66,7 +67,10 @@ def photos(tmp_path: Path) -> Path:
 def test_a_run_trains_is_resumed_and_exported(
     family: str, tiny_model: TinyModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`surgery train` on images: stopped and resumed it is the uninterrupted run, and its merge is verified."""
+    """`surgery train` on images: stopped and resumed it is the uninterrupted run, and its merge is verified.
+
+    Running statistics are the base's all along: no export would hold others.
+    """
     base = tmp_path / "base"
     shutil.copytree(tiny_model(family), base)
     (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS[family])))
@@ -81,6 +85,14 @@ def test_a_run_trains_is_resumed_and_exported(
         )
         results[name] = run_training(tmp_path / name, data, settings, resume=resume)
 
+    trained: list[Any] = []
+    loss = SurgeryCheckpoints.compute_loss
+
+    def note(trainer: Any, model: Any, *args: Any, **settings: Any) -> Any:
+        trained.append(trainer.accelerator.unwrap_model(model))
+        return loss(trainer, model, *args, **settings)
+
+    monkeypatch.setattr(SurgeryCheckpoints, "compute_loss", note)
     fit("whole")
     assert results["whole"].steps == 4
     adapter = open_adapter(tmp_path / "whole")
@@ -96,6 +108,11 @@ def test_a_run_trains_is_resumed_and_exported(
             fit("cut")
     fit("cut", resume="auto")
     assert (tmp_path / "cut" / ADAPTER_FILE).read_bytes() == (tmp_path / "whole" / ADAPTER_FILE).read_bytes()
+    stored = Checkpoint.open(base)
+    for model in (trained[0], trained[-1]):
+        statistics = {name: value for name, value in model.named_buffers() if name in stored}
+        assert bool(statistics) == (family == "efficientnet")
+        assert all(torch.equal(value, stored.read_tensor(name)) for name, value in statistics.items())
     dense.export(adapter, tmp_path / "merged")
     assert verify(tmp_path / "merged").max_logit_difference == 0
 

@@ -326,7 +326,9 @@ def test_tasks_that_do_not_exist(family: str, task: str, error: type[SurgeryErro
         ({"rank": 2, "targets": ()}, "no layer is left"),
         ({"rank": 2, "exclude": ("*",)}, "no layer is left"),
         ({"rank": 2, "exclude": ("lm_head",)}, "--exclude: 'lm_head' matches no linear layer"),
-        ({"rank": 2, "targets": ("re:*",)}, "no regular expression"),
+        ({"rank": 2, "targets": ("re:*",)}, "--targets: .* no regular expression"),
+        ({"rank": 2, "exclude": ("re:*",)}, "--exclude: .* no regular expression"),
+        ({"rank": 2, "rank_pattern": {"re:*": 4}}, "--rank-pattern: .* no regular expression"),
         ({"rank": 2, "targets": ("embed_tokens",)}, "matches no linear layer"),
     ),
 )

@@ -396,6 +396,22 @@ def test_the_whole_way(llama: Path, console: Console, tmp_path: Path) -> None:
     assert "base held as  nf4-double, 14 layers" in console("inspect", a).out
 
 
+def test_an_export_into_the_other_base_is_not_what_was_asked_for(llama: Path, command: Command, tmp_path: Path) -> None:
+    """A recipe that is run again takes a folder for its own where the columns went into the base it names, or means."""
+    (tmp_path / "d.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    document = {
+        "model": str(llama), "adapter": "a", "paca": {"rank": 4, "quantize": "nf4"},
+        "data": {"train": ["d.txt"], "max_length": 32}, "train": {"max_steps": 1, "batch_size": 2},
+    }  # fmt: skip
+    recipe, into = tmp_path / "recipe.yaml", "export.merge_base"
+    recipe.write_text(json.dumps(document))
+    assert command("run", recipe, f"{into}=dequantized")[0] == 0
+    assert command("run", recipe, f"{into}=dequantized")[0] == 0
+    for given in ((), (f"{into}=original",)):
+        code, said = command("run", recipe, *given)
+        assert (code, "not this adapter's export" in said) == (2, True)
+
+
 # --- 4 bits in the files
 
 

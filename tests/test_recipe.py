@@ -194,7 +194,7 @@ def test_the_sections_take_what_the_libraries_take() -> None:
 SAID = {
     "paca": {
         "rank": 2, "targets": ["a"], "exclude": ["b"], "rank_pattern": {"c": 1}, "alpha": 2.0, "seed": 3,
-        "experts": "own", "quantize": "nf4",
+        "experts": "own", "quantize": "nf4", "rows": ["d", 7],
     },
     "paca, by data": {
         "select": "gradient", "budget": "5%", "resample": "every:3", "calibration_data": ["z"],

@@ -437,7 +437,8 @@ def test_the_command_lines_make_the_same_plan(
     """Typed again, they give an adapter with the same plan, trained with the same settings to the same values."""
     case = CASES[6]  # a classifier: it has a head and labels
     monkeypatch.chdir(tmp_path)
-    spec = PacaSpec(rank=3, targets=("query", "re:.*dense"), rank_pattern={"*.query": 2}, alpha=6.0, seed=5)
+    layers = {"targets": ("query", "re:.*dense"), "rank_pattern": {"*.query": 2}, "rows": (7, 9)}
+    spec = PacaSpec(rank=3, alpha=6.0, seed=5, **layers)
     apply(tiny_model(case.family), "run", spec, task=TaskSpec(case.task, ("animal", "person")))
     train("run", case.write(tmp_path), fast(max_steps=3, weight_decay=0.1), task=case.spec())
     first, second = command_lines(read_run(Path("run")))

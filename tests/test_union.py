@@ -92,6 +92,19 @@ def test_the_order_of_the_adapters_does_not_matter(three: list[Path], tmp_path: 
     assert (tmp_path / "one" / UNDO_FILE).read_bytes() == (tmp_path / "two" / UNDO_FILE).read_bytes()
 
 
+def test_rows_of_an_embedding_are_united(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """The united target names the rows of both adapters, as the merge has them."""
+    base = tiny_model("llama")
+    for name, rows in (("a", (9, 3)), ("b", (5,))):
+        make_adapter(base, tmp_path / name, PacaSpec(targets=("embed_tokens",), rows=rows))
+    united = unite([open_adapter(tmp_path / "a"), open_adapter(tmp_path / "b")])
+    (target,) = united.plan.targets
+    assert target.rows == (3, 5, 9)
+    assert require_columns(united.delta, "").patches[target.module].columns.tolist() == [3, 5, 9]
+    surgery.export([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert read_record(tmp_path / "out", "merged").plan.targets[0].rows == (3, 5, 9)
+
+
 def test_a_union_attached_computes_what_its_merge_does(
     three: list[Path], tiny_model: TinyModel, tmp_path: Path
 ) -> None:

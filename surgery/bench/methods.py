@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from surgery.columns import takes_data
 from surgery.errors import RequestError, UnsupportedError
 from surgery.lookup import require_extra
+from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach_chosen, detach
 from surgery.plan import Stored
 from surgery.planning import make_spec, plan_model
@@ -28,7 +29,6 @@ from surgery.survey import dry_run, meta_twin
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CALIBRATION_ROWS = 64  # as PacaSpec's
 PEFT_TASKS = {
     "causal-lm": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -91,14 +91,14 @@ def freeze(model: nn.Module, shared: Shared) -> None:
 
 def attach_paca(model: Any, shared: Shared, settings: Settings) -> Any:
     """PaCA on the layers, its columns chosen by the training set where it looks at data."""
-    rows = settings.get("rows", CALIBRATION_ROWS)
+    rows = settings.get("calibration_rows", PacaSpec.calibration_rows)
     return _attach_ours("paca", model, shared, paca_settings(shared, settings), rows=rows)
 
 
 def paca_settings(shared: Shared, settings: Settings) -> dict[str, Any]:
     """The settings of a bench as those of PaCA; the rows to look at are those of the bench."""
     rank = {"rank": settings["r"]} if "r" in settings else {}
-    rest = {name: value for name, value in settings.items() if name not in ("r", "rows")}
+    rest = {name: value for name, value in settings.items() if name not in ("r", "calibration_rows")}
     return {**rest, **rank, "targets": shared.layers}
 
 
@@ -338,7 +338,7 @@ def keep_plain(model: Any) -> Any:
     return model
 
 
-_PACA = ("alpha", "select", "rank_pattern", "exclude", "budget", "resample", "rows")
+_PACA = ("alpha", "select", "rank_pattern", "exclude", "budget", "resample", "calibration_rows")
 _READ = ("cell", "recurrent_layers", "bidirectional", "initial", "reduce", "output_norm", "scale", "layers", "stacks",
          "joiner", "pooling")  # fmt: skip
 VARIANTS: Mapping[str, Variant] = {

@@ -10,9 +10,6 @@ from torch import nn
 
 from surgery.plan import Parts, Quantization, Stored, WholeTarget
 
-LATER: Mapping[str, bool] = {"later": True}
-"""The metadata of a spec's field that plans do not mention at its default: plans made before it stay as they are."""
-
 
 @dataclass(frozen=True)
 class PlanRequest:

@@ -12,19 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from surgery.columns import (
-    columns_key,
-)
+from surgery.columns import columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch
 from surgery.errors import BaseMismatchError, UnsupportedError
-from surgery.experts import (
-    by_parameter,
-    columns_of,
-    join,
-    join_columns,
-    require_joined,
-    take,
-)
+from surgery.experts import by_parameter, columns_of, join, join_columns, require_joined, take
 from surgery.methods import Method
 from surgery.methods.paca_files import bind, fresh
 from surgery.methods.paca_plan import plan, planned_columns

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.columns import (
-    Choice,
-    refuse_stored,
-)
+from surgery.columns import Choice, refuse_stored
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError
 from surgery.methods.paca_plan import seed_columns
-from surgery.paca_layers import (
-    read_columns,
-)
+from surgery.paca_layers import read_columns
 from surgery.plan import Quantization, SurgeryPlan, Target
 from surgery.quantized import dequantize, is_quantized
 from surgery.quantized_base import packed_names, seen_weight, stored_sha256, stored_weight

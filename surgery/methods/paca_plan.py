@@ -26,12 +26,7 @@ from surgery.columns import (
 )
 from surgery.embedding_rows import find_embedding, require_rows, without_embedding
 from surgery.errors import DamagedError, RequestError, UnsupportedError, closest
-from surgery.experts import (
-    expert_group,
-    find_experts,
-    holders,
-    require_whole,
-)
+from surgery.experts import expert_group, find_experts, holders, require_whole
 from surgery.methods import PlanRequest
 from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_experts import SHARED, require_way

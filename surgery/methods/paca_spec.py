@@ -7,20 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from surgery.columns import (
-    STRATEGIES,
-    budget_values,
-    is_file,
-    require_strategy,
-    resample_steps,
-    takes_data,
-)
-from surgery.errors import RequestError, UnsupportedError, require_known
+from surgery.columns import STRATEGIES, budget_values, is_file, require_strategy, resample_steps, takes_data
+from surgery.errors import RequestError, UnsupportedError, option_of, require_known
 from surgery.paca_experts import OWN, SHARED
 from surgery.quantized import require_kind
-from surgery.select import (
-    ALL_LINEAR,
-)
+from surgery.select import ALL_LINEAR
 
 CALIBRATION = ("calibration_data", "calibration_columns", "calibration_rows", "calibration_length")
 
@@ -95,19 +86,18 @@ class PacaSpec:
         if resample_steps(self.resample) and is_file(self.select):
             found = f"--select {self.select}, which names one set of columns"
             raise UnsupportedError("--resample", found, expected="a strategy to draw others by", fix="Leave it out")
-        if not (takes_data(self.select)):
+        if not takes_data(self.select):
             self._require_no_data()
         if self.calibration_rows < 1 or self.calibration_length < 2:
             found = f"{self.calibration_rows} rows of {self.calibration_length} tokens"
             raise RequestError("--calibration-rows", found, expected="1 row of 2 tokens, or more")
 
     def _require_no_data(self) -> None:
-        for entry in fields(self):
-            default = {} if entry.name == "calibration_columns" else entry.default
-            if entry.name.startswith("calibration_") and getattr(self, entry.name) != default:
-                option = f"--{entry.name.replace('_', '-')}"
-                wanted = " or ".join(name for name in STRATEGIES if takes_data(name))
-                raise RequestError(option, f"given with --select {self.select}", expected=f"{wanted} with it")
+        defaults = {entry.name: entry.default for entry in fields(self)} | {"calibration_columns": {}}
+        given = next((name for name in CALIBRATION if getattr(self, name) != defaults[name]), None)
+        if given:
+            wanted = " or ".join(name for name in STRATEGIES if takes_data(name))
+            raise RequestError(option_of(given), f"given with --select {self.select}", expected=f"{wanted} with it")
 
     def scale(self, rank: int) -> float:
         """What the stored difference is multiplied by while training."""

@@ -20,7 +20,7 @@ from surgery import side as side_module
 from surgery.checkpoint import Checkpoint
 from surgery.columns import generator_seed
 from surgery.delta import SideDelta, WholePatch, backbone_sha256
-from surgery.errors import BaseMismatchError, RequestError, UnsupportedError, closest
+from surgery.errors import BaseMismatchError, RequestError, UnsupportedError, closest, option_of
 from surgery.methods import Method, PlanRequest
 from surgery.plan import SideTarget, SurgeryPlan
 from surgery.sharding import whole as gathered
@@ -82,17 +82,13 @@ class ReadSpec:
             wanted = (int, float) if kind is float else kind
             if not isinstance(given, wanted) or (isinstance(given, bool) and kind is not bool):
                 expected = f"text: {_LAYERS}" if entry.name == "layers" else _KINDS[kind]
-                raise RequestError(_option(entry.name), repr(given), expected=expected)
+                raise RequestError(option_of(entry.name), repr(given), expected=expected)
         for name in ("hidden", "recurrent_layers"):
             if getattr(self, name) < 1:
-                raise RequestError(_option(name), str(getattr(self, name)), expected="at least 1")
+                raise RequestError(option_of(name), str(getattr(self, name)), expected="at least 1")
         if not 0 < self.scale < math.inf:
             raise RequestError("--scale", str(self.scale), expected="a positive number")
         choose_layers(self.layers, None)
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def choose_layers(text: str, depth: int | None, *, stack: str = BACKBONE) -> tuple[int, ...]:

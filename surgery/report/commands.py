@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from surgery.embedding_rows import NUMBER
+from surgery.errors import option_of
 from surgery.lookup import METHODS, load
 from surgery.plan import SurgeryPlan
 from surgery.recipe import DataSection, TrainSection
@@ -39,11 +41,11 @@ def _apply_options(plan: SurgeryPlan) -> Iterable[str]:
     for name, value in plan.spec.items():
         if value == usual.get(name):
             continue
-        flag = f"--{name.replace('_', '-')}"
+        flag = option_of(name)
         if isinstance(value, Mapping):
             yield from (f"{flag}={pattern}={number}" for pattern, number in value.items())
         elif isinstance(value, list):
-            yield from (f"{flag}={item}" for item in value)
+            yield from (f"{flag}={NUMBER if type(item) is int else ''}{item}" for item in value)
         else:
             yield flag if value is True else f"{flag}={value}"
     if plan.whole:

@@ -1,0 +1,70 @@
+"""Convolutions and rows of an embedding in two processes: they give the adapter that one gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import surgery
+from surgery.images import PROCESSOR_FILE, TASK
+from surgery.methods.paca_spec import PacaSpec
+from surgery.survey import TaskSpec
+from surgery.tiny import image_settings
+from tests.conftest import TinyModel
+from tests.examples import QUESTIONS, write_rows
+from tests.forking import Job, Outcome
+from tests.test_distributed import TOLERANCE, largest_difference, run_python
+from tests.test_images import COLOURS, write_folder
+from tests.tiny import OTHERS
+
+pytestmark = pytest.mark.slow
+SPECS = {
+    "images": PacaSpec(rank=4, targets=("all-conv", "all-linear")),
+    "rows": PacaSpec(rank=4, targets=("embed_tokens", "*.q_proj"), rows=tuple(range(30, 60))),
+}
+
+
+def prepare(root: Path, tiny_model: TinyModel) -> dict[str, Path]:
+    """A fresh adapter and data of each kind; the data's place."""
+    base = root / "convnext"
+    shutil.copytree(tiny_model("convnext"), base)
+    (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS["convnext"])))
+    task = TaskSpec(TASK, tuple(sorted(COLOURS)))
+    surgery.apply(base, root / "fresh-images", SPECS["images"], task=task)
+    surgery.apply(tiny_model("llama"), root / "fresh-rows", SPECS["rows"])
+    pairs = [{"prompt": question, "completion": answer} for question, answer in QUESTIONS]
+    return {"images": write_folder(root / "photos"), "rows": write_rows(root / "prompts.jsonl", pairs)}
+
+
+def job(root: Path, kind: str, data: Path, strategy: str) -> Job:
+    """A run of four steps of four rows."""
+    name, many = f"{kind}-{strategy or 'one'}", 2 if strategy else 1
+    shutil.copytree(root / f"fresh-{kind}", root / name)
+    settings: dict[str, Any] = {"max_steps": 4, "batch_size": 4 // many, "learning_rate": 1e-3, "logging_steps": 1}
+    settings |= {"strategy": strategy} if strategy else {}
+    pairs = [f"{key}={value}" for key, value in settings.items()]
+    return Job(name, many if strategy else 0, ["train", str(root / name), "--device=cpu", f"--data={data}", *pairs])
+
+
+def test_two_processes_train_what_one_does(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """In FSDP2, whose ranks hold some outputs of each kernel and some of each row's values."""
+    jobs = [
+        job(tmp_path, kind, data, strategy)
+        for kind, data in prepare(tmp_path, tiny_model).items()
+        for strategy in ("", "fsdp2")
+    ]
+    path, out = tmp_path / "jobs.json", tmp_path / "outcomes.json"
+    path.write_text(json.dumps([asdict(one) for one in jobs]))
+    done = run_python("-m", "tests.forking", str(path), str(out))
+    assert done.returncode == 0, done.stderr
+    outcomes = {name: Outcome(**entry) for name, entry in json.loads(out.read_text()).items()}
+    for one in jobs:
+        assert set(outcomes[one.name].codes) == {0}, outcomes[one.name].errors
+        alone = tmp_path / f"{one.name.partition('-')[0]}-one"
+        assert surgery.adapter.open_adapter(alone).delta.moved > 0
+        assert largest_difference(alone, tmp_path / one.name) < TOLERANCE

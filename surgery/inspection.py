@@ -13,6 +13,7 @@ from typing import Any
 
 from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, path_inside, read_json, require_folder
+from surgery.columns import STORED
 from surgery.delta import ColumnDelta
 from surgery.errors import NotAModelError, counted
 from surgery.manifest import (
@@ -334,7 +335,8 @@ def _plan_pairs(plan: SurgeryPlan) -> _Pairs:
 
 def _chosen_by(spec: Mapping[str, Any]) -> str:
     """How columns were chosen, where not at random once and for all."""
-    how = f", columns by {spec['select']}" if spec.get("select", "random") != "random" else ""
+    select = spec.get("select", "random")
+    how = "" if select == "random" else ", columns as they came" if select == STORED else f", columns by {select}"
     budget = f", of a budget of {spec['budget']}" if spec.get("budget") else ""
     return how + budget + (f", drawn anew {spec['resample'].replace(':', ' ')} steps" if spec.get("resample") else "")
 

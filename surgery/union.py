@@ -101,9 +101,9 @@ def _require_same_model(first: Adapter, other: Adapter) -> None:
 
 
 def _model_of(plan: SurgeryPlan) -> dict[str, object]:
-    held = plan.quantization.kind if plan.quantization else "its files"
+    held = plan.quantization.kind if plan.quantization else "dense"
     facts = {"model": plan.architecture, "task": plan.task, "prefix": plan.prefix, "configuration": dict(plan.config)}
-    return {**facts, "base held as": held}
+    return {**facts, "way of holding the base": held}
 
 
 def _require_same_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> None:

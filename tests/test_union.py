@@ -77,7 +77,8 @@ def test_three_adapters_make_one_verified_checkpoint(
     assert {check.name: check.result for check in record.manifest.checks} == dict.fromkeys(ALL, "passed")
     assert record.manifest.adapter == {}
     assert {t.rank for t in record.plan.targets if "q_proj" in t.module} == {7}
-    assert console("inspect", out).code == 0
+    described = console("inspect", out)
+    assert (described.code, "columns as they came" in described.out) == (0, True)
     assert console("undo", out, "-o", tmp_path / "again").code == 0
     assert tensors_of(tmp_path / "again") == tensors_of(base)
     assert weights(tmp_path / "again") == weights(base)

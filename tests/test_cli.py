@@ -458,11 +458,11 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     (
         ("train model-paca -c recipe.yaml --data b --eval-data c --base d --resume auto --overwrite --task regression "
-         "--labels p,q --device cpu --cache-features f --cache-bytes 1GB"),
+         "--labels p,q --device cpu --cache-features f --cache-bytes 1GB --lean"),
         {
             "data": DataSection(train=["b"], eval=["c"]), "base": "d", "resume": "auto", "overwrite": True,
             "task": TaskSpec("regression", ("p", "q")),
-            "settings": TrainSection(max_steps=9, device="cpu", cache_features="f", cache_bytes="1GB"),
+            "settings": TrainSection(max_steps=9, device="cpu", cache_features="f", cache_bytes="1GB", lean="on"),
         },
     ),
     (

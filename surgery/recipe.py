@@ -474,7 +474,9 @@ def _rooted(recipe: Recipe, folder: Path, outputs: Path | None) -> Recipe:
 
 def _rooted_columns(section: PacaSection, source: Callable[[str], str]) -> PacaSection:
     """What columns are chosen by: files beside the recipe."""
-    named = section.select.removeprefix(FILE)
-    select = FILE + source(named) if is_file(section.select) else section.select
-    data = [source(name) for name in section.calibration_data]
-    return section.model_copy(update={"select": select, "calibration_data": data})
+    changes: dict[str, Any] = {}
+    if is_file(section.select):
+        changes["select"] = FILE + source(section.select.removeprefix(FILE))
+    if section.calibration_data:
+        changes["calibration_data"] = [source(name) for name in section.calibration_data]
+    return section.model_copy(update=changes)

@@ -22,7 +22,7 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedError,
 )
-from surgery.paca_layers import PacaLayer
+from surgery.paca_layers import PacaConv1D
 from surgery.ranks import (
     FOLLOWED,
     KILLED,
@@ -127,7 +127,7 @@ def test_kept_states_take_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_conv1d_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is cut along its outputs, which come second."""
-    layer = PacaLayer.__new__(PacaLayer)
+    layer = PacaConv1D.__new__(PacaConv1D)
     torch.nn.Module.__init__(layer)
     layer.weight = torch.nn.Parameter(torch.zeros(4, 6))
     monkeypatch.setattr("surgery.sharding.count", lambda: 3)

@@ -21,6 +21,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from surgery.terminal import hush_libraries
+
+if __name__ == "__main__":
+    hush_libraries()  # before transformers' trainer imports them
+
 import torch
 from transformers import PrinterCallback, TrainerState
 

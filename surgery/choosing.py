@@ -58,14 +58,10 @@ def choose(checkpoint: Checkpoint, plan: SurgeryPlan, load: Callable[..., Any]) 
     load: (root, plan, dtype=..) -> the base as a model, for what looks at inputs or gradients.
     Raises: RequestError, DataError, UnsupportedError, CheckError, ResourceError.
     """
-    if not looks(plan):
-        return plan, None
+    found = _without_data(plan, lambda target: checkpoint.read_tensor(target.weight))
+    if found:
+        return found
     spec = PacaSpec(**plan.spec)
-    if is_file(spec.select):
-        return plan, _named(plan, spec)
-    if STRATEGIES[spec.select].looks_at == WEIGHTS:
-        weights = ((target, checkpoint.read_tensor(target.weight)) for target in plan.targets)
-        return settle(plan, _weight_scores(spec, weights))
     require_data(spec)
     batches = calibration_batches(checkpoint.root, plan, spec)
     is_half = any(target.dtype == "F16" for target in plan.targets)
@@ -80,15 +76,23 @@ def choose(checkpoint: Checkpoint, plan: SurgeryPlan, load: Callable[..., Any]) 
 
 def choose_live(model: Any, plan: SurgeryPlan, batches: Iterable[Batch]) -> Chosen:
     """The same for a model in memory. `batches`: what it is called with, labels included. Raises: as `choose`."""
+    found = _without_data(plan, lambda target: cast("Tensor", model.get_submodule(target.module).weight).detach())
+    if found:
+        return found
+    spec = PacaSpec(**plan.spec)
+    return settle(plan, calibrate(model, _sites(plan), spec.select, batches))
+
+
+def _without_data(plan: SurgeryPlan, weight_of: Callable[[Target], Tensor]) -> Chosen | None:
+    """What needs neither inputs nor gradients: the seed, a file, or the weights; None for the rest."""
     if not looks(plan):
         return plan, None
     spec = PacaSpec(**plan.spec)
     if is_file(spec.select):
         return plan, _named(plan, spec)
     if STRATEGIES[spec.select].looks_at == WEIGHTS:
-        weights = ((t, cast("Tensor", model.get_submodule(t.module).weight).detach()) for t in plan.targets)
-        return settle(plan, _weight_scores(spec, weights))
-    return settle(plan, calibrate(model, _sites(plan), spec.select, batches))
+        return settle(plan, _weight_scores(spec, ((target, weight_of(target)) for target in plan.targets)))
+    return None
 
 
 def carried(adapter: ColumnDelta, planned: SurgeryPlan) -> Chosen:

@@ -32,7 +32,7 @@ def import_command(
 
     \b
     surgery import their-adapter/ --base model/
-    """
+    """  # noqa: D301  click reads \b as "keep these lines as they are"
     require_folder(peft)
     from surgery import table
     from surgery.peft_paca import import_peft

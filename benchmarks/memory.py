@@ -91,7 +91,7 @@ def foretell(arguments: argparse.Namespace, method: str) -> tuple[int, int, floa
         devices=arguments.devices,
         sharding=arguments.sharding,
         checkpointing=arguments.checkpointing,
-        lean=arguments.lean,
+        lean="on" if arguments.lean else "off",
     )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
     python benchmarks/step.py                       the figures of docs/performance.md
     python benchmarks/step.py --device cuda --shape llama-8b --dtype bf16 --batch 2 --tokens 2048
     python benchmarks/step.py --shape small --write small-llama     a folder for `surgery bench`: config.json alone
+    python benchmarks/step.py --shape t5 --variants floor paca lean --processor-time     another family, lean and plain
 
 The variants hold the same weights and take turns step by step, in an order that changes every round, so that a noisy
 machine hurts all alike. The floor is a frozen forward with input gradients: what any method on a frozen model must do.
@@ -24,37 +25,68 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import surgery
+from surgery.bench import methods
 from surgery.bench.measure import saved_bytes, take_turns
 from surgery.compat import set_checkpointing
 from surgery.lean_pass import rewrite
 
-SHAPES = {
-    "small": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 12,
-              "num_key_value_heads": 12, "vocab_size": 32000},
+BLOCK: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+}
+SHAPES = {  # of Llamas
+    "small": {**BLOCK, "num_key_value_heads": 12, "vocab_size": 32000},
     "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 4, "vocab_size": 256},
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
+FAMILIES = {
+    "qwen3": {**BLOCK, "model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000},
+    "mistral": {**BLOCK, "model_type": "mistral", "num_key_value_heads": 4, "vocab_size": 32000},
+    "gemma2": {**BLOCK, "model_type": "gemma2", "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000},
+    "mixtral": {**BLOCK, "model_type": "mixtral", "num_key_value_heads": 4, "intermediate_size": 1024,
+                "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 32000},
+    "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 4, "vocab_size": 32000},
+    "bert": {**BLOCK, "model_type": "bert", "vocab_size": 32000},
+    "t5": {"model_type": "t5", "d_model": 768, "d_ff": 2048, "d_kv": 64, "num_heads": 12, "num_layers": 3,
+           "feed_forward_proj": "gated-gelu", "vocab_size": 32000, "decoder_start_token_id": 0},
+}  # fmt: skip
+CLASSES = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}  # others: a causal language model
+NO_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout_rate", "hidden_dropout_prob",
+              "attention_probs_dropout_prob")  # fmt: skip
 HEADINGS = f"{'variant':8} {'trained':>12} {'median s':>9} {'to the floor':>24} {'saved bytes':>14} {'to floor':>9}"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def config_of(shape: str) -> Any:
+    """A shape's configuration: a Llama's, where it names no other family."""
+    sizes = {"model_type": "llama", **{**SHAPES, **FAMILIES}[shape]}
+    config = AutoConfig.for_model(**sizes)
+    for name in NO_DROPOUT:
+        if name in config.to_dict():
+            setattr(config, name, 0.0)
+    return config
+
+
 def build(shape: str, dtype: torch.dtype, device: str) -> Any:
-    """A Llama of random weights."""
+    """A model of random weights, without dropout."""
     torch.manual_seed(0)
+    config = config_of(shape)
+    config.use_cache = False
     with torch.device(device):
-        return LlamaForCausalLM(LlamaConfig(**SHAPES[shape], attn_implementation="sdpa", use_cache=False)).to(dtype)
+        model = CLASSES.get(shape, AutoModelForCausalLM).from_config(config)
+    return model.to(dtype)
 
 
 def as_floor(model: Any, rank: int) -> Any:  # noqa: ARG001  every variant is made the same way
     """Frozen; the embeddings' output asks for a gradient, which then flows through every layer."""
-    model.requires_grad_(requires_grad=False)
-    model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())
-    return model
+    return methods.as_floor(model)
 
 
 def as_paca(model: Any, rank: int) -> Any:
@@ -158,7 +190,7 @@ def report(result: dict[str, Any], title: str) -> list[str]:
 def main() -> None:
     """Measure with and without gradient checkpointing, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=[*SHAPES, *FAMILIES], default="small")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["floor", "paca", "lora"])
@@ -174,7 +206,9 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="only write the shape's config.json to that folder")
     arguments = parser.parse_args()
     if arguments.write:
-        LlamaConfig(**SHAPES[arguments.shape], architectures=["LlamaForCausalLM"]).save_pretrained(arguments.write)
+        config = config_of(arguments.shape)
+        config.architectures = [type(build(arguments.shape, torch.float32, "meta")).__name__]
+        config.save_pretrained(arguments.write)
         return
     torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.compat import input_embeddings
 from surgery.errors import RecipeError, UnsupportedError, shorten
 from surgery.lean_kernels import choose_kernels
 from surgery.lean_pass import rewrite
@@ -215,12 +216,23 @@ def choose_tf32(tf32: str, device: str, autocast: str) -> bool | None:
 
 
 LEAN_WINS = ("cpu",)  # where lean blocks were measured, and a step took no longer: docs/performance.md
+LEAN_VALUES = 1 << 16  # of what a forward hands from layer to layer; below, the blocks' fixed cost shows in a step
 
 
 def choose_lean(section: TrainSection, device: str) -> bool:
-    """Whether blocks are to be lean. `auto`: on devices where that was measured to cost nothing."""
-    is_free = device in LEAN_WINS and not (section.liger or section.compile)
-    return section.lean == "on" or (section.lean == "auto" and is_free)
+    """Whether blocks are to be lean. `auto`: on devices where that was measured to cost nothing, and see `is_large`."""
+    wins = device in LEAN_WINS and not (section.liger or section.compile)
+    return section.lean == "on" or (section.lean == "auto" and wins)
+
+
+def is_large(model: Any, tokens: float) -> bool:
+    """Whether a forward over so many tokens is of the size from which on lean blocks cost nothing.
+
+    tokens: 0 where they are not known, as of images.
+    """
+    words = input_embeddings(model)
+    width = words.weight.shape[-1] if isinstance(words, nn.Embedding) else 0
+    return not (tokens and width) or tokens * width >= LEAN_VALUES
 
 
 # --- on the model
@@ -243,12 +255,8 @@ def prepare(model: Any, section: TrainSection, *, device: str, autocast: str) ->
 
 def _make_lean(model: nn.Module, section: TrainSection, device: str) -> str:
     """What was made lean, in words. Raises: UnsupportedError where nothing can be; `auto` then leaves all as it is."""
-    try:
-        return rewrite(model, kernels=choose_kernels(device)).line()
-    except UnsupportedError:
-        if section.lean == "on":
-            raise
-        return ""
+    found = rewrite(model, kernels=choose_kernels(device), is_required=section.lean == "on")
+    return found.line() if found else ""
 
 
 def set_heads(model: nn.Module, heads: Mapping[str, torch.Tensor]) -> None:

@@ -26,6 +26,12 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON docu
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a folder that surgery made.")
 BASE = click.option("--base", help="The base's folder or hub id, where it is not where it was.")
 OUT = click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to write.")
+LEAN = click.option(
+    "--lean/--no-lean",
+    default=None,
+    help="Norms, gates and loss keep the least for backward. Default: where that was measured to cost nothing, which "
+    "is on the CPU and uncompiled.",
+)
 FOLDER = click.Path(path_type=Path)
 TASK = options(
     click.option(

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from surgery.checkpoint import RECIPE_ENDINGS, require_model
-from surgery.cli_options import JSON
+from surgery.cli_options import JSON, LEAN
 from surgery.errors import RequestError
 from surgery.terminal import show
 
@@ -42,7 +42,7 @@ KEYS = {  # of a recipe, by option
 @click.option("--dtype", default="", help="Weights in fp32, bf16 or fp16. Default: the checkpoint's.")
 @click.option("--precision", help="auto, fp32, bf16 or fp16, as in a recipe. Default: auto.")
 @click.option("--checkpointing", is_flag=True, default=None, help="With gradient checkpointing.")
-@click.option("--lean", is_flag=True, default=None, help="With lean blocks: norms, gates and loss keep the least.")
+@LEAN
 @click.option("--device", default="", help="cpu or cuda, which need not be here. Default: what is here.")
 @click.option("--devices", type=int, default=1, show_default=True, help="How many of them.")
 @click.option(

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from surgery import ranks
 from surgery.checkpoint import require_record
-from surgery.cli_options import BASE, FOLDER, JSON, TASK, split_list
+from surgery.cli_options import BASE, FOLDER, JSON, LEAN, TASK, split_list
 from surgery.errors import RequestError
 from surgery.terminal import show
 
@@ -60,7 +60,7 @@ def given_arguments(*leave_out: str) -> list[str]:
         if not isinstance(parameter, click.Option):
             given.append(str(value))
         elif parameter.is_flag:
-            given.append(option)
+            given.append(option if value else parameter.secondary_opts[-1])
         else:
             given += [f"{option}={item}" for item in (value if parameter.multiple else [value])]
     return given
@@ -108,7 +108,7 @@ def read_settings(adapter: Path, texts: Sequence[str], config: Path | None, flag
 )
 @click.option("--cache-features", help="read: a folder for the backbone's states; later epochs read them from there.")
 @click.option("--cache-bytes", help="read: what the states may take, for example 20GB.")
-@click.option("--lean", is_flag=True, default=None, help="With lean blocks: norms, gates and loss keep the least.")
+@LEAN
 @click.option("-c", "--config", type=click.Path(path_type=Path), help="A recipe whose data and train sections hold.")
 @click.option("--nproc", type=int, help="Processes on this machine, a device each; torchrun's own options follow `--`.")
 @BASE

@@ -20,7 +20,7 @@ from surgery.manifest import ADAPTER, parse_record, read_document
 from surgery.memory import FULL, LORA, METHODS, Prediction, Run, Subject, open_planned, open_subject, predict
 from surgery.plan import SurgeryPlan
 from surgery.planning import make_spec
-from surgery.recipe import Recipe, apply_override, check, read_recipe
+from surgery.recipe import Recipe, TrainSection, apply_override, check, read_recipe
 
 DEFAULT_METHOD = "paca"
 
@@ -49,11 +49,11 @@ def forecast(path: str, question: Question, settings: Sequence[str] = ()) -> Pre
         require_known("--method", method, METHODS)
     is_recipe = path.endswith(RECIPE_ENDINGS)
     recipe = read_recipe(Path(path), settings) if is_recipe else _recipe(path, settings)
-    run = _run(recipe, question)
+    method = method or recipe.method
+    run = _run(recipe, question, method)
     if not is_recipe and (Path(path) / RECORD_FILE).is_file():
         subject = _open_adapter(Path(path), recipe, question, run)
     else:
-        method = method or recipe.method
         spec = _spec(recipe, method, is_recipe=is_recipe)
         subject = open_subject(config_folder(recipe.model), method, spec, recipe.task_spec(), run)
     run = _fitted(subject, recipe, question, run)
@@ -64,7 +64,7 @@ def forecast(path: str, question: Question, settings: Sequence[str] = ()) -> Pre
 def forecast_plan(root: Path, plan: SurgeryPlan) -> Prediction:
     """A step of a plan with a recipe's defaults, on the device that is here. Raises: UnsupportedError."""
     recipe = _recipe(str(root), ())
-    run = _run(recipe, Question())
+    run = _run(recipe, Question(), plan.method)
     subject = open_planned(root, plan, run)
     return predict(subject, _fitted(subject, recipe, Question(), run))
 
@@ -128,7 +128,7 @@ def _unpredicted(recipe: Recipe) -> list[str]:
     ]
 
 
-def _run(recipe: Recipe, question: Question) -> Run:
+def _run(recipe: Recipe, question: Question, method: str) -> Run:
     """`ddp`, a recipe's default, says nothing of a single device."""
     section = recipe.train
     device = question.device or section.device
@@ -147,8 +147,15 @@ def _run(recipe: Recipe, question: Question) -> Run:
         checkpointing=section.gradient_checkpointing,
         attention=section.attention,
         cpu_offload=section.cpu_offload,
-        lean=choose_lean(section, kind),
+        lean=_lean(section, kind, method),
     )
+
+
+def _lean(section: TrainSection, device: str, method: str) -> str:
+    """As `surgery train` has it; of what others train, LoRA and full tuning, only where it was asked for."""
+    if section.lean == "auto" and (method in (LORA, FULL) or not choose_lean(section, device)):
+        return "off"
+    return str(section.lean)
 
 
 def _open_adapter(folder: Path, recipe: Recipe, question: Question, run: Run) -> Subject:

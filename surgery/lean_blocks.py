@@ -304,18 +304,19 @@ def _agrees_norm(module: nn.Module, norm: Norm, x: torch.dtype, weight: torch.dt
     other = stand_in(module, {}, {"weight": torch.randn(WIDTH).to(weight)})
     try:
         return _run_both(other, lambda rows: rms_norm(rows, other.weight, norm), x)
-    except (RuntimeError, TypeError, AttributeError, ValueError):  # it is something else, and says so
+    except Exception:  # noqa: BLE001  it is something else, and says so
         return False
 
 
 def _probe_activation(module: Any) -> Activation | None:
     if list(module.parameters()) or list(module.buffers()) or list(module.children()):
         return None
+    other = stand_in(module, {}, {})  # without hooks, which would see what is no input
     for activation in ACTIVATIONS.values():
         try:
-            if all(_run_both(module, lambda x, one=activation: activate(x, one), kind) for kind, _ in DTYPES):  # type: ignore[misc]
+            if all(_run_both(other, lambda x, one=activation: activate(x, one), kind) for kind, _ in DTYPES):  # type: ignore[misc]
                 return activation
-        except (RuntimeError, TypeError, AttributeError, ValueError):
+        except Exception:  # noqa: BLE001  whatever a foreign forward says of a stand-in's inputs: it is something else
             return None
     return None
 
@@ -333,6 +334,6 @@ def _agrees_gated(module: nn.Module, form: Form, activation: Activation) -> bool
         try:
             if not _run_both(plain, lean, dtype):
                 return False
-        except (RuntimeError, TypeError, AttributeError, ValueError):
+        except Exception:  # noqa: BLE001  as above
             return False
     return True

@@ -54,16 +54,17 @@ class Rewritten:
         return ", ".join([*parts, *(["the loss"] if self.loss else [])]) or "nothing"
 
 
-def rewrite(model: nn.Module, *, kernels: Kernels = OURS) -> Rewritten:
+def rewrite(model: nn.Module, *, kernels: Kernels = OURS, is_required: bool = True) -> Rewritten:
     """Make a model lean, in place, with these kernels; its parameters and buffers are checked to be what they were.
 
+    is_required: that nothing can be made so is an error; else nothing has been done then.
     Raises: RequestError where it is lean already; UnsupportedError, with the reasons, where nothing can be made so.
     """
     if is_lean(model):
         raise RequestError("lean", "the model is lean already", expected="a plain one", fix="Call restore first")
     before = _tensors(model)
     found = _rewrite(model, kernels)
-    if not found:
+    if not found and is_required:
         why = "; ".join(found.left) or "no norm, gated MLP, activation or loss"
         raise UnsupportedError(
             "lean",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from surgery.acceleration import FLASH, set_heads, switch_attention
+from surgery.acceleration import FLASH, is_large, set_heads, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.compat import config_dtype, input_embeddings, memory_names
 from surgery.errors import RequestError, UnsupportedError, counted, require_known
@@ -95,7 +95,8 @@ class Run:
 
     batch: sequences of one forward on each device; target: tokens of an encoder-decoder's output, 0 for as many as of
     its input; dtype: of the weights, fp32, bf16, fp16 or empty for the checkpoint's own; precision: of the computation,
-    as in a recipe; padded: rows differ in length; attention, cpu_offload: as in a recipe; lean: blocks are.
+    as in a recipe; padded: rows differ in length; attention, cpu_offload: as in a recipe; lean: off, on, or auto for
+    what can be lean, if anything, in a run of the size that gains by it.
     """
 
     batch: int = 8
@@ -110,7 +111,7 @@ class Run:
     checkpointing: bool = False
     attention: str = "auto"
     cpu_offload: bool = False
-    lean: bool = False
+    lean: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("batch", "sequence", "devices"):
@@ -123,6 +124,7 @@ class Run:
             ("--precision", self.precision, ("auto", *DTYPES)),
             ("--device", self.device, ("cpu", "cuda")),
             ("--sharding", self.sharding, ("", *SHARDINGS)),
+            ("--lean", self.lean, ("off", "on", "auto")),
         ):
             if found or "" not in known:
                 require_known(option, found, [name for name in known if name])
@@ -173,11 +175,15 @@ class Subject:
     autocast: str
     positions: int | None
     held: str = ""
+    lean: str = ""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on each device. `longest`: the longest sequence that fits `fit_bytes`, 0 where none does (images: None)."""
+    """Bytes on each device. `longest`: the longest sequence that fits `fit_bytes`, 0 where none does (images: None).
+
+    lean: what is lean, in words (empty where nothing is).
+    """
 
     architecture: str
     method: str
@@ -193,6 +199,7 @@ class Prediction:
     longest: int | None = None
     positions: int | None = None
     is_of_images: bool = False
+    lean: str = ""
 
     @property
     def total(self) -> int:
@@ -236,12 +243,20 @@ def open_planned(root: Path, plan: SurgeryPlan, run: Run) -> Subject:
 def open_attached(model: Any, seen: Survey, method: str, dtype: torch.dtype, run: Run) -> Subject:
     """The same for a model on the meta device that another method has been put on. Raises: UnsupportedError."""
     dry = dry_model(model, seen.task, seen.heads, dtype=dtype)
-    if run.lean:
-        rewrite(model)
+    lean = _make_lean(model, run)
     tensors = tuple(_tensors(dry))
     trained = sum(tensor.values() for tensor in tensors if tensor.is_trained)
     kind = next(name for name, known in DTYPES.items() if known == dtype)
-    return Subject(dry, tensors, seen.architecture, method, trained, kind, _autocast(run), _positions(model))
+    return Subject(dry, tensors, seen.architecture, method, trained, kind, _autocast(run), _positions(model), lean=lean)
+
+
+def _make_lean(model: Any, run: Run) -> str:
+    """What was made lean, in words. Raises: UnsupportedError where it was asked for and nothing can be."""
+    tokens = run.batch * min(run.sequence, _positions(model) or run.sequence)
+    if run.lean == "off" or (run.lean == "auto" and not is_large(model, tokens)):
+        return ""
+    found = rewrite(model, is_required=run.lean == "on")
+    return found.line() if found else ""
 
 
 def _plan(root: Path, seen: Survey, spec: Any, task: TaskSpec, dtype: torch.dtype, *, method: str) -> SurgeryPlan:
@@ -285,14 +300,13 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
             attach_plan(model, plan, None)
         is_ours = plan is not None and method != LORA
         autocast = (_heads_in_fp32(model, plan, dtype) if is_ours else "") or _autocast(run)
-    if run.lean:
-        rewrite(model)
+    lean = _make_lean(model, run)
     dry = replace(dry, is_side=bool(plan and plan.stacks))
     tensors = tuple(_tensors(dry))
     trained = sum(tensor.values() for tensor in tensors if tensor.is_trained)
     kind = next(name for name, known in DTYPES.items() if known == dtype)
     held = _held(plan, dtype) if plan and plan.quantization else ""
-    return Subject(dry, tensors, seen.architecture, method, trained, kind, autocast, _positions(model), held)
+    return Subject(dry, tensors, seen.architecture, method, trained, kind, autocast, _positions(model), held, lean)
 
 
 def _held(plan: SurgeryPlan, dtype: torch.dtype) -> str:
@@ -376,7 +390,7 @@ def _predict(subject: Subject, run: Run) -> Prediction:
     return Prediction(
         subject.architecture, subject.method, subject.trained_values, subject.dtype, subject.autocast, run,
         parts, saved.kinds, _notes(subject, run), positions=subject.positions,
-        is_of_images=subject.dry.task == IMAGES,
+        is_of_images=subject.dry.task == IMAGES, lean=subject.lean,
     )  # fmt: skip
 
 
@@ -488,7 +502,7 @@ def _lines(found: Prediction) -> list[str]:
     kept = [(f"  {kind}", size_text(size)) for kind, size in found.activations.items() if size]
     total = size_text(sum(found.activations.values()))
     table = align([*rows, ("kept for backward", total), *kept, ("sum", size_text(found.total))], right=(1,))
-    checkpointing = ", gradient checkpointing" * run.checkpointing + ", lean blocks" * run.lean
+    checkpointing = ", gradient checkpointing" * run.checkpointing + ", lean blocks" * bool(found.lean)
     head = f"{found.architecture}, {found.method}, {found.trained_values:,} trained values"
     notes = [f"note: {note}" for note in found.notes]
     return [head, f"{shape}{checkpointing}", "", *table, *_fit_lines(found), "", *notes]

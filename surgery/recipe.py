@@ -166,7 +166,7 @@ class TrainSection(_Section):
     compile: bool = Field(default=False, description="torch.compile the model")
     liger: bool = Field(default=False, description="Liger's Triton kernels, on CUDA")
     lean: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
-        "off", description="norms, gated MLPs and the loss keep the least for backward; auto: where that was measured"
+        "auto", description="norms, gated MLPs and the loss keep the least for backward; auto: on the CPU, uncompiled"
     )
     gradient_checkpointing: bool = False
     logging_steps: int = Field(10, ge=1)

@@ -125,7 +125,7 @@ PER_STEP = ("batch_size", "gradient_accumulation")  # these and the number of pr
 class TrainResult:
     """What a run did. `before` and `after` are the evaluation's metrics (empty without evaluation data).
 
-    lean: what was made lean, in words (empty where nothing was).
+    lean: what was made lean, in words, or why a run that goes on is not (empty where nothing was).
     was_finished: nothing was done now, the figures are those of the run that had been finished before.
     """
 
@@ -190,7 +190,7 @@ def train(
         checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
             return result_of(adapter)
-        run = replace(run, started=_when_started(adapter, checkpoint))
+        run = replace(run, started=_when_started(adapter, checkpoint), lean=_began_lean(adapter, checkpoint))
         if (
             settings.strategy == "zero3"
         ):  # which puts together what a module holds itself, and experts' columns lie below
@@ -301,11 +301,29 @@ class _Job:
     mirrors: bool = False
 
 
+KEPT_PLAIN = "nothing, as the run began; lean=on makes the rest of it lean"
+
+
+def _settle_lean(job: _Job, model: Any) -> tuple[_Job, str]:
+    """What `auto` means, by name, and a note: a run that goes on keeps the blocks that it began with, bit for bit."""
+    settings, began, note = job.settings, job.run.lean, ""
+    is_lean = acceleration.choose_lean(settings, job.device)
+    if settings.lean == "auto" and is_lean:
+        counts = job.prepared.report.train
+        wins = acceleration.is_large(model, settings.batch_size * counts.tokens / max(1, counts.examples))
+        is_lean = wins if began is None else began
+        note = KEPT_PLAIN if wins and not is_lean else ""
+        settings = settings if is_lean else settings.model_copy(update={"lean": "off"})
+    return replace(job, settings=settings, run=replace(job.run, lean=is_lean)), note
+
+
 def _run(job: _Job, interruption: Interruption) -> TrainResult:
-    adapter, prepared, settings = job.adapter, job.prepared, job.settings
+    adapter, prepared = job.adapter, job.prepared
     started = time.monotonic()
     job.backend.prepare()
-    model, autocast = _load_for_training(adapter, job.root, settings, job.device)
+    model, autocast = _load_for_training(adapter, job.root, job.settings, job.device)
+    job, kept_plain = _settle_lean(job, model)
+    settings = job.settings
     kernels = acceleration.prepare(model, settings, device=job.device, autocast=autocast)
     folder = adapter.folder / CHECKPOINTS
     steps = count_steps(settings, len(prepared.train), only_whole_batches=job.backend.static_shapes)
@@ -340,7 +358,7 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         before,
         after,
         tuple(prepared.report.lines()),
-        kernels.lean,
+        kernels.lean or kept_plain,
     )
     delta = collect(model)
     if is_main():
@@ -478,7 +496,8 @@ class _Run:
     """What a run is: its plan, its settings, its data. Two runs with the same digest give the same result.
 
     `start`, the digest of the adapter file it began with, and `started`, when it did, are no part of what the run is:
-    they tell a second run with the same settings from the first.
+    they tell a second run with the same settings from the first. Nor is `lean`, whether its blocks are to be so (None:
+    it has not begun), which changes how sums are rounded.
     """
 
     plan: str
@@ -486,6 +505,7 @@ class _Run:
     data: Mapping[str, Any]
     start: str = ""
     started: str = ""
+    lean: bool | None = None
 
     @classmethod
     def describe(cls, adapter: Adapter, plan: SurgeryPlan, data: DataSection, settings: TrainSection) -> _Run:
@@ -499,7 +519,7 @@ class _Run:
     @property
     def digest(self) -> str:
         parts = asdict(replace(self, start=""))
-        del parts["started"]
+        del parts["started"], parts["lean"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, folder: Path, *, finished: bool = False) -> None:
@@ -521,6 +541,11 @@ def _when_started(adapter: Adapter, checkpoint: str) -> str:
     """Now, in UTC; of a run that is resumed, as its note has it. A name for folders: no colons."""
     noted = open_run(adapter).get("started", "") if checkpoint else ""
     return noted or datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+
+
+def _began_lean(adapter: Adapter, checkpoint: str) -> bool | None:
+    """Whether a run that is resumed began with lean blocks; without a word of it, as of old, it did not."""
+    return bool(open_run(adapter).get("lean", False)) if checkpoint else None
 
 
 def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool) -> str:

@@ -470,11 +470,11 @@ REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
         {"task": TaskSpec("seq2seq", ("x",)), "data": DataSection(train=["a"]), "settings": TrainSection(max_steps=9)},
     ),
     (
-        "train model-paca -c recipe.yaml --resume auto --data b --data c --nproc 2 max_steps=7 -- --nnodes 2",
+        "train model-paca -c recipe.yaml --resume auto --data b --data c --nproc 2 --no-lean max_steps=7 -- --nnodes 2",
         {
-            "arguments": ["model-paca", "--data=b", "--data=c", "--resume=auto", "--config=recipe.yaml", "max_steps=7",
-                          "--", "--nnodes", "2"],
-            "settings": TrainSection(max_steps=7), "nproc": 2,
+            "arguments": ["model-paca", "--data=b", "--data=c", "--resume=auto", "--no-lean", "--config=recipe.yaml",
+                          "max_steps=7", "--", "--nnodes", "2"],
+            "settings": TrainSection(max_steps=7, lean="off"), "nproc": 2,
         },
     ),
     (

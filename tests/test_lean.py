@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ from torch.nn import functional
 
 from surgery import lean_blocks, lean_functions, lean_pass
 from surgery.acceleration import choose_lean, prepare, require
+from surgery.adapter import open_adapter
 from surgery.bench.measure import saved_bytes
-from surgery.bench.methods import attach_floor
+from surgery.bench.methods import as_floor
 from surgery.cli import cli
 from surgery.compat import keep_no_cache, set_checkpointing
 from surgery.errors import CheckError, RecipeError, RequestError, SurgeryError, UnsupportedError
@@ -273,7 +275,7 @@ def test_a_llama_keeps_eleven_and_a_half_widths() -> None:
     kept, batch = [], batch_of("llama", tokens=32)
     for layers in (2, 3):
         model = built("llama", torch.bfloat16, **sizes, num_hidden_layers=layers)
-        attach_floor(model, None, {})  # type: ignore[arg-type]
+        as_floor(model)
         rewrite(model)
         kept.append(saved_bytes(model, lambda one=model: one(**batch).loss))  # type: ignore[misc]
     a_layer = (kept[1] - kept[0]) / (2 * 32)  # bytes a token: of 16 bits
@@ -288,7 +290,7 @@ def test_predicted_to_the_byte(family: str, method: str, tiny_model: TinyModel) 
     """`surgery plan --lean` says what a lean model's forward keeps."""
     dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0) if family == "gpt2" else {}
     base = tiny_model(family, overrides=dropout)
-    run = Run(2, 24, lean=True)
+    run = Run(2, 24, lean="on")
     spec = PacaSpec(rank=4)
     predicted = predict(open_subject(base, method, spec if method == "paca" else None, TaskSpec(), run), run)
     model = built(family)
@@ -301,15 +303,71 @@ def test_predicted_to_the_byte(family: str, method: str, tiny_model: TinyModel) 
 
 
 def test_the_command_says_what_it_made_lean(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """`--lean` is `lean=on`, and a run says what came of it, also one that was finished before."""
+    """What is the default on the CPU, also of a run that was finished before; `--no-lean` is a plain run.
+
+    So is one whose forwards are too small for the blocks' own cost not to show.
+    """
     text = tmp_path / "text.txt"
     text.write_text("\n".join(TEXTS) * 4, encoding="utf-8")
     apply(tiny_model("llama"), tmp_path / "adapter", PacaSpec(rank=4))
-    asked = ["train", str(tmp_path / "adapter"), "--data", str(text), "--lean", "max_steps=1", "max_length=40"]
+    asked = [
+        "train",
+        str(tmp_path / "adapter"),
+        "--data",
+        str(text),
+        "--device",
+        "cpu",
+        "max_steps=1",
+        "max_length=40",
+        "batch_size=64",
+    ]
     for resume in ("no", "auto"):
         result = CliRunner().invoke(cli, [*asked, "--resume", resume])
         assert result.exit_code == 0, result.output
         assert "lean: 5 norms, 2 gated MLPs, the loss" in result.stdout.splitlines()
+    kernels = open_adapter(tmp_path / "adapter").record.manifest.training["kernels"]
+    assert kernels["lean"] == "5 norms, 2 gated MLPs, the loss"
+    for other in ("--no-lean", "batch_size=2"):
+        result = CliRunner().invoke(cli, [*asked, other])
+        assert result.exit_code == 0, result.output
+        assert "lean:" not in result.stdout
+        assert open_adapter(tmp_path / "adapter").record.manifest.training["kernels"]["lean"] == ""
+
+
+def test_a_plan_is_of_the_run_that_would_be(tiny_model: TinyModel) -> None:
+    """On the CPU lean, of CUDA not; LoRA and full tuning, which others run, only where it is asked for."""
+    asked: Mapping[str, bool] = {
+        "--device cpu": True, "--device cpu --no-lean": False, "--device cuda": False, "--device cuda --lean": True,
+        "--device cpu train.compile=true": False, "--device cpu --method lora": False,
+        "--device cpu --method full": False,
+        "--device cpu --method full --lean": True, "--device cpu --method read": True,
+    }  # fmt: skip
+    for line, wanted in asked.items():
+        result = CliRunner().invoke(cli, ["plan", str(tiny_model("llama")), "--batch", "16", *line.split()])
+        assert (", lean blocks" in result.stdout.splitlines()[1]) == wanted, line
+    result = CliRunner().invoke(cli, ["plan", str(tiny_model("llama")), "--batch", "15", "--device", "cpu"])
+    assert ", lean blocks" not in result.stdout
+    for lean, found in (("auto", ""), ("off", "")):
+        result = CliRunner().invoke(
+            cli, ["plan", str(tiny_model("vit")), "--device", "cpu", f"train.lean={lean}", "--json"]
+        )
+        assert json.loads(result.stdout)["lean"] == found
+
+
+class _Strange(nn.Module):
+    """Has the look of an activation, and takes nothing but what its model gives it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return {3: x}[x.dim()]
+
+
+def test_a_stranger_is_left_alone() -> None:
+    """Whatever a module's forward says of a stand-in's inputs: it is left, and its hooks see nothing of that."""
+    model, seen = built("llama"), list[object]()
+    model.model.layers[0].strange = _Strange()
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    assert rewrite(model).gates == 2
+    assert not seen
 
 
 def test_a_training_run_is_lean(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +381,7 @@ def test_a_training_run_is_lean(tiny_model: TinyModel, tmp_path: Path, monkeypat
         settings = TrainSection(lean=lean, max_steps=2, batch_size=2, gradient_accumulation=2)
         found = measure_ours(monkeypatch, tmp_path / lean, data, settings, TaskSpec())
         monkeypatch.undo()
-        run = Run(found.batch, found.sequence, lean=lean == "on")
+        run = Run(found.batch, found.sequence, lean=lean)
         predicted = predict(open_subject(base, "paca", PacaSpec(rank=4), TaskSpec(), run), run)
         assert 0 <= found.saved - sum(predicted.activations.values()) <= 8  # the trainer's own factor of the loss
         written[lean] = (tmp_path / lean / "adapter.safetensors").read_bytes()
@@ -482,9 +540,10 @@ def test_settings_that_exclude_it(
         require(TrainSection(lean="on", **settings), device)
 
 
-def test_auto_is_where_it_was_measured(tiny_model: TinyModel) -> None:
-    """On the CPU, and there it leaves a model alone that has nothing to rewrite; `on` says so."""
-    assert choose_lean(TrainSection(lean="auto"), "cpu")
+def test_auto_is_where_it_was_measured() -> None:
+    """On the CPU, and there it leaves a model alone that has nothing to rewrite; `on` says so. It is the default."""
+    assert choose_lean(TrainSection(), "cpu")
+    assert not choose_lean(TrainSection(), "hpu")
     assert not choose_lean(TrainSection(lean="auto"), "cuda")
     assert not choose_lean(TrainSection(lean="auto", compile=True), "cpu")
     assert not choose_lean(TrainSection(lean="off"), "cpu")

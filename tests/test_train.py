@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from exporters.dense import export
+from surgery import acceleration
 from surgery.adapter import Adapter, open_adapter, update_adapter
 from surgery.backends.local import training_arguments
 from surgery.checkpoint import Checkpoint
@@ -41,7 +42,7 @@ from surgery.operate import apply, load
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile
-from surgery.train import CHECKPOINTS, LOG_FILE, RUN_FILE, TrainResult, train
+from surgery.train import CHECKPOINTS, KEPT_PLAIN, LOG_FILE, RUN_FILE, TrainResult, train
 from surgery.trainer import STATE_FILE, Interruption, Progress, StopWhenAsked
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel, digest_folder
@@ -345,6 +346,55 @@ def test_a_run_interrupted_twice_and_moved_resumes(
         folder = folder.rename(tmp_path / f"moved-{step}")
     setting.run(folder, resume="auto")
     assert same_adapter(folder, setting.whole)
+
+
+def test_a_run_that_began_with_plain_blocks_ends_with_them(
+    plain: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, and it is said; `lean=on` makes the rest lean. A note of old has no word of blocks."""
+    monkeypatch.setattr(acceleration, "LEAN_VALUES", 1)
+
+    def run(folder: Path, lean: str, resume: str = "no") -> TrainResult:
+        settings = fast(**plain.variant.settings, lean=lean)
+        return train(folder, plain.data, settings, task=plain.variant.case.spec(), resume=resume)
+
+    whole, begun = (Path(shutil.copytree(plain.fresh, tmp_path / name)) for name in ("whole", "begun"))
+    assert run(whole, "off").lean == ""
+    assert same_adapter(whole, plain.whole), "so small a run is plain by itself"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, how="SIGTERM")
+        with pytest.raises(InterruptedRunError):
+            run(begun, "off")
+    note = begun / CHECKPOINTS / RUN_FILE
+    document = json.loads(note.read_text())
+    assert document.pop("lean") is False
+    note.write_text(json.dumps(document))
+    other = Path(shutil.copytree(begun, tmp_path / "other"))
+    assert run(begun, "auto", "auto").lean == KEPT_PLAIN
+    assert same_adapter(begun, whole)
+    training = open_adapter(begun).record.manifest.training
+    assert (training["settings"]["lean"], training["kernels"]["lean"]) == ("off", "")
+    assert run(other, "on", "auto").lean == "5 norms, 2 gated MLPs, the loss"
+    assert not same_adapter(other, whole), "lean blocks round as plain ones do here"
+
+
+def test_a_run_that_began_with_lean_blocks_ends_with_them(
+    plain: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where `auto` would no longer choose them: of smaller batches, of which more are accumulated."""
+
+    def run(folder: Path, resume: str = "no", **settings: Any) -> TrainResult:
+        section = fast(**{**plain.variant.settings, "batch_size": 4, **settings})
+        return train(folder, plain.data, section, task=plain.variant.case.spec(), resume=resume)
+
+    folder = plain.copy(tmp_path)
+    monkeypatch.setattr(acceleration, "LEAN_VALUES", 1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, how="SIGTERM")
+        with pytest.raises(InterruptedRunError):
+            run(folder)
+    monkeypatch.setattr(acceleration, "LEAN_VALUES", 1 << 30)
+    assert run(folder, "auto", batch_size=2, gradient_accumulation=2).lean == "5 norms, 2 gated MLPs, the loss"
 
 
 def test_the_trained_runs_differ(setting: Setting) -> None:

@@ -127,7 +127,7 @@ def prediction_run(subject: Subject) -> Run:
         precision=subject.autocast,
         device=subject.device,
         checkpointing=spec.checkpointing,
-        lean=spec.lean,
+        lean="on" if spec.lean else "off",
     )
 
 

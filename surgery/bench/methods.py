@@ -320,7 +320,12 @@ def attach_full(model: Any, shared: Shared, settings: Settings) -> Any:  # noqa:
 
 
 def attach_floor(model: Any, shared: Shared, settings: Settings) -> Any:  # noqa: ARG001  one signature for all
-    """Nothing trains; the embeddings' output asks for a gradient, which then flows through every layer."""
+    """Nothing trains."""
+    return as_floor(model)
+
+
+def as_floor(model: Any) -> Any:
+    """Frozen, in place; the embeddings' output asks for a gradient, which then flows through every layer."""
     model.requires_grad_(requires_grad=False)
     words = model.get_input_embeddings()
     for module in model.modules():  # an encoder-decoder looks the same words up by several modules

@@ -3,8 +3,8 @@
     python benchmarks/qpaca.py                         # a random Llama-shaped model: time and bytes
     python benchmarks/qpaca.py --learn MODEL TEXT      # a trained model and a text: losses, and losses after merges
 
-QLoRA is PEFT's LoRA on bitsandbytes' own layers, at the same rank, on the same layers, without dropout. Steps take
-turns, so that whatever else the machine does falls on all alike; ratios are of medians.
+QLoRA is PEFT's LoRA on bitsandbytes' own layers, at the same rank, on the same layers, without dropout. Time and bytes
+are `surgery bench --quantize nf4 --methods floor,paca,lora,paca:r=16,quantize=none` on a model of the right shape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,16 @@ from torch import Tensor
 from exporters import dense
 from surgery import operate
 from surgery.adapter import open_adapter
+from surgery.bench import show
+from surgery.bench.run import run
+from surgery.bench.spec import make_spec
 from surgery.checkpoint import Checkpoint
 from surgery.compat import load_tokenizer
 from surgery.methods.paca_spec import PacaSpec
 from surgery.quantized_base import seen_weight
 
 RANK, LAYERS = 16, 4
-METHODS = ("floor", "qpaca", "qlora", "paca")
+METHODS = ("floor", "paca", "lora", f"paca:r={RANK},quantize=none")
 
 
 def make_base(folder: Path) -> None:
@@ -46,17 +48,12 @@ def make_base(folder: Path) -> None:
 
 
 def load(method: str, base: Path, work: Path, *, rank: int, dtype: torch.dtype | None) -> Any:
-    """A base with one method on it, ready to train. `dtype`: of the dense base that is quantized."""
+    """A base with qpaca or qlora on it, ready to train. `dtype`: of the dense base that is quantized."""
     if method == "qlora":
         return _qlora(base, rank, dtype)
     folder = work / f"{method}-{rank}"
-    if not folder.exists():
-        operate.apply(base, folder, PacaSpec(rank=rank, quantize="" if method == "paca" else "nf4"))
-    model = operate.load(folder, trainable=True)
-    if method == "floor":  # frozen forward, and the gradient of the input
-        model.requires_grad_(requires_grad=False)
-        model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_())
-    return model.train()
+    operate.apply(base, folder, PacaSpec(rank=rank, quantize="nf4"))
+    return operate.load(folder, trainable=True).train()
 
 
 def _qlora(base: Path, rank: int, dtype: torch.dtype | None) -> Any:
@@ -71,71 +68,28 @@ def _qlora(base: Path, rank: int, dtype: torch.dtype | None) -> Any:
 
 
 def step_of(model: Any, ids: Tensor, rate: float = 1e-3) -> Callable[[], float]:
-    """One forward, backward and, where something trains, AdamW."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate) if parameters else None
+    """One forward, backward and AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
 
     def step(batch: Tensor = ids) -> float:
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
-        if optimizer:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return float(loss.detach())
 
     return step
 
 
-def kept_bytes(model: Any, ids: Tensor) -> int:
-    """What a forward keeps for backward: each storage once, parameters and buffers left out."""
-    own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if id(tensor.untyped_storage()) not in own:
-            seen[id(tensor.untyped_storage())] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    del loss
-    return sum(storage.nbytes() for storage in seen.values())
-
-
-def weight_bytes(model: Any) -> int:
-    """Parameters that do not train, with what lies beside packed ones."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if not parameter.requires_grad and ".paca_" not in name:
-            total += parameter.nbytes + (state.absmax.nbytes if state is not None else 0)
-    return total
-
-
 def measure_steps(batch: int, tokens: int, rounds: int) -> None:
-    """Step time in turns, bytes kept and the weights' memory."""
+    """Step time in turns, bytes kept and the weights' memory, by `surgery bench`."""
     with tempfile.TemporaryDirectory() as temporary:
-        base, work = Path(temporary) / "base", Path(temporary)
+        base = Path(temporary) / "base"
         make_base(base)
-        ids = torch.randint(0, 2048, (batch, tokens), generator=torch.Generator().manual_seed(1))
-        models = {name: load(name, base, work, rank=RANK, dtype=torch.bfloat16) for name in METHODS}
-        steps = {name: step_of(model, ids) for name, model in models.items()}
-        times: dict[str, list[float]] = {name: [] for name in METHODS}
-        for turn in range(rounds + 1):
-            for name in METHODS:
-                started = time.perf_counter()
-                steps[name]()
-                if turn:
-                    times[name].append(time.perf_counter() - started)
-        print(f"{batch} x {tokens} tokens, rank {RANK}, bf16, {torch.get_num_threads()} threads, {rounds} rounds")
-        for name, model in models.items():
-            median = statistics.median(times[name])
-            ratio = statistics.median(a / b for a, b in zip(times[name], times["floor"], strict=True))
-            kept = kept_bytes(model, ids)
-            print(f"{name:6} {median:7.3f} s {ratio:6.3f} x floor  kept {kept / 1e6:8.1f} MB  "
-                  f"weights {weight_bytes(model) / 1e6:7.1f} MB")  # fmt: skip
-        ratio = statistics.median(a / b for a, b in zip(times["qpaca"], times["qlora"], strict=True))
-        print(f"qpaca / qlora {ratio:.3f}")
+        given = {"model": str(base), "methods": list(METHODS), "quantize": "nf4", "rank": RANK, "device": "cpu"}
+        spec = make_spec({**given, "batch": batch, "sequence": tokens, "rounds": rounds, "warmup": 1})
+        results = run(spec, Path(temporary) / "bench", say=lambda _text: None)
+    print("\n".join(show.lines(results)))
 
 
 # --- a small real task

@@ -38,7 +38,17 @@ from surgery.terminal import say, show
 @click.option("--warmup", type=int, help="Steps before them that do not count. Default: 3.")
 @click.option("--fit", help="A memory, e.g. 80GB: the longest sequence that fits it, one at a time.")
 @click.option("--checkpointing", is_flag=True, default=None, help="With gradient checkpointing.")
-@click.option("--lean", is_flag=True, default=None, help="With lean blocks, under every method.")
+@click.option(
+    "--lean",
+    is_flag=True,
+    default=None,
+    help="Lean blocks under every method. Default: plain ones, whatever a training run would take.",
+)
+@click.option(
+    "--quantize",
+    help="Every method's base is held so while it is frozen, as in `surgery apply`; of one method: paca:quantize=nf4, "
+    "full:quantize=none.",
+)
 @click.option("--dropout", type=float, help="For every method and the model. Default: 0.")
 @click.option("--dtype", help="Weights in fp32, bf16 or fp16. Default: the checkpoint's.")
 @click.option("--precision", help="auto, fp32 or bf16, as in a recipe. Default: auto.")

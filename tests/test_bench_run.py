@@ -415,9 +415,9 @@ def test_every_option_reaches_the_specification(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(running, "run", seeing)
     line = (
-        "--methods paca,full --data a --eval-data b --task causal-lm --labels c,d --targets q --exclude e"
+        "--methods paca,floor --data a --eval-data b --task causal-lm --labels c,d --targets q --exclude e"
         " --equal values --rank 3 --hidden 5 --batch 2 --sequence 16 --rounds 4 --warmup 2 --fit 1GB"
-        " --checkpointing --lean --dropout 0.1 --dtype bf16 --precision fp32 --device cpu --threads 1"
+        " --checkpointing --lean --quantize nf4 --dropout 0.1 --dtype bf16 --precision fp32 --device cpu --threads 1"
         " --seeds 2 --steps 7 --epochs 0.5 --metric loss --resume auto --overwrite --out"
     )
     rates = {"--lr paca=1e-3 --lr 1e-4": {"learning_rates": {"paca": 1e-3, "*": 1e-4}}}
@@ -426,9 +426,9 @@ def test_every_option_reaches_the_specification(monkeypatch: pytest.MonkeyPatch,
     for words, chosen in rates.items():
         bench(tmp_path, *line.split(), tmp_path / "out", *words.split())
         wanted = BenchSpec(
-            model=str(tmp_path), methods=["paca", "full"], task="causal-lm", labels=["c", "d"], targets=["q"],
+            model=str(tmp_path), methods=["paca", "floor"], task="causal-lm", labels=["c", "d"], targets=["q"],
             exclude=["e"], equal="values", rank=3, hidden=5, data=data, batch=2, sequence=16, rounds=4, warmup=2,
-            fit_bytes=10**9, checkpointing=True, lean=True, dropout=0.1, dtype="bf16", precision="fp32", device="cpu",
+            fit_bytes=10**9, checkpointing=True, lean=True, quantize="nf4", dropout=0.1, dtype="bf16", precision="fp32", device="cpu",
             threads=1, seeds=2, steps=7, epochs=0.5, metric="loss", **chosen,
         )  # fmt: skip
         assert seen.pop("spec") == wanted

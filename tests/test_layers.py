@@ -106,6 +106,7 @@ RANKS = {
     "surgery.bench": 0,  # a docstring, as exporters
     "surgery.bench.results": 4,
     "surgery.bench.energy": 1,
+    "surgery.bench.held": 7,
     "surgery.bench.methods": 8,
     "surgery.bench.spec": 9,
     "surgery.bench.subject": 10,

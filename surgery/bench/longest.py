@@ -14,7 +14,7 @@ import torch
 from surgery.bench.measure import attempt, release
 from surgery.bench.methods import explained
 from surgery.bench.results import Row
-from surgery.bench.spec import Entry
+from surgery.bench.spec import Entry, held_as
 from surgery.bench.subject import DTYPES, Subject, draw, enter, set_dropout
 from surgery.compat import config_dtype
 from surgery.errors import SurgeryError, UnsupportedError, shorten
@@ -133,10 +133,12 @@ def prediction_run(subject: Subject) -> Run:
 
 def _memory_subject(subject: Subject, entry: Entry, run: Run) -> Any:
     """`surgery plan`'s own way for what it knows; others are put on a model on the meta device."""
-    name, shared = entry.variant.name, subject.shared()
+    name, shared = entry.variant.name, subject.shared(quantize=held_as(entry, subject.spec))
+    if shared.quantize and name not in ("paca", "lora"):
+        raise UnsupportedError("bench", f"{name} over a quantized base", expected="paca or lora")
     task = TaskSpec(subject.seen.task, subject.labels)
     if name in ("paca", "lora", "full", "read"):
-        spec = _spec_of(entry, shared.layers)
+        spec = _spec_of(entry, shared.layers, shared.quantize)
         found = open_subject(subject.root, name, spec, task, run)
         set_dropout(found.dry.model, subject.spec.dropout)
         return found
@@ -150,10 +152,12 @@ def _memory_subject(subject: Subject, entry: Entry, run: Run) -> Any:
     return open_attached(model, seen, name, dtype, run)
 
 
-def _spec_of(entry: Entry, layers: tuple[str, ...]) -> Any:
+def _spec_of(entry: Entry, layers: tuple[str, ...], quantize: str) -> Any:
     if entry.variant.name == "full":
         return None
     if entry.variant.name == "read":
         return make_spec("read", dict(entry.settings), "")
     rest = {key: value for key, value in entry.settings.items() if key not in ("r", "alpha")}
-    return PacaSpec(rank=entry.settings["r"], targets=layers, **(rest if entry.variant.name == "paca" else {}))
+    return PacaSpec(
+        rank=entry.settings["r"], targets=layers, quantize=quantize, **(rest if entry.variant.name == "paca" else {})
+    )

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from surgery.bench.energy import Meter
+from surgery.bench.held import HOLDERS, OWN, evaluated, model_bytes
 from surgery.bench.methods import trained
 from surgery.bench.results import FLOOR, Row
-from surgery.bench.spec import Entry
+from surgery.bench.spec import Entry, held_as
 from surgery.bench.subject import Batch, Feed, Subject, enter, put_on
 
 ENERGY_SECONDS = 3.0  # counters tick some ten times a second
@@ -148,6 +149,7 @@ def _measure_together(
     for name, contender in contenders.items():
         counts = trained(contender.model)
         rows[name].trained_values, rows[name].trained_names = sum(counts.values()), len(counts)
+        rows[name].weight_bytes = model_bytes(contender.model)
         rows[name].saved_bytes = saved_bytes(contender.model, lambda one=contender: one.loss(first))  # type: ignore[misc]
     steps = {name: contender.step for name, contender in contenders.items()}
     batches = feed.batches(0, spec.warmup + spec.rounds)
@@ -190,17 +192,23 @@ def measure_inference(
     for entry in entries:
         row = rows[entry.name]
         row.inference_seconds = seconds[entry.name]
-        row.merged = None if entry.variant.name == FLOOR else entry.variant.merge is not None
+        row.merged = None if entry.variant.name == FLOOR else merge_of(subject, entry) is not None
 
 
 def deployed(subject: Subject, entry: Entry, base: Any, *, in_place: bool = False) -> Any:
     """A method's model as it would be deployed, in eval mode; of the floor, the plain model."""
-    if entry.variant.name == "floor":
+    if entry.variant.name == FLOOR and not held_as(entry, subject.spec):
         return (base if in_place else copy.deepcopy(base)).to(subject.device).eval()
     model = put_on(subject, entry, base, in_place=in_place)
-    if entry.variant.merge:
-        model = entry.variant.merge(model)
-    return model.eval()
+    if merge := merge_of(subject, entry):
+        model = merge(model)
+    return evaluated(model, is_final=True)
+
+
+def merge_of(subject: Subject, entry: Entry) -> Callable[[Any], Any] | None:
+    """How a method is merged, None where it is not: PEFT would quantize a merge anew, which is not what was trained."""
+    is_held_by_others = bool(held_as(entry, subject.spec)) and HOLDERS[entry.variant.name] != OWN
+    return None if is_held_by_others else entry.variant.merge
 
 
 def forward_of(subject: Subject, model: Any) -> Callable[[Batch], object]:

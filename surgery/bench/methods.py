@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from surgery.bench.held import HOLDERS, held_layers, hold
 from surgery.columns import takes_data
 from surgery.errors import RequestError, UnsupportedError
 from surgery.lookup import require_extra
@@ -43,7 +44,8 @@ class Shared:
 
     layers: the linear layers that the targets mean; whole: parameters that train as they are with every method;
     stored: the parameters that the checkpoint holds; dropout: that of the methods' own layers; seed: for their values;
-    calibration: (strategy, rows) -> batches of the training set to choose columns by.
+    calibration: (strategy, rows) -> batches of the training set to choose columns by; quantize: how the base is held
+    while it is frozen, empty for as it is.
     """
 
     task: str
@@ -56,6 +58,7 @@ class Shared:
     calibration: Callable[[str, int], Sequence[Mapping[str, Any]]] = field(
         default=lambda _select, _rows: (), repr=False
     )
+    quantize: str = ""
 
 
 Settings = Mapping[str, Any]
@@ -99,7 +102,15 @@ def paca_settings(shared: Shared, settings: Settings) -> dict[str, Any]:
     """The settings of a bench as those of PaCA; the rows to look at are those of the bench."""
     rank = {"rank": settings["r"]} if "r" in settings else {}
     rest = {name: value for name, value in settings.items() if name not in ("r", "calibration_rows")}
-    return {**rest, **rank, "targets": shared.layers}
+    held = {"quantize": shared.quantize} if shared.quantize else {}
+    return {**rest, **rank, **held, "targets": shared.layers}
+
+
+def hold_base(model: Any, shared: Shared, method: str) -> None:
+    """Pack the layers of the base that can be, where it is to be held so, as that method needs them."""
+    if shared.quantize:
+        names = held_layers(model, shared.layers, shared.stored, shared.quantize, task=shared.task, heads=shared.heads)
+        hold(model, names, shared.quantize, HOLDERS[method])
 
 
 def attach_read(model: Any, shared: Shared, settings: Settings) -> Any:
@@ -143,6 +154,7 @@ def _lora(model: Any, shared: Shared, settings: Settings, *, is_dora: bool) -> A
     from peft import LoraConfig
 
     rank = settings["r"]
+    hold_base(model, shared, "dora" if is_dora else "lora")
     config = LoraConfig(
         r=rank,
         lora_alpha=settings.get("alpha", rank),
@@ -321,6 +333,7 @@ def attach_full(model: Any, shared: Shared, settings: Settings) -> Any:  # noqa:
 
 def attach_floor(model: Any, shared: Shared, settings: Settings) -> Any:  # noqa: ARG001  one signature for all
     """Nothing trains."""
+    hold_base(model, shared, "floor")
     return as_floor(model)
 
 

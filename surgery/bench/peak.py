@@ -12,14 +12,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.bench.held import held_layers, saved_by_packing
 from surgery.bench.measure import NO_MEMORY, attempt, deployed, forward_of, release
 from surgery.bench.results import Row
-from surgery.bench.spec import BenchSpec, Entry, parse_method
+from surgery.bench.spec import BenchSpec, Entry, held_as, parse_method
 from surgery.bench.subject import Batch, Subject, build, enter, open_subject
 from surgery.errors import SurgeryError, shorten
 
@@ -61,6 +63,9 @@ def run(subject: Subject, entry: Entry, batches: Sequence[Batch], base: Any, kin
     """A few steps, or a few forwards of the model as it is deployed."""
     if kind == STEP:
         contender = enter(subject, entry, base, in_place=in_place)
+        if in_place and held_as(entry, subject.spec):
+            release()
+            CLEAR.write_text("5")  # packing held dense weights, which is no part of training
         for batch in batches:
             contender.step(batch)
         return
@@ -127,19 +132,28 @@ def answer(question: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
         {name: torch.tensor(values, dtype=vars(torch)[kind]) for name, (values, kind) in batch.items()}
         for batch in question["batches"]
     ]
-    methods = [Entry(name, parse_method(name).variant, settings) for name, settings in question["methods"]]
+    methods = [replace(parse_method(name), settings=settings) for name, settings in question["methods"]]
     for kind in KINDS:  # what libraries take once is no method's
         run(subject, methods[-1], batches[:1], build(subject), kind, in_place=True)
     for entry in methods:
         for kind in KINDS:
             base = copy.deepcopy(build(subject))  # in memory of its own: of a mapped file pages count when touched
             release()
-            bare = resident_bytes("VmRSS")
+            bare = resident_bytes("VmRSS") - _packed_away(subject, entry, base)
             CLEAR.write_text("5")
             run(subject, entry, batches, base, kind, in_place=True)
             yield entry.name, kind, resident_bytes("VmHWM") - bare
             del base
             release()
+
+
+def _packed_away(subject: Subject, entry: Entry, base: Any) -> int:
+    """By how much the model is smaller once its base is held as that method has it."""
+    kind, shared = held_as(entry, subject.spec), subject.shared()
+    if not kind:
+        return 0
+    names = held_layers(base, shared.layers, shared.stored, kind, task=shared.task, heads=shared.heads)
+    return saved_by_packing(base, names, kind)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ class Row(_Part):
     trained_values: int | None = None
     trained_names: int | None = Field(None, description="tensors that train")
     seconds: list[float] = []
+    weight_bytes: int | None = Field(None, description="parameters and buffers, packed ones with their scales")
     saved_bytes: int | None = None
     peak_bytes: int | None = None
     longest_tokens: int | None = None

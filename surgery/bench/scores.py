@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.bench.held import evaluated
 from surgery.bench.measure import wait
 from surgery.bench.results import Curve, Row, Trial
 from surgery.bench.spec import BenchSpec, Entry
@@ -81,7 +82,7 @@ def evaluate(contender: Contender, feed: Feed) -> dict[str, float]:
     from transformers import EvalPrediction
 
     task, model = contender.subject.seen.task, contender.model
-    model.eval()
+    evaluated(model)
     predictions, labels, losses, rows = [], [], 0.0, 0
     for batch in feed.eval_batches():
         with contender.subject.computing():

@@ -47,13 +47,14 @@ def _cost(results: Results) -> list[str]:
 def _memory(results: Results) -> list[str]:
     found_by = {row.longest_by for row in results.rows if row.longest_by}
     longest = f"longest ({found_by.pop()})" if len(found_by) == 1 else "longest"
-    head = ("method", "saved", "peak", longest, "forward s", "quartiles", "forward peak", "merged")
+    head = ("method", "weights", "saved", "peak", longest, "forward s", "quartiles", "forward peak", "merged")
     rows = [
         (
             row.method,
+            _size(row.weight_bytes),
             _size(row.saved_bytes),
             _size(row.peak_bytes),
-            f"{row.longest_tokens:,}" if row.longest_tokens is not None else NONE,
+            _number(row.longest_tokens),
             _median(row.inference_seconds),
             _quartiles(row.inference_seconds),
             _size(row.inference_bytes),
@@ -61,7 +62,10 @@ def _memory(results: Results) -> list[str]:
         )
         for row in results.rows
     ]
-    return align([head, *rows], right=range(1, len(head)))
+    lines: list[tuple[str, ...]] = [head, *rows]
+    if all(row.longest_tokens is None for row in results.rows):  # not sought, or not found, which notes say
+        lines = [(*line[:4], *line[5:]) for line in lines]
+    return align(lines, right=range(1, len(lines[0])))
 
 
 def _scores(results: Results) -> list[str]:

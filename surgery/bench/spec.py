@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from surgery.bench.held import DENSE, require_kind_for
 from surgery.bench.methods import VARIANTS, Variant, require_peft
 from surgery.checkpoint import RECIPE_ENDINGS
 from surgery.errors import RecipeError, RequestError, closest, require_known, shorten
@@ -27,6 +28,8 @@ VALUES = "values"
 OPTION = "--methods"
 ANY = "*"  # all methods that have no learning rate of their own
 DEFAULT_SEQUENCE = 128
+QUANTIZE = "quantize"
+LATER = ("lean", QUANTIZE)  # keys that the first results do not have
 
 
 class BenchSpec(BaseModel):
@@ -34,7 +37,8 @@ class BenchSpec(BaseModel):
 
     equal: sized methods without a size of their own get the rank (READ `hidden`), or as many trained values as PaCA has
     at that rank. fit_bytes: the memory whose longest sequence is sought; None for no search. learning_rates: by the
-    method's full name or by its first part; `*` for all others. tune: learning rates to try, instead.
+    method's full name or by its first part; `*` for all others. tune: learning rates to try, instead. quantize: how
+    every method's base is held, where a method does not say it of its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -56,6 +60,7 @@ class BenchSpec(BaseModel):
     fit_bytes: int | None = Field(None, ge=1)
     checkpointing: bool = False
     lean: bool = False
+    quantize: str = ""
     dropout: float = Field(0.0, ge=0, lt=1)
     dtype: Literal["", "fp32", "bf16", "fp16"] = ""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -73,8 +78,8 @@ class BenchSpec(BaseModel):
     metric: str = ""
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it. `lean` stands there only where it is on: results from before it was there stay the same."""
-        return self.model_dump(mode="json", exclude=None if self.lean else {"lean"})
+        """As JSON has it. What came later stands there only where it is given: results from before stay the same."""
+        return self.model_dump(mode="json", exclude={name for name in LATER if not getattr(self, name)})
 
 
 def read_spec(model: str, options: Mapping[str, Any], settings: Sequence[str] = ()) -> BenchSpec:
@@ -195,10 +200,21 @@ def _require_consistent(spec: BenchSpec) -> None:
         raise RequestError("--tune", f"{len(set(spec.tune))} learning rate", expected="two or more to choose from")
     if spec.metric and spec.task:
         require_known("--metric", spec.metric, ("loss", *metric_names(spec.task)))
-    names = {entry.name for entry in parse_methods(spec.methods)}
+    entries = parse_methods(spec.methods)
+    _require_quantizable(spec, entries)
+    names = {entry.name for entry in entries}
     names |= {name.partition(":")[0] for name in names} | {ANY}
     for name in spec.learning_rates:
         require_known("--lr", name, sorted(names))
+
+
+def _require_quantizable(spec: BenchSpec, entries: Sequence[Entry]) -> None:
+    """Each method can train over its base as it is held. Raises: RequestError, UnsupportedError."""
+    for entry in entries:
+        if entry.quantize is not None:
+            require_kind_for(entry.variant.name, entry.quantize, f"{OPTION} {entry.name}")
+        elif spec.quantize:
+            require_kind_for(entry.variant.name, spec.quantize, "--quantize")
 
 
 # --- methods by name
@@ -206,12 +222,16 @@ def _require_consistent(spec: BenchSpec) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method asked for. settings: as given; values: how many values, or a method's name, to come near to."""
+    """One method asked for. settings: as given; values: how many values, or a method's name, to come near to.
+
+    quantize: how its base is held, `none` for as it is; None where the bench says it for all.
+    """
 
     name: str
     variant: Variant
     settings: Mapping[str, Any]
     values: str | int | None = None
+    quantize: str | None = None
 
     @property
     def size(self) -> int | None:
@@ -251,22 +271,26 @@ def parse_method(text: str) -> Entry:
     name, _, rest = text.partition(":")
     require_known(OPTION, name, VARIANTS)
     variant = VARIANTS[name]
-    values, settings = None, dict[str, Any]()
+    values, kind, settings = None, None, dict[str, Any]()
     known = [setting for setting in (variant.size, *variant.takes) if setting]
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if key == VALUES and variant.size and value:
             values = int(value) if value.isdigit() else value
             continue
+        if key == QUANTIZE and value:
+            kind = value
+            continue
         if key not in known or not equals:
-            expected = f"one of {', '.join([*known, VALUES])}, as key=value" if known else "none: it has no setting"
+            many = [*known, VALUES, QUANTIZE] if variant.size else [QUANTIZE]
+            expected = f"one of {', '.join(many)}, as key=value"
             raise RequestError(f"{OPTION} {text}", f"the setting {part!r}", expected=expected, fix=closest(key, known))
         try:
             settings[key] = parse_yaml(value)
         except yaml.YAMLError as error:
             raise RequestError(f"{OPTION} {text}", repr(part), expected="key=value") from error
     _require_size(text, variant, settings, values)
-    return Entry(text, variant, settings, values)
+    return Entry(text, variant, settings, values, kind)
 
 
 def _require_size(text: str, variant: Variant, settings: Mapping[str, Any], values: str | int | None) -> None:
@@ -295,6 +319,12 @@ def wanted_values(entry: Entry, spec: BenchSpec) -> str | int | None:
         return entry.values
     is_reference = entry.variant.name == "paca"
     return f"paca:r={spec.rank}" if spec.equal == "values" and entry.size is None and not is_reference else None
+
+
+def held_as(entry: Entry, spec: BenchSpec) -> str:
+    """How a method's base is held; empty for as it is."""
+    kind = spec.quantize if entry.quantize is None else entry.quantize
+    return "" if kind == DENSE else kind
 
 
 def learning_rate(entry: Entry, spec: BenchSpec) -> float:

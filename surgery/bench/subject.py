@@ -16,7 +16,7 @@ from surgery.acceleration import choose_autocast
 from surgery.adapter import find_model
 from surgery.backends.local import choose_device
 from surgery.bench.methods import Shared, explained, trained
-from surgery.bench.spec import BenchSpec, Entry
+from surgery.bench.spec import BenchSpec, Entry, held_as
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.choosing import draw_batches
 from surgery.compat import config_dtype, keep_inputs_frozen, quiet_loading, set_checkpointing
@@ -58,8 +58,8 @@ class Subject:
     autocast: str
     held: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def shared(self, seed: int = 0) -> Shared:
-        """What all methods have in common."""
+    def shared(self, seed: int = 0, quantize: str = "") -> Shared:
+        """What all methods have in common, and how the base is held."""
         new = {target.parameter for target in self.plan.whole if not target.sha256}
         kept = {n: p for n, p in self.seen.model.named_parameters(remove_duplicate=False) if n not in new}
         stored = {name: Stored(name, dtype_name(p.dtype), tuple(p.shape)) for name, p in kept.items()}
@@ -71,7 +71,8 @@ class Subject:
             stored,
             self.spec.dropout,
             seed,
-            lambda select, rows: calibration(self, select, rows, seed),
+            lambda select, rows: calibration(self, select, rows, seed, "cpu" if quantize else self.device),
+            quantize,
         )
 
     @property
@@ -212,9 +213,13 @@ def enter(
 
 def put_on(subject: Subject, entry: Entry, base: Any, *, seed: int = 0, in_place: bool = False) -> Any:
     """A method on a copy of the plain model (or, `in_place`, on itself), on the device."""
-    plain = (base if in_place else copy.deepcopy(base)).to(subject.device)
+    kind = held_as(entry, subject.spec)
+    plain = base if in_place else copy.deepcopy(base)
+    if not kind:
+        plain = plain.to(subject.device)
     with explained(entry.name):
-        model = entry.variant.attach(plain, subject.shared(seed), entry.settings)
+        model = entry.variant.attach(plain, subject.shared(seed, kind), entry.settings)
+    model = model.to(subject.device)  # packed on the CPU, whatever it computes on
     if subject.spec.checkpointing:
         _checkpoint(plain)
     return model
@@ -285,14 +290,16 @@ def open_feed(subject: Subject, *, data: Any = None) -> Feed:
     return Feed(subject, prepare(section.spec(), task=subject.seen.task, tokenizer=tokenizer, labels=subject.labels))
 
 
-def calibration(subject: Subject, select: str, rows: int, seed: int) -> list[Batch]:
-    """Batches of the training set (or drawn ones) to choose columns by."""
+def calibration(subject: Subject, select: str, rows: int, seed: int, device: str) -> list[Batch]:
+    """Batches of the training set (or drawn ones) to choose columns by, on the device."""
     if "feed" not in subject.held:
         subject.held["feed"] = open_feed(subject)
     feed: Feed = subject.held["feed"]
     if feed.prepared is None:
-        return list(feed.batches(seed, RANDOM_BATCHES))
-    return draw_batches(feed.prepared, rows=rows, select=select, seed=seed)
+        found = list(feed.batches(seed, RANDOM_BATCHES))
+    else:
+        found = draw_batches(feed.prepared, rows=rows, select=select, seed=seed)
+    return [to_device(batch, device) for batch in found]
 
 
 def draw(subject: Subject, seed: int) -> Batch:

@@ -73,7 +73,16 @@ def _table(results: Results) -> Iterable[Part]:
     step = ("method", "size", "trained values", "step (median)", "to floor", "to LoRA", "tokens/s", "energy a step")
     rows = tuple(_step_row(results, row) for row in results.rows)
     yield Table("What a training step costs", step, rows, right=tuple(range(2, len(step))))
-    memory = ("method", "saved for backward", "peak", "longest", "forward (median)", "forward peak", "merged")
+    memory = (
+        "method",
+        "weights",
+        "saved for backward",
+        "peak",
+        "longest",
+        "forward (median)",
+        "forward peak",
+        "merged",
+    )
     rows = tuple(_memory_row(row) for row in results.rows)
     yield Table("Memory, and what inference costs", memory, rows, right=tuple(range(1, len(memory) - 1)))
     if any(row.curves for row in results.rows):
@@ -99,8 +108,8 @@ def _memory_row(row: Row) -> tuple[str, ...]:
     longest = f"{row.longest_tokens:,} tokens ({row.longest_by})" if row.longest_tokens is not None else NOTHING
     merged = {True: "yes", False: "no", None: NOTHING}[row.merged]
     return (
-        row.method, size(row.saved_bytes), size(row.peak_bytes), longest, seconds(_middle(row.inference_seconds)),
-        size(row.inference_bytes), merged,
+        row.method, size(row.weight_bytes), size(row.saved_bytes), size(row.peak_bytes), longest,
+        seconds(_middle(row.inference_seconds)), size(row.inference_bytes), merged,
     )  # fmt: skip
 
 

@@ -43,6 +43,8 @@ SHAPES = {  # of Llamas
     "small": {**BLOCK, "num_key_value_heads": 12, "vocab_size": 32000},
     "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 4, "vocab_size": 256},
+    "narrow": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4,
+               "num_key_value_heads": 4, "vocab_size": 4096},
     "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip

@@ -436,8 +436,8 @@ def test_every_option_reaches_the_specification(monkeypatch: pytest.MonkeyPatch,
         wanted = BenchSpec(
             model=str(tmp_path), methods=["paca", "floor"], task="causal-lm", labels=["c", "d"], targets=["q"],
             exclude=["e"], equal="values", rank=3, hidden=5, data=data, batch=2, sequence=16, rounds=4, warmup=2,
-            fit_bytes=10**9, checkpointing=True, lean=True, quantize="nf4", dropout=0.1, dtype="bf16", precision="fp32", device="cpu",
-            threads=1, seeds=2, steps=7, epochs=0.5, metric="loss", **chosen,
+            fit_bytes=10**9, checkpointing=True, lean=True, quantize="nf4", dropout=0.1, dtype="bf16", precision="fp32",
+            device="cpu", threads=1, seeds=2, steps=7, epochs=0.5, metric="loss", **chosen,
         )  # fmt: skip
         assert seen.pop("spec") == wanted
     assert (seen["folder"], seen["resume"], seen["overwrite"]) == (tmp_path / "out", True, True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surgery.columns import columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch
 from surgery.errors import BaseMismatchError, UnsupportedError
-from surgery.experts import by_parameter, columns_of, join, join_columns, require_joined, take
+from surgery.experts import by_parameter, columns_of, join, join_columns, live_weight, require_joined, take
 from surgery.methods import Method
 from surgery.methods.paca_files import bind, fresh
 from surgery.methods.paca_plan import plan, planned_columns
@@ -134,15 +134,6 @@ def _attach_experts(
         part.refresh()
 
 
-def _read_patch_columns(model: nn.Module, target: Target, columns: Tensor) -> Tensor:
-    """What a model holds in a target's columns: (o, r)."""
-    weight = model.get_parameter(target.name).detach()
-    if target.place:
-        expert, part, parts = target.place
-        weight = weight[expert].chunk(parts)[part]
-    return read_columns(weight, columns.to(weight.device), target.input_axis)
-
-
 def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
     """The adapter's columns by module, in which the model holds what the adapter's base held there."""
     columns = {}
@@ -150,8 +141,8 @@ def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
         columns[module] = _active_columns(patch)
         if not patch.target.holder and is_quantized(model.get_submodule(module)):
             continue  # the base's own columns are not in the model: its file's digest says which base it is
-        weight = model.get_parameter(patch.target.name)
-        here = _read_patch_columns(model, patch.target, patch.columns)
+        weight = live_weight(model, patch.target)
+        here = read_columns(weight, patch.columns.to(weight.device), patch.target.input_axis)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
             raise BaseMismatchError(
                 f"adapter, {module}",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from surgery.compat import MemoryName, Place, is_experts, usual_parts
 from surgery.errors import DamagedError, RequestError, SelectorError, UnsupportedError
-from surgery.paca_experts import OWN, first_parameter
+from surgery.paca_experts import OWN, first_parameter, part_name
 from surgery.plan import Parts, Stored, SurgeryPlan, Target
 from surgery.select import LinearSite
 
@@ -198,6 +198,22 @@ def by_parameter(targets: Iterable[Expert]) -> dict[str, list[Expert]]:
     return found
 
 
+def layer_of(target: Target) -> str:
+    """The module of an attached model that holds a target's difference."""
+    return f"{target.holder}.{part_name(target.parameter)}" if target.holder else target.module
+
+
+def lane_groups(plan: SurgeryPlan) -> dict[str, str]:
+    """The groups of what changes its columns together, by its name in an attached model: see `resampling.lanes`."""
+    own = {name for name, targets in by_parameter(plan.targets).items() if has_own_columns(targets)}
+    return {f"{layer_of(t)}.{t.place[0]}" if t.name in own else layer_of(t): t.group for t in plan.targets}
+
+
+def has_own_columns(targets: Sequence[Target]) -> bool:
+    """Whether the experts of a parameter, all of whose targets these are, have columns of their own."""
+    return len({target.group for target in targets}) > 1
+
+
 def live_weight(model: nn.Module, target: Target) -> Tensor:
     """A target's weight in a model, as its shape says: of an expert's tensor a view of its part."""
     weight = model.get_parameter(target.name).detach()
@@ -228,10 +244,10 @@ def take(values_eor: Tensor, target: Target) -> Tensor:
 def join(targets: Sequence[Target], values: Mapping[str, Tensor], experts: int) -> Tensor:
     """The inverse: of all targets of a parameter, by module, (out, r) -> (e, o, r)."""
     first = targets[0]
+    held = values[first.module]
     if not first.place:
-        return values[first.module].reshape(experts, -1, first.rank)
-    outputs = first.out_features * first.place[2]
-    result = values[first.module].new_empty((experts, outputs, first.rank))
+        return held.reshape(experts, -1, held.shape[1])
+    result = held.new_empty((experts, first.out_features * first.place[2], held.shape[1]))
     for target in targets:
         expert, part, parts = target.place
         result[expert].chunk(parts)[part].copy_(values[target.module])
@@ -240,7 +256,7 @@ def join(targets: Sequence[Target], values: Mapping[str, Tensor], experts: int) 
 
 def join_columns(targets: Sequence[Target], columns: Mapping[str, Tensor], experts: int) -> Tensor:
     """The columns of all targets of a parameter: (r,) where all have the same, else (e, r)."""
-    if len({target.group for target in targets}) == 1:
+    if not has_own_columns(targets):
         return columns[targets[0].module]
     result = torch.zeros((experts, targets[0].rank), dtype=torch.int64)
     for target in targets:
@@ -251,9 +267,14 @@ def join_columns(targets: Sequence[Target], columns: Mapping[str, Tensor], exper
 def require_joined(targets: Sequence[Target], columns: Mapping[str, Tensor], joined: Tensor) -> None:
     """All parts of an expert have the same columns. Raises: DamagedError."""
     for target in targets:
-        if not torch.equal(columns[target.module], columns_of(joined, target)):
-            found = f"columns that are not those of the rest of {target.name}"
-            raise DamagedError(f"adapter, {target.module}", found, expected="the same: in memory they are one")
+        require_equal(target, columns[target.module], columns_of(joined, target))
+
+
+def require_equal(target: Target, columns: Tensor, others: Tensor) -> None:
+    """A target's columns are those of the rest of its expert, or of all. Raises: DamagedError."""
+    if not torch.equal(columns, others):
+        found = f"columns that are not those of the rest of {target.name}"
+        raise DamagedError(f"adapter, {target.module}", found, expected="the same: in memory they are one")
 
 
 def columns_of(columns: Tensor, target: Target) -> Tensor:

@@ -36,7 +36,8 @@ class ExpertColumns(PacaLayer):
     """The trained columns of one parameter of all experts. A part of the experts' module; nobody calls it.
 
     `paca_delta` and `paca_original` are (e, o, r), whatever the axes of the weight; `paca_columns` (r,) where the
-    experts share them, (e, r) where each has its own. Freshness and all else are `PacaLayer`'s.
+    experts share them, (e, r) where each has its own; `paca_past` and `paca_scores` follow it: by expert, (e, i).
+    Freshness and all else are `PacaLayer`'s.
     """
 
     bias = None
@@ -66,6 +67,10 @@ class ExpertColumns(PacaLayer):
         mesh = self.weight.device_mesh
         most = -(-len(self.paca_columns) // mesh.size())
         return self.paca_columns[most * mesh.get_local_rank() :][:most]
+
+    def lane_weight(self, expert: int | None) -> tuple[Any, int]:
+        """That of all experts, or of one that has columns of its own."""
+        return (self.weight, self.input_axis) if expert is None else (self.weight[expert], self.input_axis - 1)
 
     def keep(self, x: Tensor, ids: Tensor | int) -> Tensor:
         """The channels of x (n, i) whose weights train in the experts that its rows go to: (n, r), outside autograd."""
@@ -424,6 +429,7 @@ def close_experts(experts: nn.Module, *, merge: bool) -> None:
             opened.refresh()
         else:
             write_experts(opened.weight.data, opened.paca_columns, opened.paca_original.data, opened.input_axis)
+            opened.write_past()
         delattr(experts, name)
     del experts.paca_parts
     experts.__class__ = type(experts).__bases__[1]  # what `_opened_class` was made of

@@ -12,20 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from exporters.undo import undo
 from surgery import columns as strategies
 from surgery.adapter import open_adapter
 from surgery.calibration import calibrate
 from surgery.checkpoint import Checkpoint
 from surgery.choosing import _sites, _without_data, calibration_batches, settle
-from surgery.columns import STRATEGIES, random_columns
+from surgery.columns import STRATEGIES, drawn_columns, random_columns
 from surgery.delta import require_columns
 from surgery.errors import RequestError, SelectorError
 from surgery.methods.paca_spec import PacaSpec
-from surgery.operate import apply, attach, collect, load_base_model
+from surgery.operate import apply, attach, collect, detach, load_base_model, resample
 from surgery.paca_experts import OWN, SHARED, WAYS
+from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan, Target
 from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
+from surgery.resampling import restore_layers, state_of_layers
 from surgery.survey import TaskSpec
 from surgery.train import train
 from surgery.verify import verify
@@ -33,6 +36,8 @@ from surgery.workflow import export
 from tests.conftest import TinyModel
 from tests.console import Command
 from tests.test_experts import build
+from tests.test_merge import weights
+from tests.test_resampling import stop_after
 from tests.tiny import sample_inputs
 
 ALL = ("all-linear", "experts")
@@ -57,8 +62,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(model: Any, spec: PacaSpec = SPEC) -> SurgeryPlan:
     """The plan of a model in memory that says what is looked at: of columns that the seed decides."""
-    from surgery.operate import attach, detach
-
     plan = attach(model, spec)
     detach(model, merge=False)
     return plan
@@ -356,3 +359,137 @@ def test_the_plan_alone_says_what_a_budget_gives(tiny_model: TinyModel, command:
     assert mine(plan)
     arguments = ("apply", tiny_model("mixtral"), "--targets", "experts", "--select", "magnitude")
     assert command(*arguments, "--budget", "3%", "--plan") == (0, "")
+
+
+# --- drawn anew
+
+DRAWN = PacaSpec(rank=2, targets=ALL, resample="every:2")
+RATE = 1e-2
+
+
+def step_through(model: Any, steps: int, *, first: int = 0, optimizer: Any = None) -> Any:
+    """Adam for so many steps, other columns whenever they are due. Returns the optimizer."""
+    optimizer = optimizer or torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    for number in range(first, first + steps):
+        model(**batches(number + 1)[number]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        resample(model, optimizer, step=number + 1)
+    return optimizer
+
+
+def masks_of(plan: SurgeryPlan, model: Any, draw: int) -> dict[str, Tensor]:
+    """1 where a parameter trains in a draw, by name; columns as the plan's seed draws them, target by target."""
+    masks: dict[str, Tensor] = {}
+    for target in plan.targets:
+        columns = random_columns(target.in_features, target.rank, seed=0, group=target.group)
+        if draw:
+            columns = drawn_columns(target.in_features, target.rank, seed=0, group=target.group, draw=draw)
+        mask = masks.setdefault(target.name, torch.zeros_like(model.get_parameter(target.name)))
+        if target.place:
+            expert, part, parts = target.place
+            mask = mask[expert].chunk(parts)[part]
+        mask.index_fill_(target.input_axis, columns, 1)
+    return masks
+
+
+@pytest.mark.parametrize(("family", "experts", "way"), (
+    ("mixtral", SHARED, "grouped_mm"), ("mixtral", OWN, "eager"), ("qwen2_moe", SHARED, "batched_mm"),
+    ("gpt_oss", SHARED, "grouped_mm"),
+))  # fmt: skip
+def test_a_merge_equals_a_dense_run_that_applied_the_same_updates(family: str, experts: str, way: str) -> None:
+    """Full gradients, masked to the columns of the time, and an Adam that knows nothing after each draw."""
+    model = build(family, dtype=torch.float64, way=way)
+    plan = attach(model, replace(DRAWN, experts=experts))
+    step_through(model, 5)
+    merged = detach(model, merge=True).state_dict()
+    dense = build(family, dtype=torch.float64, way="eager").requires_grad_(requires_grad=False)
+    for number in range(5):
+        if number % 2 == 0:
+            masks = masks_of(plan, dense, number // 2)
+            trained = [dense.get_parameter(name).requires_grad_() for name in masks]
+            optimizer = torch.optim.Adam(trained, lr=RATE)
+        dense(**batches(number + 1)[number]).loss.backward()
+        for weight, mask in zip(trained, masks.values(), strict=True):
+            weight.grad *= mask
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, expected in dense.state_dict().items():
+        assert torch.allclose(merged[name], expected, rtol=0, atol=1e-12), name
+
+
+@pytest.mark.parametrize("experts", (SHARED, OWN))
+def test_draws_change_no_output_and_are_undone(experts: str) -> None:
+    """In bf16: logits before and after; a state put back into a model that has moved on; the base on closing."""
+    model = build("mixtral", dtype=torch.bfloat16)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attach(model, replace(DRAWN, experts=experts))
+    optimizer = step_through(model, 3)
+    model(**batches(1)[0]).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = model(**sample_inputs("mixtral")).logits
+    assert resample(model, optimizer, step=4)
+    assert torch.equal(model(**sample_inputs("mixtral")).logits, before)
+    assert not any(layer.paca_delta in optimizer.state for layer in layers(model).values())
+    state = {name: tensor.clone() for name, tensor in state_of_layers(model).items()}
+    deltas = {name: layer.paca_delta.detach().clone() for name, layer in layers(model).items()}
+    step_through(model, 4, first=4, optimizer=optimizer)
+    assert not torch.equal(model(**sample_inputs("mixtral")).logits, before)
+    restore_layers(model, state)
+    for name, layer in layers(model).items():
+        layer.paca_delta.data.copy_(deltas[name])
+    assert torch.equal(model(**sample_inputs("mixtral")).logits, before)
+    assert all(torch.equal(state_of_layers(model)[name], tensor) for name, tensor in state.items())
+    found = detach(model, merge=False).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+
+
+@pytest.mark.parametrize(("family", "experts", "select"), (
+    ("mixtral", OWN, "magnitude"), ("qwen3_moe", SHARED, "random"), ("granitemoe", SHARED, "magnitude"),
+))  # fmt: skip
+def test_a_run_that_draws_is_resumed_merged_and_loaded(
+    family: str, experts: str, select: str, tiny_model: TinyModel, data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Stopped after a draw, the file is that of one go; it holds the union; merge, verify, load and undo know of it."""
+    base = tiny_model("mixtral") if family in IN_MEMORY else tiny_model(family, dtype=torch.bfloat16)
+    if family in IN_MEMORY:  # no family of the tests' files has all experts in one tensor
+        base = with_tokenizer(family, base, tmp_path / "base")
+    section = DataSection(train=[str(data)], max_length=16)
+    settings = TrainSection(max_steps=5, batch_size=2, learning_rate=1e-2, save_steps=1)
+    spec = replace(DRAWN, experts=experts, select=select)
+    folders = {name: tmp_path / name for name in ("whole", "halves")}
+    for folder in folders.values():
+        apply(base, folder, spec)
+    train(folders["whole"], section, settings)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(folders["halves"], section, settings)
+    train(folders["halves"], section, settings, resume="auto")
+    whole, halves = (open_adapter(folders[name]) for name in folders)
+    assert whole.delta.to_bytes() == halves.delta.to_bytes()
+    delta = require_columns(whole.delta, "test")
+    widths = {target.module: delta.widths()[target.module] for target in mine(whole.plan)}
+    assert max(widths.values()) > 2
+    assert (len(set(widths.values())) > 1) or experts == SHARED, "experts with columns of their own hold unlike many"
+    export(whole.folder, tmp_path / "merged")
+    report = verify(tmp_path / "merged")
+    assert {check.result for check in report.checks} == {"passed"}
+    assert report.max_logit_difference == 0
+    again = require_columns(collect(attached(whole.folder)), "test")
+    assert again.to_bytes() == delta.to_bytes()
+    assert weights(undo(tmp_path / "merged", tmp_path / "undone")) == weights(base)
+
+
+IN_MEMORY = ("granitemoe",)
+
+
+def with_tokenizer(family: str, donor: Path, folder: Path) -> Path:
+    """A checkpoint of a family that is built in memory alone, with another's tokenizer."""
+    build(family, dtype=torch.bfloat16).save_pretrained(folder)
+    for path in donor.iterdir():
+        if path.name.startswith(("tokenizer", "special", "chat_template")):
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder

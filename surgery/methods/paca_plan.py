@@ -169,7 +169,7 @@ def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:
 
     Raises: UnsupportedError.
     """
-    other = next((site for site in chosen if site.kind != LINEAR or (site.holder and spec.resample)), None)
+    other = next((site for site in chosen if site.kind != LINEAR), None)
     settings = {"--select": spec.select != RANDOM, "--budget": spec.budget, "--resample": spec.resample}
     given = next((name for name, is_given in settings.items() if is_given), "")
     if other and given:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from surgery.columns import GRADIENTS, STRATEGIES
 from surgery.errors import CheckError, RequestError, UnsupportedError
 from surgery.expert_scores import ExpertSite, expert_width, watching_experts
+from surgery.quantized import is_quantized
 
 Batch = Mapping[str, Any]
 
@@ -82,10 +83,16 @@ def _run(model: Any, batch: Batch, strategy: str) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no gradients but those that are asked for; all as it was in the end."""
+    """No dropout, and no gradients but those that are asked for; all as it was in the end.
+
+    bitsandbytes' layers stay in training mode, in which they compute the same: in eval mode some CPUs order their
+    weights anew, for good.
+    """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
+    for module in filter(is_quantized, model.modules()):
+        module.training = True
     model.requires_grad_(requires_grad=False)
     try:
         with torch.enable_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from exporters import dense
 from exporters.undo import undo
 from surgery import columns as strategies
 from surgery.adapter import open_adapter
@@ -20,9 +23,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.choosing import _sites, _without_data, calibration_batches, settle
 from surgery.columns import STRATEGIES, drawn_columns, random_columns
 from surgery.delta import require_columns
-from surgery.errors import RequestError, SelectorError
+from surgery.errors import CheckError, RequestError, SelectorError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
-from surgery.operate import apply, attach, collect, detach, load_base_model, resample
+from surgery.operate import apply, attach, collect, detach, load, load_base_model, resample, save
 from surgery.paca_experts import OWN, SHARED, WAYS
 from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan, Target
@@ -30,7 +33,9 @@ from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
 from surgery.resampling import restore_layers, state_of_layers
 from surgery.survey import TaskSpec
+from surgery.table import plan_lines
 from surgery.train import train
+from surgery.union import unite
 from surgery.verify import verify
 from surgery.workflow import export
 from tests.conftest import TinyModel
@@ -39,6 +44,7 @@ from tests.test_experts import build
 from tests.test_merge import weights
 from tests.test_resampling import stop_after
 from tests.tiny import sample_inputs
+from tests.trained import make_adapter
 
 ALL = ("all-linear", "experts")
 SPEC = PacaSpec(rank=3, targets=ALL)
@@ -296,8 +302,6 @@ def test_a_budget_is_met_within_one_column_of_a_parameter(
 
 def attached(folder: Path) -> Any:
     """An adapter's model, ready to go on training."""
-    from surgery.operate import load
-
     return load(folder, trainable=True)
 
 
@@ -478,6 +482,10 @@ def test_a_run_that_draws_is_resumed_merged_and_loaded(
     report = verify(tmp_path / "merged")
     assert {check.result for check in report.checks} == {"passed"}
     assert report.max_logit_difference == 0
+    if experts == OWN:
+        other = apply(base, tmp_path / "other", PacaSpec(rank=1, targets=("q_proj",)))
+        with pytest.raises(UnsupportedError, match=r"experts of .* with \d to \d columns, which were drawn anew"):
+            unite([whole, other])
     again = require_columns(collect(attached(whole.folder)), "test")
     assert again.to_bytes() == delta.to_bytes()
     assert weights(undo(tmp_path / "merged", tmp_path / "undone")) == weights(base)
@@ -493,3 +501,83 @@ def with_tokenizer(family: str, donor: Path, folder: Path) -> Path:
         if path.name.startswith(("tokenizer", "special", "chat_template")):
             (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+# --- beside a quantized base
+
+
+@pytest.fixture(scope="module")
+def beside_nf4(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A moved adapter whose base has its linear layers in nf4 and experts as they are, merged into both bases."""
+    folder = tmp_path_factory.mktemp("nf4")
+    spec = PacaSpec(rank=4, targets=ALL, experts=OWN, quantize="nf4", select="magnitude")
+    adapter = make_adapter(tiny_model("mixtral", dtype=torch.bfloat16), folder / "ad", spec)
+    for base in ("original", "dequantized"):
+        dense.export(adapter, folder / base, merge_base=base)
+    return folder
+
+
+def test_experts_stay_dense_beside_quantized_layers(beside_nf4: Path) -> None:
+    """Attention alone is packed, the table says so; both merges hold the experts' trained columns and pass verify."""
+    adapter = open_adapter(beside_nf4 / "ad")
+    plan, held = adapter.plan, adapter.plan.quantization
+    assert held is not None
+    assert not any("experts" in name for name in held.layers)
+    assert plan_lines(plan)[-1].endswith("8 layers, quantized when they are loaded, experts as its files have them")
+    for base, names in (("original", ("merge difference",)), ("dequantized", ("dequantized weights",))):
+        checks = {check.name: check for check in verify(beside_nf4 / base).checks}
+        assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
+        assert set(names) <= set(checks)
+        assert checks["planned columns"].result == "passed"
+        merged = Checkpoint.open(beside_nf4 / base)
+        for target in mine(plan):
+            patch = require_columns(adapter.delta, "test").patches[target.module]
+            assert torch.equal(merged.read_tensor(target.weight)[:, patch.columns], patch.stored())
+
+
+@pytest.mark.parametrize("where", ("trained", "frozen"))
+def test_a_wrong_expert_in_a_dequantized_merge_is_noticed(where: str, beside_nf4: Path, tmp_path: Path) -> None:
+    """By its bytes: tokens of a few prompts may reach none of it."""
+    folder = tmp_path / "merged"
+    shutil.copytree(beside_nf4 / "dequantized", folder)
+    record = json.loads((folder / "surgery.json").read_text())
+    for key, entry in (("base", "path"), ("adapter", "path")):
+        place = record["manifest"][key]
+        place[entry] = str((beside_nf4 / "dequantized" / place[entry]).resolve())
+    (folder / "surgery.json").write_text(json.dumps(record))
+    patches = require_columns(open_adapter(beside_nf4 / "ad").delta, "test").patches
+    patch = next(patch for patch in patches.values() if patch.target.holder)
+    column = next(n for n in range(patch.target.in_features) if (n in patch.columns.tolist()) == (where == "trained"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[patch.target.weight][0, column] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckError, match="what was trained" if where == "trained" else "outside the plan"):
+        verify(folder, numeric=False)
+
+
+def test_a_base_stored_in_4_bits_trains_its_experts(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """As bitsandbytes writes it: experts in 16 bits in the files; attached live, saved, loaded, merged and verified."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base = tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype="auto")
+    model.save_pretrained(tmp_path / "stored")
+    for path in base.iterdir():
+        if path.name.startswith("tokenizer"):
+            shutil.copy(path, tmp_path / "stored")
+    spec = PacaSpec(rank=4, targets=ALL)
+    adapter = make_adapter(tmp_path / "stored", tmp_path / "ad", spec)
+    dense.export(adapter, tmp_path / "merged", merge_base="dequantized")
+    assert {check.result for check in verify(tmp_path / "merged").checks} == {"passed"}
+    attach(model, replace(spec, experts=OWN, select="gradient", targets=("experts",)), calibration=batches(1))
+    step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model.train()(**batches(1)[0]).loss.backward()
+    step.step()
+    inputs = sample_inputs("qwen3_moe")
+    expected = model.eval()(**inputs).logits
+    adapter = save(model, tmp_path / "live", base=base)
+    assert adapter.delta.moved
+    with torch.no_grad():
+        assert torch.allclose(load(tmp_path / "live")(**inputs).logits, expected, rtol=0.02, atol=0.25)

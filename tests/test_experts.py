@@ -547,12 +547,6 @@ def test_ways_in_which_nothing_trains_are_refused(tiny_model: TinyModel, tmp_pat
     assert (code, "24 tensors of experts" in error, (tmp_path / "lora").exists()) == (5, True, False)
 
 
-def test_a_quantized_base_beside_experts_is_refused(tiny_model: TinyModel) -> None:
-    """Exit code 5 and what to leave out."""
-    with pytest.raises(UnsupportedError, match=r"experts train \(.*Leave out"):
-        plan_checkpoint(Checkpoint.open(tiny_model("mixtral")), PacaSpec(rank=4, targets=ALL, quantize="nf4"))
-
-
 def test_a_checkpoint_that_lacks_an_expert_is_damaged(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Experts are counted: one that is missing, or there twice, is said with where it belongs."""
     from surgery.experts import find_experts, usual_experts

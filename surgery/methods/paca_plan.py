@@ -83,7 +83,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     ranks = _ranks(spec, chosen, groups)
     unpaid = {site.name: "nothing of the budget" for site in chosen if site.module not in ranks}
     chosen = tuple(site for site in chosen if site.module in ranks)
-    _require_trainable_experts(spec, request, chosen)
+    _require_trainable_experts(request, chosen)
     places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
     targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
     if embedding:
@@ -154,14 +154,10 @@ def why_left(site: LinearSite) -> str:
     return site.unfit or ("not selected" if site.kind in ALL[ALL_LINEAR] else site.kind)
 
 
-def _require_trainable_experts(spec: PacaSpec, request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
-    """Experts multiply in a way in which columns train, beside layers held as they are. Raises: UnsupportedError."""
-    experts = [site for site in chosen if site.holder]
-    for holder in {site.holder for site in experts}:
+def _require_trainable_experts(request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
+    """Experts multiply in a way in which columns train. Raises: UnsupportedError."""
+    for holder in {site.holder for site in chosen if site.holder}:
         require_way(request.model.get_submodule(holder))
-    if experts and (spec.quantize or request.quantization):
-        found = f"experts train ({experts[0].module}) beside a quantized base, which has not been tried"
-        raise UnsupportedError("--quantize", found, expected="a base in 16 or 32 bits", fix=f"Leave out {EXPERTS}")
 
 
 def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:

@@ -24,6 +24,8 @@ from surgery.columns import GRADIENTS, STRATEGIES
 from surgery.paca_experts import WAYS, Call, Rows, ends_of, require_way
 from surgery.paca_layers import without_autocast
 
+ALL = -1
+
 
 @dataclass(frozen=True)
 class ExpertSite:
@@ -59,10 +61,13 @@ def rows_by_expert(rows: Rows, experts: int) -> Iterator[tuple[int, Any]]:
 
 @dataclass(frozen=True)
 class _Watch:
-    """Products that are looked at: of a holder's parameters, the targets that lie in them."""
+    """Products that are looked at: of a holder's parameters, the targets that lie in them.
+
+    sites: by parameter and expert, which is `ALL` of a target that holds all of them.
+    """
 
     experts: Any
-    sites: Mapping[str, Sequence[ExpertSite]]  # by parameter
+    sites: Mapping[tuple[str, int], Sequence[ExpertSite]]
     strategy: str
     scores: Mapping[str, Tensor]
 
@@ -89,10 +94,8 @@ class _Watch:
     def _add(self, parameter: str, expert: int, seen: Tensor, weight: Tensor | None, outputs: int) -> None:
         """seen: an expert's inputs (n, i), or its gradient (o, i) beside its weight."""
         score = STRATEGIES[self.strategy].score
-        for site in self.sites.get(parameter, ()):
-            own, part, parts = site.place or (expert, 0, 1)
-            if own != expert:
-                continue
+        for site in (*self.sites.get((parameter, expert), ()), *self.sites.get((parameter, ALL), ())):
+            _, part, parts = site.place or (expert, 0, 1)
             if weight is None:
                 found = score(seen, out_features=outputs // parts)
             else:
@@ -135,18 +138,18 @@ def watching_experts(
 
     Raises: UnsupportedError for a way to multiply that is none of ours.
     """
+    by_holder: dict[str, dict[tuple[str, int], list[ExpertSite]]] = {}
+    for site in sites:
+        place = (site.parameter, site.place[0] if site.place else ALL)
+        by_holder.setdefault(site.holder, {}).setdefault(place, []).append(site)
     watched: list[nn.Module] = []
     try:
-        for holder in sorted({site.holder for site in sites}):
+        for holder, places in by_holder.items():
             experts = model.get_submodule(holder)
             require_way(experts)
-            by_parameter: dict[str, list[ExpertSite]] = {}
-            for site in sites:
-                if site.holder == holder:
-                    by_parameter.setdefault(site.parameter, []).append(site)
-                    if STRATEGIES[strategy].looks_at == GRADIENTS:
-                        experts.get_parameter(site.parameter).requires_grad_()
-            cast("Any", experts).forward = functools.partial(_run, _Watch(experts, by_parameter, strategy, scores))
+            for parameter, _ in places if STRATEGIES[strategy].looks_at == GRADIENTS else ():
+                experts.get_parameter(parameter).requires_grad_()
+            cast("Any", experts).forward = functools.partial(_run, _Watch(experts, places, strategy, scores))
             watched.append(experts)
         yield
     finally:

@@ -1,7 +1,8 @@
 """What batches say of a model's weights: one number for each input column, summed up layer by layer.
 
 Inputs are seen by hooks on the layers. Gradients are the weights' own, which autograd computes for the chosen layers
-alone; each is reduced and let go as soon as it is there, so that there is one dense gradient at a time.
+alone; each is reduced and let go as soon as it is there, so that there is one dense gradient at a time. Of a mixture's
+experts `expert_scores` sees both.
 
 Sums are kept in float64: the order of the batches changes them in their last digits only.
 """
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from surgery.columns import GRADIENTS, STRATEGIES
 from surgery.errors import CheckError, RequestError, UnsupportedError
+from surgery.expert_scores import ExpertSite, expert_width, watching_experts
+from surgery.quantized import is_quantized
 
 Batch = Mapping[str, Any]
 
@@ -30,16 +33,20 @@ class Site:
     input_axis: int
 
 
-def calibrate(model: Any, sites: Sequence[Site], strategy: str, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Each layer's scores (i,) float64 by module, over all batches. The model is left as it was.
+def calibrate(
+    model: Any, sites: Sequence[Site | ExpertSite], strategy: str, batches: Iterable[Batch]
+) -> dict[str, Tensor]:
+    """Each target's scores (i,) float64 by module, over all batches. The model is left as it was.
 
     Raises: RequestError without batches; UnsupportedError where there is no loss, or a layer's weight has no gradient;
     CheckError where scores are not finite.
     """
     scores = {site.module: _zeros(model, site) for site in sites}
     look = _gradients if STRATEGIES[strategy].looks_at == GRADIENTS else _inputs
+    layers = [site for site in sites if isinstance(site, Site)]
+    experts = [site for site in sites if isinstance(site, ExpertSite)]
     seen = 0
-    with _evaluating(model), look(model, sites, strategy, scores):
+    with _evaluating(model), look(model, layers, strategy, scores), watching_experts(model, experts, strategy, scores):
         for batch in batches:
             _run(model, batch, strategy)
             seen += 1
@@ -54,7 +61,9 @@ def calibrate(model: Any, sites: Sequence[Site], strategy: str, batches: Iterabl
     return scores
 
 
-def _zeros(model: nn.Module, site: Site) -> Tensor:
+def _zeros(model: nn.Module, site: Site | ExpertSite) -> Tensor:
+    if isinstance(site, ExpertSite):
+        return torch.zeros(expert_width(model, site), dtype=torch.float64)
     weight = cast("Tensor", model.get_submodule(site.module).weight)
     return torch.zeros(weight.shape[site.input_axis], dtype=torch.float64)
 
@@ -74,10 +83,16 @@ def _run(model: Any, batch: Batch, strategy: str) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no gradients but those that are asked for; all as it was in the end."""
+    """No dropout, and no gradients but those that are asked for; all as it was in the end.
+
+    bitsandbytes' layers stay in training mode, in which they compute the same: in eval mode some CPUs order their
+    weights anew, for good.
+    """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
+    for module in filter(is_quantized, model.modules()):
+        module.training = True
     model.requires_grad_(requires_grad=False)
     try:
         with torch.enable_grad():

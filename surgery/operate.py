@@ -19,7 +19,7 @@ from surgery.columns import resample_steps
 from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError, UnsupportedError
-from surgery.experts import expert_name, usual_experts
+from surgery.experts import expert_name, lane_groups, usual_experts
 from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
@@ -90,7 +90,7 @@ def replanned(adapter: Adapter, checkpoint: Checkpoint, task: TaskSpec) -> Delta
     spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
     if not isinstance(adapter.delta, ColumnDelta) or not looks(plan):
         return fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, task))
-    layers = PacaSpec(rank=1, targets=spec.targets, exclude=spec.exclude, seed=spec.seed)
+    layers = PacaSpec(rank=1, targets=spec.targets, exclude=spec.exclude, seed=spec.seed, experts=spec.experts)
     return fresh_delta(checkpoint, *carried(adapter.delta, plan_checkpoint(checkpoint, layers, task)))
 
 
@@ -240,8 +240,8 @@ def resample(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -
     every = resample_steps(plan.spec.get("resample", ""))
     if not every:
         raise RequestError("resample", "the plan draws no columns anew", expected="PacaSpec(resample='every:500')")
-    groups = {target.module: target.group for target in plan.targets}
-    return resample_model(model, optimizer, groups=groups, every=every, seed=plan.spec["seed"], step=step)
+    groups, seed = lane_groups(plan), plan.spec["seed"]
+    return resample_model(model, optimizer, groups=groups, every=every, seed=seed, step=step)
 
 
 def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | None:

@@ -20,6 +20,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.columns import STORED, columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, require_base, require_columns
 from surgery.errors import BaseMismatchError, RequestError, UnsupportedError, counted
+from surgery.experts import by_parameter
 from surgery.manifest import Manifest, Record
 from surgery.methods.paca_spec import CALIBRATION
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
@@ -189,6 +190,7 @@ def _united_plan(deltas: Sequence[ColumnDelta]) -> SurgeryPlan:
             rows[target.module] = tuple(sorted((*rows.get(target.module, ()), *target.rows)))
             columns = columns_key(numbers)
             keys[target.module] = (*keys.get(target.module, ()), target.group, columns)
+    _require_one_rank(targets.values(), ranks)
     groups = shared_groups(keys)
     united = tuple(replace(targets[m], rank=ranks[m], group=groups[m], rows=rows[m]) for m in sorted(targets))
     whole = {target.parameter: target for plan in plans for target in plan.whole}
@@ -199,6 +201,16 @@ def _united_plan(deltas: Sequence[ColumnDelta]) -> SurgeryPlan:
     untouched = _still_untouched(plans[0], united, whole)
     ordered = tuple(whole[name] for name in sorted(whole))
     return replace(plans[0], spec=spec, targets=united, whole=ordered, untouched=untouched, calibration={})
+
+
+def _require_one_rank(targets: Iterable[Target], ranks: Mapping[str, int]) -> None:
+    """In memory a parameter's experts have as many columns each. Raises: UnsupportedError where they have not."""
+    for name, members in by_parameter(targets).items():
+        found = sorted({ranks[target.module] for target in members})
+        if len(found) > 1:
+            said = f"experts of {name} with {found[0]} to {found[-1]} columns, which were drawn anew for each"
+            fix = "Merge the adapter that drew them by itself, or train it with --experts shared"
+            raise UnsupportedError("export", said, expected="as many columns of each", fix=fix)
 
 
 def _still_untouched(

@@ -9,7 +9,7 @@ import gc
 import json
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -294,29 +294,40 @@ def _check_targets(sides: _Sides) -> list[Check]:
     """Of each target only planned columns differ, all of them hold what was trained, and they did move."""
     if _is_dequantized(sides):
         return _check_dequantized(sides)
-    moved = unmoved = 0
-    assert sides.undo is not None  # noqa: S101  a merged folder has one
-    for target in sides.record.plan.targets:
-        columns = sides.undo.read(f"{target.module}.columns")
-        written, differs = _compare_target(sides, target, columns)
-        if sides.adapter:
-            _require_trained(sides, target, columns, written, differs=differs)
-        moved, unmoved = moved + differs, unmoved + (not differs)
+    said = _what_moved(*_compare_targets(sides, sides.record.plan.targets))
     if sides.adapter:
         _check_heads(sides, sides.adapter)
     values = Check("trained columns", "passed", "all values are the adapter's")
     if not sides.adapter:
         values = Check("trained columns", "not run", sides.why_no_adapter)
-    return [Check("planned columns", "passed", _what_moved(moved, unmoved)), values]
+    return [Check("planned columns", "passed", said), values]
+
+
+def _compare_targets(sides: _Sides, targets: Iterable[Target]) -> tuple[int, int]:
+    """How many of them differ from the base in their columns, and how many do not. Raises: CheckError."""
+    moved = unmoved = 0
+    assert sides.undo is not None  # noqa: S101  a merged folder has one
+    for target in targets:
+        columns = sides.undo.read(f"{target.module}.columns")
+        written, differs = _compare_target(sides, target, columns)
+        if sides.adapter:
+            _require_trained(sides, target, columns, written, differs=differs)
+        moved, unmoved = moved + differs, unmoved + (not differs)
+    return moved, unmoved
 
 
 def _check_dequantized(sides: _Sides) -> list[Check]:
-    """Every quantized weight is what training saw. A target that is not quantized is compared by the logits alone."""
-    adapter = sides.adapter
+    """Every quantized weight is what training saw; a target that is not quantized is the base's but for its columns."""
+    adapter, plan = sides.adapter, sides.record.plan
     patches = require_columns(adapter.delta, "verify").patches if adapter else None
     if adapter:
         _check_heads(sides, adapter)
-    return check_seen(sides.base, sides.merged, sides.record.plan, patches, sides.why_no_adapter)
+    checks = check_seen(sides.base, sides.merged, plan, patches, sides.why_no_adapter)
+    held = plan.quantization.layers if plan.quantization else {}
+    dense = [target for target in plan.targets if target.module not in held]
+    if dense:
+        checks.append(Check("planned columns", "passed", _what_moved(*_compare_targets(sides, dense))))
+    return checks
 
 
 def _require_trained(sides: _Sides, target: Target, columns: Tensor, written: Tensor, *, differs: bool) -> None:

@@ -547,16 +547,6 @@ def test_ways_in_which_nothing_trains_are_refused(tiny_model: TinyModel, tmp_pat
     assert (code, "24 tensors of experts" in error, (tmp_path / "lora").exists()) == (5, True, False)
 
 
-@pytest.mark.parametrize(
-    "setting", ({"quantize": "nf4"}, {"budget": "1%"}, {"resample": "every:5"}, {"select": "magnitude"}), ids=str
-)
-def test_settings_that_experts_do_not_have_are_refused(setting: dict[str, str], tiny_model: TinyModel) -> None:
-    """A quantized base, budgets, scores and other draws are for linear layers: exit code 5 and what to leave out."""
-    sizes: dict[str, Any] = {} if "budget" in setting else {"rank": 4}
-    with pytest.raises(UnsupportedError, match=r"experts train \(.*Leave out"):
-        plan_checkpoint(Checkpoint.open(tiny_model("mixtral")), PacaSpec(targets=ALL, **sizes, **setting))
-
-
 def test_a_checkpoint_that_lacks_an_expert_is_damaged(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Experts are counted: one that is missing, or there twice, is said with where it belongs."""
     from surgery.experts import find_experts, usual_experts

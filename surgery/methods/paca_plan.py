@@ -26,7 +26,15 @@ from surgery.columns import (
 )
 from surgery.embedding_rows import find_embedding, require_rows, without_embedding
 from surgery.errors import DamagedError, RequestError, UnsupportedError, closest
-from surgery.experts import expert_group, find_experts, holders, require_whole
+from surgery.experts import (
+    budget_unit,
+    expert_group,
+    find_experts,
+    holders,
+    require_one_rank,
+    require_same,
+    require_whole,
+)
 from surgery.methods import PlanRequest
 from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_experts import SHARED, require_way
@@ -71,11 +79,11 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     selectors = without_embedding(spec.targets, everything, sites, embedding)
     chosen = resolve(everything, selectors, exclude=spec.exclude) if selectors or not embedding else ()
     _require_layers_alone(spec, [*chosen, *([embedding] if embedding else [])])
+    _settle_experts(spec, chosen, [site for site, _ in experts], groups)
     ranks = _ranks(spec, chosen, groups)
     unpaid = {site.name: "nothing of the budget" for site in chosen if site.module not in ranks}
     chosen = tuple(site for site in chosen if site.module in ranks)
-    _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
-    _require_trainable_experts(spec, request, chosen)
+    _require_trainable_experts(request, chosen)
     places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
     targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
     if embedding:
@@ -146,35 +154,40 @@ def why_left(site: LinearSite) -> str:
     return site.unfit or ("not selected" if site.kind in ALL[ALL_LINEAR] else site.kind)
 
 
-def _require_trainable_experts(spec: PacaSpec, request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
-    """Experts multiply in a way in which columns train, beside layers held as they are. Raises: UnsupportedError."""
-    experts = [site for site in chosen if site.holder]
-    for holder in {site.holder for site in experts}:
+def _require_trainable_experts(request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
+    """Experts multiply in a way in which columns train. Raises: UnsupportedError."""
+    for holder in {site.holder for site in chosen if site.holder}:
         require_way(request.model.get_submodule(holder))
-    if experts and (spec.quantize or request.quantization):
-        found = f"experts train ({experts[0].module}) beside a quantized base, which has not been tried"
-        raise UnsupportedError("--quantize", found, expected="a base in 16 or 32 bits", fix=f"Leave out {EXPERTS}")
 
 
 def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:
-    """Layers that are no linear ones have columns that the seed decides, or rows that are named, once and for all.
+    """Layers that are neither linear nor experts have columns that the seed decides, or rows that are named.
 
     Raises: UnsupportedError.
     """
-    expert = next((site for site in chosen if site.holder or site.kind != LINEAR), None)
+    other = next((site for site in chosen if site.kind != LINEAR), None)
     settings = {"--select": spec.select != RANDOM, "--budget": spec.budget, "--resample": spec.resample}
     given = next((name for name, is_given in settings.items() if is_given), "")
-    if expert and given:
-        kind, name = ("experts", EXPERTS) if expert.holder else (f"{expert.kind} layers", expert.module)
-        fix = f"Leave out {given}, or {name} among the --targets"
-        raise UnsupportedError(given, f"{kind} train ({expert.module})", expected="linear layers alone", fix=fix)
+    if other and given:
+        fix = f"Leave out {given}, or {other.module} among the --targets"
+        found = f"{other.kind} layers train ({other.module})"
+        raise UnsupportedError(given, found, expected="linear layers and experts alone", fix=fix)
 
 
 def _ranks(spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
-    """How many columns of each layer train, by module; a budget may leave some out."""
+    """How many columns of each layer train, by module; a budget may leave some out.
+
+    Raises: RequestError, SelectorError.
+    """
     if is_file(spec.select):
-        return {module: len(columns) for module, columns in named_columns(spec.select, chosen, groups).items()}
-    return _even_ranks(spec, chosen, groups) if spec.budget else ranks_of(chosen, spec.rank, spec.rank_pattern)
+        ranks = {module: len(columns) for module, columns in named_columns(spec.select, chosen, groups).items()}
+        require_one_rank(chosen, ranks, f"--select {spec.select}", "Name as many columns for each expert")
+        return ranks
+    if spec.budget:
+        return _even_ranks(spec, chosen, groups)
+    ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
+    require_one_rank(chosen, ranks, "--rank-pattern", "Name its experts with a *")
+    return ranks
 
 
 def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Mapping[str, str]) -> dict[str, Tensor]:
@@ -188,11 +201,12 @@ def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Map
         if int(found[-1]) >= site.in_features:
             expected = f"columns below {site.in_features}, its width"
             raise RequestError(f"--select {select}", f"{site.module}: column {int(found[-1])}", expected=expected)
-        result[site.module] = found
+        result[site.module] = found.clone()  # a group is named once, and a file holds each layer's own
     surplus = sorted(set(named) - {site.module for site in sites} - {groups[site.module] for site in sites})
     if surplus:
         strange, fix = f"columns for {surplus[0]!r}, which does not train", closest(surplus[0], result)
         raise RequestError(f"--select {select}", strange, expected="the layers that --targets means", fix=fix)
+    require_same(sites, result, groups, f"--select {select}")
     return result
 
 
@@ -201,22 +215,22 @@ def _even_ranks(spec: PacaSpec, sites: Sequence[LinearSite], groups: Mapping[str
 
     A layer may get none; where scores will decide, one column stands for that.
     """
+    units = {site.module: budget_unit(site, groups[site.module], spec.experts) for site in sites}
     values: dict[str, int] = {}
-    widths = {groups[site.module]: site.in_features for site in sites}
+    widths = {units[site.module]: site.in_features for site in sites}
     for site in sites:
-        values[groups[site.module]] = values.get(groups[site.module], 0) + site.out_features
-    scores = [even_scores(group, width, values[group], seed=spec.seed) for group, width in sorted(widths.items())]
+        values[units[site.module]] = values.get(units[site.module], 0) + site.out_features
+    scores = [even_scores(unit, width, values[unit], seed=spec.seed) for unit, width in sorted(widths.items())]
     ranks = spread(scores, budget_values(spec.budget, sum(site.out_features * site.in_features for site in sites)))
     if spec.select != RANDOM:
         ranks = dict.fromkeys(widths, 1) | ranks
-    return {site.module: ranks[groups[site.module]] for site in sites if groups[site.module] in ranks}
+    return {site.module: ranks[units[site.module]] for site in sites if units[site.module] in ranks}
 
 
 def _settle_experts(
     spec: PacaSpec,
     chosen: Sequence[LinearSite],
     known: Sequence[LinearSite],
-    ranks: Mapping[str, int],
     groups: dict[str, str],
 ) -> None:
     """Add the groups of the experts that were chosen. Raises: SelectorError, UnsupportedError, RequestError."""
@@ -224,7 +238,7 @@ def _settle_experts(
     if spec.experts != SHARED and not mine:
         fix = f"Add {EXPERTS} to --targets, or leave it out"
         raise RequestError("--experts", f"{spec.experts!r}, and no experts train", expected="experts to train", fix=fix)
-    require_whole(mine, known, ranks)
+    require_whole(mine, known)
     groups |= {site.module: expert_group(site, spec.experts, groups) for site in mine}
 
 

@@ -186,7 +186,7 @@ def train(
         adapter = open_adapter(folder)
         anew = _for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
-        require_together({**asked, **_known_of(plan)})
+        require_together({**asked, **known_of(plan)})
         run = _Run.describe(adapter, plan, data, settings)
         checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
@@ -219,7 +219,7 @@ def asked_of_run(settings: TrainSection, device: str, *, has_launcher: bool) -> 
     return {**of_section("train", settings), **facts(known)}
 
 
-def _known_of(plan: SurgeryPlan) -> Request:
+def known_of(plan: SurgeryPlan) -> Request:
     """What an adapter's plan adds to that. Where processes are several, all know."""
     held = plan.quantization.kind if plan.quantization else ""
     processes = count() if count() > 1 else 0

@@ -487,25 +487,6 @@ def test_what_does_not_go_together_is_refused(
     assert not names["out"].exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "device", "said"),
-    (
-        ({"strategy": "fsdp2"}, "cuda", "train.strategy: fsdp2 with a base held as nf4"),
-        ({"strategy": "zero2"}, "cuda", "train.strategy: zero2 with a base held as nf4"),
-        ({"compile": True}, "cpu", "train.compile: true with a base held as nf4"),
-        ({}, "hpu", "train.device: hpu with a base held as nf4"),
-    ),
-)
-def test_a_run_on_a_quantized_base_has_not(settings: dict[str, Any], device: str, said: str) -> None:
-    """Sharding, compilation and Gaudi, whatever machine it is."""
-    from surgery.acceleration import require_for_quantized
-    from surgery.recipe import TrainSection
-
-    with pytest.raises(UnsupportedError, match=said) as caught:
-        require_for_quantized(TrainSection(**settings), device, "nf4")
-    assert caught.value.exit_code == 5
-
-
 @pytest.mark.parametrize(("kind", "extra"), (("nf4", "bnb"), ("torchao-int8", "torchao")))
 def test_a_package_that_is_missing_is_named(
     kind: str, extra: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command

@@ -186,10 +186,10 @@ COMBINATIONS: Sequence[Combination] = (
                 "warmup_steps as well", "one of the two", EITHER, "train.warmup_ratio"),
     Combination("train.cache_bytes", "train.cache_features=None", RecipeError, "--cache-bytes",
                 "given without --cache-features", "both, or neither", "Leave --cache-bytes out", "train.cache_bytes"),
-    Combination("train.cache_features", "method=paca", RecipeError, "--cache-features",
-                "with method paca, whose backbone changes", "method read", "Leave it out", "train.cache_features"),
     Combination("train.cache_features", "task=image-classification", UnsupportedError, "--cache-features",
                 "with images", "texts", "Leave it out", "train.cache_features"),
+    Combination("train.cache_features", "method=paca", RecipeError, "--cache-features",
+                "with method paca, whose backbone changes", "method read", "Leave it out", "train.cache_features"),
     Combination("train.cache_features", "processes", UnsupportedError, "--cache-features",
                 "with {other} processes", "one process", "Leave it out", "train.cache_features"),
     # several processes

@@ -27,6 +27,7 @@ from surgery.combinations import require as require_together
 from surgery.embedding_rows import find_embedding, require_rows, without_embedding
 from surgery.errors import DamagedError, RequestError, UnsupportedError, closest
 from surgery.experts import expert_group, find_experts, holders, require_whole
+from surgery.images import TASK as IMAGES
 from surgery.methods import PlanRequest
 from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_experts import SHARED, require_way
@@ -46,7 +47,7 @@ from surgery.select import (
     resolve,
 )
 from surgery.sites import find_all_sites
-from surgery.survey import list_untouched, trace_groups
+from surgery.survey import find_idle, list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES
 
 QUANTIZABLE = ("F16", "BF16", "F32")
@@ -67,6 +68,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     groups = trace_groups(model, sites, holders(model))
     whole = {target.parameter: target for target in request.whole}
     candidates = [_sized(spec, site) for site in sites if site.name in stored and site.name not in whole]
+    candidates = _without_idle(candidates, request)
     embedding = find_embedding(model, candidates, spec.rows)
     candidates = [site for site in candidates if site.kind != EMBEDDING]
     everything = [*candidates, *(site for site, _ in experts)]
@@ -124,6 +126,13 @@ def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
     """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is."""
     asked = asked_rank(site, spec.rank, spec.rank_pattern)
     return replace(site, is_narrow=site.kind == CONVOLUTION and asked > site.in_features)
+
+
+def _without_idle(sites: Sequence[LinearSite], request: PlanRequest) -> list[LinearSite]:
+    """The same, and of an image classifier those unfit that none of its logits depend on: they would never move."""
+    idle = find_idle(request.model) if request.task == IMAGES else ()
+    why = f"layer on which no logit of {type(request.model).__name__} depends"
+    return [replace(site, unfit=site.unfit or (why if site.name in idle else "")) for site in sites]
 
 
 def why_left(site: LinearSite) -> str:

@@ -23,6 +23,7 @@ from surgery.compat import (
     base_name,
     current_class,
     image_size,
+    is_experts,
     load_tokenizer,
     pixels_config,
     quiet_loading,
@@ -336,17 +337,17 @@ def list_untouched(model: nn.Module, touched: Mapping[str, Any], reasons: Mappin
     counts: dict[tuple[str, str], int] = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and name not in touched:
-            reason = reasons.get(name) or _why_untouched(model, name, parameter)
+            reason = reasons.get(name) or _why_untouched(model, name)
             key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason)
             counts[key] = counts.get(key, 0) + 1
     return tuple(Untouched(pattern, count, reason) for (pattern, reason), count in counts.items())
 
 
-def _why_untouched(model: nn.Module, name: str, parameter: Tensor) -> str:
+def _why_untouched(model: nn.Module, name: str) -> str:
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if parameter.dim() == 3 and "expert" in name:
+    if is_experts(module):
         return "fused experts"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "convolution"

@@ -27,6 +27,7 @@ from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_layers import PacaLayer, layers
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
+from surgery.quantized import dequantize
 from surgery.quantized_base import seen_weight
 from surgery.verify import verify
 from tests.conftest import TinyModel
@@ -348,6 +349,23 @@ def test_what_files_of_4_bits_can_be_looked_at_for(llama: Path, stored: Path, te
     plain = columns_by_layer(operate.apply(llama, tmp_path / "b", spec))
     alike = sum(len(set(packed[name]) & set(plain[name])) for name in plain)
     assert alike > 0.7 * sum(map(len, plain.values()))
+
+
+def test_layers_of_stored_4_bits_that_do_not_train_stay_as_they_are(stored: Path, tmp_path: Path) -> None:
+    """Running in eval mode leaves their scales alone: bitsandbytes' own forward rounds them for good on some CPUs."""
+    adapter = make_adapter(stored, tmp_path / "a", PacaSpec(rank=4, exclude=("up_proj",)))
+    model, name = operate.load(tmp_path / "a"), "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(name)
+    before = dequantize(layer, torch.bfloat16)
+    logits(model)
+    assert torch.equal(dequantize(layer, torch.bfloat16), before)
+    assert quantized.kind_of(layer) == "nf4-double"
+    held = adapter.plan.quantization
+    assert held is not None
+    assert torch.equal(before, seen_weight(Checkpoint.open(stored), held, held.layers[name]))
+    dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
+    checks = {check.name: check for check in verify(tmp_path / "seen").checks}
+    assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
 
 
 def test_a_live_model_that_is_quantized_has_no_gradients_to_choose_by(llama: Path) -> None:

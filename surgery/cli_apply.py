@@ -10,6 +10,7 @@ import click
 
 from surgery.checkpoint import require_model
 from surgery.cli_options import JSON, OUT, OVERWRITE, TASK, options, parse_columns, parse_rank_pattern, split_list
+from surgery.columns import FILE, STRATEGIES
 from surgery.terminal import show
 
 
@@ -54,8 +55,7 @@ PACA_OPTIONS = options(
     ),
     click.option(
         "--select",
-        help="paca: random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH (JSON, or an "
-        "adapter). Default: random.",
+        help=f"paca: {', '.join(STRATEGIES)} or {FILE}PATH (JSON, or an adapter). Default: random.",
     ),
     click.option("--budget", help="paca: in place of a rank, so many values or a part of the layers', such as 0.5%."),
     click.option("--resample", help="paca: draw other columns every so many steps of training, as every:500."),

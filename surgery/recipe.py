@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from surgery.columns import FILE, is_file, takes_data
+from surgery.columns import FILE, STRATEGIES, is_file, takes_data
 from surgery.combinations import Request, Said, facts, of_section
 from surgery.combinations import require as require_together
 from surgery.data import DataSpec
@@ -65,9 +65,7 @@ class PacaSection(_Section):
     exclude: list[str] = Field([], description="patterns of layers to leave out")
     rank_pattern: dict[str, int] = Field({}, description="rank by pattern; the last match decides")
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
-    select: str = Field(
-        "random", description="random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH"
-    )
+    select: str = Field("random", description=f"{', '.join(STRATEGIES)} or {FILE}PATH")
     seed: int = Field(0, ge=0, description="decides the columns that are random, and rows to choose others by")
     quantize: str = Field("", description="hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, ..")
     rows: list[int | str] = Field([], description="tokens, or numbers, whose rows of the input embedding train")

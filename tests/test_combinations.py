@@ -19,6 +19,7 @@ import yaml
 from surgery.combinations import COMBINATIONS, FACTS, Combination, facts, holds, require
 from surgery.errors import SurgeryError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
+from surgery.quantized import KINDS
 from surgery.recipe import Recipe, TrainSection, asked_of, known_keys, read_recipe
 from surgery.train import asked_of_run, known_of
 from tests.console import Command
@@ -177,3 +178,10 @@ def test_the_page_is_the_tables(project_root: Path) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_command_line_lists_by_hand_is_the_table(project_root: Path) -> None:
+    """Kinds of quantization, whose module loads torch, stand in the help in the table's order."""
+    page = " ".join((project_root / "docs" / "cli.md").read_text(encoding="utf-8").split())
+    *kinds, last = KINDS
+    assert f"hold the frozen base as {', '.join(kinds)} or {last}." in page

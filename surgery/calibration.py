@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgery.columns import GRADIENTS, STRATEGIES
 from surgery.errors import CheckError, RequestError, UnsupportedError
-from surgery.expert_scores import ExpertSite, expert_width, watching_experts
+from surgery.expert_scores import ExpertSite, watching_experts
 from surgery.quantized import is_quantized
 
 Batch = Mapping[str, Any]
@@ -27,9 +27,11 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Site:
-    """A layer to look at: `input_axis` is the weight's axis that its inputs run along."""
+    """A layer to look at: its sizes, which a packed weight does not show, and the weight's axis of its inputs."""
 
     module: str
+    out_features: int
+    in_features: int
     input_axis: int
 
 
@@ -41,7 +43,7 @@ def calibrate(
     Raises: RequestError without batches; UnsupportedError where there is no loss, or a layer's weight has no gradient;
     CheckError where scores are not finite.
     """
-    scores = {site.module: _zeros(model, site) for site in sites}
+    scores = {site.module: torch.zeros(site.in_features, dtype=torch.float64) for site in sites}
     look = _gradients if STRATEGIES[strategy].looks_at == GRADIENTS else _inputs
     layers = [site for site in sites if isinstance(site, Site)]
     experts = [site for site in sites if isinstance(site, ExpertSite)]
@@ -59,13 +61,6 @@ def calibrate(
             f"--select {strategy}", f"{wrong[0]} has scores that are not finite", expected="numbers", fix=fix
         )
     return scores
-
-
-def _zeros(model: nn.Module, site: Site | ExpertSite) -> Tensor:
-    if isinstance(site, ExpertSite):
-        return torch.zeros(expert_width(model, site), dtype=torch.float64)
-    weight = cast("Tensor", model.get_submodule(site.module).weight)
-    return torch.zeros(weight.shape[site.input_axis], dtype=torch.float64)
 
 
 def _run(model: Any, batch: Batch, strategy: str) -> None:
@@ -107,9 +102,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _inputs(model: nn.Module, sites: Sequence[Site], strategy: str, scores: Mapping[str, Tensor]) -> Iterator[None]:
     def watch(site: Site) -> Any:
-        def add(module: Any, args: tuple[Any, ...]) -> None:
-            out_features = module.weight.shape[1 - site.input_axis]
-            scores[site.module].add_(STRATEGIES[strategy].score(args[0], out_features=out_features).cpu())
+        def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            score = STRATEGIES[strategy].score(args[0], out_features=site.out_features)
+            scores[site.module].add_(score.cpu())
 
         return add
 

@@ -127,7 +127,9 @@ def _named(plan: SurgeryPlan, spec: PacaSpec) -> Choice:
 
 def _sites(plan: SurgeryPlan) -> list[Site | ExpertSite]:
     return [
-        ExpertSite(t.module, t.holder, t.parameter, t.place) if t.holder else Site(t.module, t.input_axis)
+        ExpertSite(t.module, t.in_features, t.holder, t.parameter, t.place)
+        if t.holder
+        else Site(t.module, t.out_features, t.in_features, t.input_axis)
         for t in plan.targets
     ]
 

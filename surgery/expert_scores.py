@@ -35,15 +35,10 @@ class ExpertSite:
     """
 
     module: str
+    in_features: int
     holder: str
     parameter: str
     place: tuple[int, ...] = ()
-
-
-def expert_width(model: nn.Module, site: ExpertSite) -> int:
-    """How many input columns a target of experts has."""
-    experts: Any = model.get_submodule(site.holder)
-    return int(experts.get_parameter(site.parameter).shape[1 if experts.is_transposed else 2])
 
 
 def rows_by_expert(rows: Rows, experts: int) -> Iterator[tuple[int, Any]]:

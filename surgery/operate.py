@@ -28,7 +28,7 @@ from surgery.methods.paca_files import fresh_live
 from surgery.methods.paca_spec import PacaSpec
 from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
-from surgery.quantized import KINDS, is_quantized, kind_of, live_dtype, quantize
+from surgery.quantized import KINDS, adopt_layer, is_quantized, kind_of, live_dtype, quantize
 from surgery.quantized_base import require_package
 from surgery.resampling import resample_model
 from surgery.sharding import settle, whole
@@ -177,6 +177,8 @@ def _hold_quantized(model: Any, held: Quantization, dtypes: Mapping[str, torch.d
     if packed != set(held.layers):
         found = f"{len(packed ^ set(held.layers))} layers are quantized otherwise than planned"
         raise DamagedError("base", found, expected=f"{len(held.layers)} quantized layers")
+    for name in packed:
+        adopt_layer(model.get_submodule(name))
 
 
 def align(model: nn.Module) -> None:

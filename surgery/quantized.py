@@ -305,6 +305,15 @@ def quantize_layer(module: Any, kind: str, storage: torch.dtype) -> None:
     _install(module, packed, storage, shape)
 
 
+def adopt_layer(module: Any) -> None:
+    """Make a layer that bitsandbytes loaded from 4-bit files one of ours, in place: the packed weight stays as it is.
+
+    Its own forward, in eval mode on a CPU with AVX512-BF16, orders the weight anew and rounds the scales for good.
+    """
+    storage, shape = live_dtype(module, torch.float32), (module.out_features, module.in_features)
+    _install(module, module.weight, storage, shape)
+
+
 def size_layer(module: Any, kind: str, storage: torch.dtype) -> None:
     """The same without values: what takes the packed weight's place has its size."""
     out_features, in_features = module.weight.shape

@@ -33,6 +33,7 @@ from surgery.compat import (
     is_conv1d,
     keep_inputs_frozen,
     keep_no_cache,
+    pixels_config,
     quiet_loading,
     reading_values,
     set_checkpointing,
@@ -269,6 +270,7 @@ def _inputs(dry: DryModel, step: Step) -> dict[str, Tensor]:
     """A batch as the collator gives it."""
     config = dry.model.config
     if dry.task == IMAGES:
+        config = pixels_config(config)
         pixels = torch.zeros((step.batch, config.num_channels, *image_size(config)))
         return {"pixel_values": pixels, "labels": torch.zeros(step.batch, dtype=torch.long)}
     ids = torch.zeros((step.batch, step.sequence), dtype=torch.long)

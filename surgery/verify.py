@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from surgery.adapter import Adapter, find_base, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
-from surgery.compat import TRANSFORMERS_5, image_size, quiet_loading
+from surgery.compat import TRANSFORMERS_5, image_size, pixels_config, quiet_loading
 from surgery.delta import (
     ADAPTER_FILE,
     ColumnPatch,
@@ -42,6 +42,7 @@ from surgery.errors import (
     SurgeryError,
     counted,
 )
+from surgery.images import TASK as IMAGES
 from surgery.lookup import ONNX_VERIFY, resolve
 from surgery.manifest import MERGED, ONNX, REMOTE_CODE, UNDO_FILE, Check, Record, read_record
 from surgery.methods.read import MODELING_FILE, modeling_config, modeling_source
@@ -526,8 +527,9 @@ def own_class(folder: Path, record: Record) -> Any:
 def model_inputs(folder: Path, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     """One batch a prompt; without a tokenizer, token numbers or pixels drawn from a fixed seed."""
     config = read_config(folder)
-    if hasattr(config, "num_channels"):
-        return [{"pixel_values": pixels} for pixels in _random_pixels(config, len(prompts))]
+    pictured = pixels_config(config) if own_task(config) == IMAGES else config
+    if hasattr(pictured, "num_channels"):
+        return [{"pixel_values": pixels} for pixels in _random_pixels(pictured, len(prompts))]
     try:
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(folder)

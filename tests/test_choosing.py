@@ -48,7 +48,7 @@ def batches(count: int = 4) -> list[dict[str, Tensor]]:
 
 def sites_of(plan: SurgeryPlan) -> list[Site]:
     """What `calibrate` looks at."""
-    return [Site(target.module, target.input_axis) for target in plan.targets]
+    return [Site(t.module, t.out_features, t.in_features, t.input_axis) for t in plan.targets]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from surgery.paca_experts import OWN, SHARED, WAYS, ExpertColumns, read_experts
 from surgery.paca_layers import PacaLayer, combine, layers
 from surgery.plan import SurgeryPlan, Target
 from surgery.planning import plan_checkpoint
+from surgery.survey import list_untouched
 from surgery.table import plan_lines
 from surgery.tiny import Family
 from surgery.train import train
@@ -545,6 +546,20 @@ def test_ways_in_which_nothing_trains_are_refused(tiny_model: TinyModel, tmp_pat
     apply(tiny_model("mixtral"), tmp_path / "adapter", RANK_4)
     code, error = command("export", tmp_path / "adapter", "--format", "lora", "-o", tmp_path / "lora")
     assert (code, "24 tensors of experts" in error, (tmp_path / "lora").exists()) == (5, True, False)
+
+
+def test_what_experts_are_is_told_by_their_kind_and_not_by_a_name() -> None:
+    """A tensor of three axes is fused experts where a module is a layer's experts, whatever it is called."""
+
+    class ExpertScales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert_scales = nn.Parameter(torch.zeros(2, 3, 4))
+
+    left = {entry.pattern: entry.reason for entry in list_untouched(build("mixtral"), {}, {})}
+    assert left["model.layers.*.mlp.experts.down_proj"] == "fused experts"
+    (other,) = list_untouched(nn.Sequential(ExpertScales()), {}, {})
+    assert other.reason == "in ExpertScales"
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_damaged(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ RANKS = {
     "surgery.arrow": 1,
     "surgery.tensorfile": 1,
     "surgery.columns": 1,
+    "surgery.combinations": 2,
     "surgery.compat": 1,
     "surgery.lookup": 1,
     "surgery.paca_layers": 1,

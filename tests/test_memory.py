@@ -460,7 +460,7 @@ def test_shapes_that_depend_on_values(tiny_model: TinyModel, monkeypatch: pytest
         ({"precision": "tf32"}, r"--precision: unknown name 'tf32', expected one of auto, fp32, bf16, fp16"),
         (
             {"cpu_offload": True, "sharding": "fsdp2", "devices": 2},
-            r"train.cpu_offload: true with sharding fsdp2 on cpu",
+            r"train.cpu_offload: true on the CPU",
         ),
     ),
 )

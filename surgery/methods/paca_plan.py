@@ -13,8 +13,6 @@ from torch import Tensor
 from surgery.columns import (
     FILE,
     RANDOM,
-    STRATEGIES,
-    WEIGHTS,
     budget_values,
     choose_columns,
     even_scores,
@@ -24,6 +22,8 @@ from surgery.columns import (
     refuse_stored,
     spread,
 )
+from surgery.combinations import facts, of_record
+from surgery.combinations import require as require_together
 from surgery.embedding_rows import find_embedding, require_rows, without_embedding
 from surgery.errors import DamagedError, RequestError, UnsupportedError, closest
 from surgery.experts import (
@@ -35,6 +35,7 @@ from surgery.experts import (
     require_same,
     require_whole,
 )
+from surgery.images import TASK as IMAGES
 from surgery.methods import PlanRequest
 from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_experts import SHARED, require_way
@@ -54,7 +55,7 @@ from surgery.select import (
     resolve,
 )
 from surgery.sites import find_all_sites
-from surgery.survey import list_untouched, trace_groups
+from surgery.survey import find_idle, list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES
 
 QUANTIZABLE = ("F16", "BF16", "F32")
@@ -67,12 +68,15 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     Raises: SelectorError, UnsupportedError, DamagedError, RequestError for a budget that cannot be met.
     """
     refuse_stored(spec.select)
+    held = request.quantization.kind if request.quantization else ""
+    require_together({**of_record("paca", spec), **facts({"stored": held, "held": held or spec.quantize})})
     model, stored = request.model, request.stored
     sites = find_all_sites(model, request.heads)
     experts = find_experts(model, stored, request.parts)
     groups = trace_groups(model, sites, holders(model))
     whole = {target.parameter: target for target in request.whole}
     candidates = [_sized(spec, site) for site in sites if site.name in stored and site.name not in whole]
+    candidates = _without_idle(candidates, request)
     embedding = find_embedding(model, candidates, spec.rows)
     candidates = [site for site in candidates if site.kind != EMBEDDING]
     everything = [*candidates, *(site for site, _ in experts)]
@@ -96,7 +100,6 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
     reasons |= {site.name: "experts: name them in --targets" for site, _ in experts} | unpaid
     quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
-    _require_dense_where_needed(spec, quantization, request)
     return {
         "targets": targets,
         "untouched": list_untouched(model, touched, reasons),
@@ -108,13 +111,10 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
 def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSite]) -> Quantization | None:
     """How the base will be held: every linear layer that can be is quantized, trained or not, but for the heads.
 
-    Raises: UnsupportedError where none can be; RequestError where it is quantized already.
+    Raises: UnsupportedError where none can be.
     """
     if not spec.quantize:
         return request.quantization
-    if request.quantization:
-        found = f"{spec.quantize}, and the base is held as {request.quantization.kind} already"
-        raise RequestError("--quantize", found, expected="a base in 16 or 32 bits", fix="Leave it out")
     fitting = [s.module for s in sites if request.stored[s.name].dtype in QUANTIZABLE]
     names = quantizable(request.model, fitting)
     if not names:
@@ -130,21 +130,17 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
     )
 
 
-def _require_dense_where_needed(spec: PacaSpec, quantization: Quantization | None, request: PlanRequest) -> None:
-    """Columns that go out are written into the weight, and some strategies read it. Raises: UnsupportedError."""
-    if quantization and spec.resample:
-        found = f"a base held as {quantization.kind}, into which no column can be written"
-        raise UnsupportedError("--resample", found, expected="a dense base", fix="Leave out one of them")
-    if request.quantization and not is_file(spec.select) and STRATEGIES[spec.select].looks_at == WEIGHTS:
-        found = f"weights that are held as {request.quantization.kind}"
-        fix = "Choose by activation, or start from the checkpoint that it was quantized from"
-        raise UnsupportedError(f"--select {spec.select}", found, expected="dense weights to look at", fix=fix)
-
-
 def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
     """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is."""
     asked = asked_rank(site, spec.rank, spec.rank_pattern)
     return replace(site, is_narrow=site.kind == CONVOLUTION and asked > site.in_features)
+
+
+def _without_idle(sites: Sequence[LinearSite], request: PlanRequest) -> list[LinearSite]:
+    """The same, and of an image classifier those unfit that none of its logits depend on: they would never move."""
+    idle = find_idle(request.model) if request.task == IMAGES else ()
+    why = f"layer on which no logit of {type(request.model).__name__} depends"
+    return [replace(site, unfit=site.unfit or (why if site.name in idle else "")) for site in sites]
 
 
 def why_left(site: LinearSite) -> str:

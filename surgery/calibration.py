@@ -24,10 +24,12 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Site:
-    """A layer to look at: `input_axis` is the weight's axis that its inputs run along."""
+    """A layer to look at: `input_axis` is the weight's axis that its inputs run along. A packed weight has no sizes."""
 
     module: str
     input_axis: int
+    out_features: int
+    in_features: int
 
 
 def calibrate(model: Any, sites: Sequence[Site], strategy: str, batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -36,7 +38,7 @@ def calibrate(model: Any, sites: Sequence[Site], strategy: str, batches: Iterabl
     Raises: RequestError without batches; UnsupportedError where there is no loss, or a layer's weight has no gradient;
     CheckError where scores are not finite.
     """
-    scores = {site.module: _zeros(model, site) for site in sites}
+    scores = {site.module: torch.zeros(site.in_features, dtype=torch.float64) for site in sites}
     look = _gradients if STRATEGIES[strategy].looks_at == GRADIENTS else _inputs
     seen = 0
     with _evaluating(model), look(model, sites, strategy, scores):
@@ -52,11 +54,6 @@ def calibrate(model: Any, sites: Sequence[Site], strategy: str, batches: Iterabl
             f"--select {strategy}", f"{wrong[0]} has scores that are not finite", expected="numbers", fix=fix
         )
     return scores
-
-
-def _zeros(model: nn.Module, site: Site) -> Tensor:
-    weight = cast("Tensor", model.get_submodule(site.module).weight)
-    return torch.zeros(weight.shape[site.input_axis], dtype=torch.float64)
 
 
 def _run(model: Any, batch: Batch, strategy: str) -> None:
@@ -92,9 +89,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _inputs(model: nn.Module, sites: Sequence[Site], strategy: str, scores: Mapping[str, Tensor]) -> Iterator[None]:
     def watch(site: Site) -> Any:
-        def add(module: Any, args: tuple[Any, ...]) -> None:
-            out_features = module.weight.shape[1 - site.input_axis]
-            scores[site.module].add_(STRATEGIES[strategy].score(args[0], out_features=out_features).cpu())
+        def add(_module: Any, args: tuple[Any, ...]) -> None:
+            scores[site.module].add_(STRATEGIES[strategy].score(args[0], out_features=site.out_features).cpu())
 
         return add
 

@@ -123,7 +123,7 @@ def _named(plan: SurgeryPlan, spec: PacaSpec) -> Choice:
 
 
 def _sites(plan: SurgeryPlan) -> list[Site]:
-    return [Site(target.module, target.input_axis) for target in plan.targets]
+    return [Site(t.module, t.input_axis, t.out_features, t.in_features) for t in plan.targets]
 
 
 def _weight_scores(spec: PacaSpec, weights: Iterable[tuple[Target, Tensor]]) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def batches(count: int = 4) -> list[dict[str, Tensor]]:
 
 def sites_of(plan: SurgeryPlan) -> list[Site]:
     """What `calibrate` looks at."""
-    return [Site(target.module, target.input_axis) for target in plan.targets]
+    return [Site(t.module, t.input_axis, t.out_features, t.in_features) for t in plan.targets]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +430,49 @@ def test_a_base_stored_in_4_bits_is_trained_and_merged_dequantized(
     assert "quantization_config" not in json.loads((tmp_path / "m/config.json").read_text())
     assert not [name for name in Checkpoint.open(tmp_path / "m") if "absmax" in name or "quant" in name]
     assert command("verify", tmp_path / "m")[0] == 0
+
+
+def test_layers_of_a_stored_base_that_do_not_train_are_held_as_those_that_do(stored: Path, tmp_path: Path) -> None:
+    """bitsandbytes' own layer orders its weight anew in eval mode, on some CPUs, and then computes otherwise."""
+    adapter = make_adapter(stored, tmp_path / "a", PacaSpec(rank=4, targets=("q_proj",)))
+    dense.export(adapter, tmp_path / "m", merge_base="dequantized")
+    model, merged = (
+        operate.load(tmp_path / "a"),
+        operate.load_base_model(tmp_path / "m", replace(adapter.plan, quantization=None)),
+    )
+    assert sum(isinstance(module, quantized.QuantizedLinear) for module in model.modules()) == 12
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+    assert torch.equal(logits(model), logits(merged))
+    packed = [module.weight for module in model.modules() if quantized.is_quantized(module)]
+    assert not any("packing_format_for_cpu" in vars(weight.quant_state) for weight in packed)
+
+
+@pytest.mark.parametrize("is_stored", (False, True), ids=("quantized at load", "stored"))
+def test_adapters_on_a_quantized_base_are_united(
+    is_stored: bool, llama: Path, stored: Path, tmp_path: Path, command: Command
+) -> None:
+    """Every quantized layer of the merge is what training saw, those that none of them trains among them."""
+    base, kind = (stored, "") if is_stored else (llama, "nf4-double")
+    for name in ("q_proj", "up_proj"):
+        make_adapter(base, tmp_path / name, PacaSpec(rank=4, targets=(name,), quantize=kind))
+    both = (tmp_path / "q_proj", tmp_path / "up_proj")
+    assert command("export", *both, "--merge", "--merge-base", "dequantized", "-o", tmp_path / "m") == (0, "")
+    checks = {check.name: check for check in verify(tmp_path / "m", numeric=False).checks}
+    assert "14 layers are what training saw, bit for bit" in checks["dequantized weights"].detail
+    assert checks["trained columns"].result == "passed"
+
+
+def test_inputs_of_a_stored_base_choose_columns(stored: Path, tmp_path: Path) -> None:
+    """A packed weight does not have its layer's sizes; inputs are those of the dense model that it stands for."""
+    (tmp_path / "d.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    looked: dict[str, Any] = {"select": "activation", "calibration_data": (str(tmp_path / "d.txt"),)}
+    spec = PacaSpec(rank=4, targets=("q_proj", "down_proj"), calibration_rows=4, calibration_length=32, **looked)
+    adapter = operate.apply(stored, tmp_path / "a", spec)
+    dense.export(adapter, tmp_path / "m", merge_base="dequantized")
+    same = operate.apply(tmp_path / "m", tmp_path / "b", spec)
+    assert {m: p.columns.tolist() for m, p in adapter.delta.patches.items()} == {
+        m: p.columns.tolist() for m, p in same.delta.patches.items()
+    }
 
 
 def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command: Command) -> None:

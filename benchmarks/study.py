@@ -42,7 +42,7 @@ FOLDERS = {
 
 
 def spec_of(name: str, study: dict[str, Any], out: Path, changes: dict[str, Any], methods: str = "") -> BenchSpec:
-    """One set's specification, with its data found or made. methods: another list than the common one."""
+    """One set's specification, with its data found or made. methods: other settings than the common ones."""
     own = dict(study["sets"][name])
     data = {key: [str(DATA / file) for file in own["data"][key]] for key in ("train", "eval") if key in own["data"]}
     data = {**own["data"], **data}
@@ -50,9 +50,9 @@ def spec_of(name: str, study: dict[str, Any], out: Path, changes: dict[str, Any]
         data |= split(Path(data["train"][0]), own.pop("split"), out)
     if "eval_rows" in own:
         data["eval"] = [str(draw(Path(data["eval"][0]), own.pop("eval_rows"), out))]
-    document = {**study["common"], **own, **changes, "model": str(FOLDERS[own["model"]]), "data": data}
-    also = document.pop("also", [])
-    document["methods"] = study[methods] if methods else [*study["common"]["methods"], *also]
+    own["methods"] = [*study["common"]["methods"], *own.pop("also", [])]
+    special = study[methods] if methods else {}
+    document = {**study["common"], **own, **special, **changes, "model": str(FOLDERS[own["model"]]), "data": data}
     data["max_length"] = document["sequence"]
     return make_spec(document, f"{STUDY.name}, {name}")
 
@@ -109,9 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("study"))
     parser.add_argument("--sets", nargs="+", choices=study["sets"], default=list(study["sets"]))
-    parser.add_argument(
-        "--methods", choices=("columns",), default="", help="a list of the file in place of the common one"
-    )
+    parser.add_argument("--methods", choices=("columns",), default="", help="other methods than the common ones")
     parser.add_argument("--tables", action="store_true", help="print the tables of what lies in --out, and run nothing")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--tune-steps", type=int)

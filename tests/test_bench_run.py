@@ -324,6 +324,13 @@ def test_scores(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_between_equal_scores_the_loss_decides() -> None:
+    """A short run's accuracy is often the same at several rates: the first of them is no better than the others."""
+    trials = [{"accuracy": 0.5, "loss": 0.7}, {"accuracy": 0.5, "loss": 0.6}, {"accuracy": 0.4, "loss": 0.1}]
+    assert max(trials, key=lambda trial: scores.worth("accuracy", trial)) == trials[1]
+    assert max(trials, key=lambda trial: scores.worth("loss", trial)) == trials[2]
+
+
 def test_learning_rates_are_tried_on_rows_of_the_training_set(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +352,8 @@ def test_learning_rates_are_tried_on_rows_of_the_training_set(
     assert (held.eval, held.eval_fraction) == ([], 0.25)
     for row in found.rows:
         assert [trial.learning_rate for trial in row.tried] == [1e-6, 5e-2]
-        assert row.learning_rate == max(row.tried, key=lambda trial: trial.scores["accuracy"]).learning_rate
+        best = max(row.tried, key=lambda trial: (trial.scores["accuracy"], -trial.scores["loss"]))
+        assert row.learning_rate == best.learning_rate
         assert any("at the end of those tried" in note for note in row.notes)
     assert found.rows[0].learning_rate == 5e-2
 

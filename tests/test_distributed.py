@@ -530,7 +530,7 @@ ENDS = {
 @pytest.mark.parametrize("how", ENDS)
 def test_the_launcher_says_once_how_a_rank_ended(how: str, bench: Bench, tmp_path: Path) -> None:
     """It failed, was killed or was asked to stop: one line, the exit code that belongs to it, and no traceback."""
-    hushed = "import surgery.terminal; surgery.terminal.hush_libraries()"  # as the command line does before it imports them
+    hushed = "import surgery.terminal; surgery.terminal.hush_libraries()"  # as the command line does
     ending = f"{hushed}; import tests.forking; tests.forking.happen_at(2, {how!r})"
     (tmp_path / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n    {ending}\n")
     path = os.pathsep.join([str(tmp_path), str(PROJECT)])

@@ -42,9 +42,9 @@ def metric_of(spec: BenchSpec, task: str) -> str:
     return spec.metric or ("loss" if task in LANGUAGE else metric_names(task)[0])
 
 
-def is_better(metric: str, ours: float, theirs: float) -> bool:
-    """Whether a score is the better one."""
-    return ours < theirs if metric == "loss" else ours > theirs
+def worth(metric: str, scores: dict[str, float]) -> tuple[float, float]:
+    """What a trial counts: its score, and between equal ones its loss. More is better."""
+    return (-scores["loss"] if metric == "loss" else scores[metric]), -scores["loss"]
 
 
 def count_steps(spec: BenchSpec, feed: Feed) -> int:
@@ -120,10 +120,7 @@ def tune(subject: Subject, entry: Entry, feed: Feed, base: Any, row: Row) -> Non
         learnt = learn(subject, entry, feed, base, rate=rate, seed=0, steps=steps)
         row.tried.append(Trial(learning_rate=rate, scores=learnt.scores))
     found = [trial for trial in row.tried if trial.scores]
-    best = found[0] if found else row.tried[0]
-    for trial in found:
-        if is_better(metric, trial.scores[metric], best.scores[metric]):
-            best = trial
+    best = max(found, key=lambda trial: worth(metric, trial.scores), default=row.tried[0])
     row.learning_rate = best.learning_rate
     if best.learning_rate in (min(spec.tune), max(spec.tune)):
         row.notes.append(f"the best learning rate, {best.learning_rate:g}, is at the end of those tried")

@@ -502,6 +502,7 @@ def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command
         ("apply {stored} --select magnitude -o {out}", 5, "weights that are held as nf4-double"),
         ("export {stored} --format onnx -o {out}", 5, "a checkpoint quantized by bitsandbytes"),
         ("apply {llama} --quantize nf5 -o {out}", 2, "The closest is 'nf4'"),
+        ("apply {llama} --quantize NF4 -o {out}", 2, "The closest is 'nf4'"),
         ("apply {llama} --method read --quantize nf4 -o {out}", 2, "method read has no such setting"),
         ("apply {gpt2} --quantize nf4 -o {out}", 5, "GPT2LMHeadModel has no layer that could be"),
         ("export {plain} --merge --merge-base original -o {out}", 2, "the base of this adapter is not quantized"),
@@ -584,6 +585,16 @@ def test_the_predicted_weights_are_those_in_memory(llama: Path, tmp_path: Path) 
     buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if "paca_" not in name)
     assert found.parts["weights"] == sum(p.nbytes for p in own) + scales + buffers
     assert any("the base is held as nf4, 14 layers" in note for note in found.notes)
+
+
+def test_a_base_stored_in_4_bits_is_predicted_as_apply_predicts_it(stored: Path, tmp_path: Path) -> None:
+    """By its folder, before any plan is made of it, and by an adapter's."""
+    operate.apply(stored, tmp_path / "a", PacaSpec(rank=4))
+    found = forecast(str(stored), Question(device="cpu"), ("paca.rank=4",))
+    assert found.parts == forecast(str(tmp_path / "a"), Question(device="cpu")).parts
+    assert any("the base is held as nf4-double, 14 layers, as its files have them" in note for note in found.notes)
+    with pytest.raises(UnsupportedError, match="quantized by bitsandbytes"):
+        forecast(str(stored), Question(device="cpu", method="lora"))
 
 
 def test_what_fp16_holds_is_the_same_when_it_is_computed_in_fp32(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -102,9 +102,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _inputs(model: nn.Module, sites: Sequence[Site], strategy: str, scores: Mapping[str, Tensor]) -> Iterator[None]:
     def watch(site: Site) -> Any:
-        def add(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            score = STRATEGIES[strategy].score(args[0], out_features=site.out_features)
-            scores[site.module].add_(score.cpu())
+        def add(_module: Any, args: tuple[Any, ...]) -> None:
+            scores[site.module].add_(STRATEGIES[strategy].score(args[0], out_features=site.out_features).cpu())
 
         return add
 

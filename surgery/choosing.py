@@ -6,6 +6,7 @@ What is chosen is stored (the adapter file holds the columns), so that nothing i
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -34,7 +35,7 @@ from surgery.columns import (
 )
 from surgery.data import DataSpec, Prepared, prepare, prepare_images
 from surgery.delta import ColumnDelta
-from surgery.errors import RequestError, UnsupportedError
+from surgery.errors import DataError, RequestError, UnsupportedError
 from surgery.expert_scores import ExpertSite
 from surgery.experts import budget_unit, live_weight, matrices
 from surgery.images import TASK as IMAGES
@@ -226,8 +227,20 @@ def calibration_batches(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> list[B
         fix = "Name the task with --task"
         found = f"a {plan.architecture} has no task, and rows mean nothing to it"
         raise UnsupportedError(f"--select {spec.select}", found, expected="a model with one", fix=fix)
-    prepared = _prepare(root, plan, spec)
+    try:
+        prepared = _prepare(root, plan, spec)
+    except DataError as error:
+        raise DataError(error.where, error.found, expected=error.expected, fix=_as_option(error.fix)) from error
     return draw_batches(prepared, rows=spec.calibration_rows, select=spec.select, seed=spec.seed)
+
+
+def _as_option(fix: str) -> str:
+    """What to do about columns, in the words of `apply` too: `train` and recipes say `data.columns`."""
+    named = re.search(r"data\.columns = \{(.*?)\}", fix)
+    if not named:
+        return fix
+    option = named[1].replace(": ", "=").replace(", ", ",").replace("'", "")
+    return f"{fix[: named.end()]} (of apply: --calibration-columns {option}){fix[named.end() :]}"
 
 
 def _prepare(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> Prepared:

@@ -221,7 +221,7 @@ def open_subject(root: Path, method: str, spec: Any, task: TaskSpec, run: Run) -
     Raises: NotAModelError, SelectorError, UnsupportedError, DamagedError.
     """
     require_known("--method", method, METHODS)
-    seen = survey(root, task)
+    seen = survey(root, task, takes_4bit=method not in (FULL, LORA) and _has_weights(root))  # PEFT has a way of its own
     dtype = _weight_dtype(root, seen, run)
     plan = None if method == FULL else _plan(root, seen, spec, task, dtype, method=method)
     if method == LORA and plan:

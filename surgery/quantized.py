@@ -305,13 +305,13 @@ def quantize_layer(module: Any, kind: str, storage: torch.dtype) -> None:
     _install(module, packed, storage, shape)
 
 
-def adopt_layer(module: Any) -> None:
-    """Make a layer that bitsandbytes loaded from 4-bit files one of ours, in place: the packed weight stays as it is.
+def hold_layer(module: Any, storage: torch.dtype) -> None:
+    """Make a layer whose weight came packed one that multiplies as those do that are packed here, in place.
 
-    Its own forward, in eval mode on a CPU with AVX512-BF16, orders the weight anew and rounds the scales for good.
+    bitsandbytes' own layer computes otherwise in eval mode on some CPUs: it orders the weight anew, for good, with its
+    scales rounded to bfloat16, and fails where the number of outputs does not suit the kernel.
     """
-    storage, shape = live_dtype(module, torch.float32), (module.out_features, module.in_features)
-    _install(module, module.weight, storage, shape)
+    _install(module, module.weight, storage, (module.out_features, module.in_features))
 
 
 def size_layer(module: Any, kind: str, storage: torch.dtype) -> None:

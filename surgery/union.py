@@ -24,6 +24,7 @@ from surgery.experts import by_parameter
 from surgery.manifest import Manifest, Record
 from surgery.methods.paca_spec import CALIBRATION
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
+from surgery.quantized_base import base_digest
 
 LISTED_LAYERS, LISTED_COLUMNS = 12, 8  # of an overlap, in its message
 
@@ -64,6 +65,8 @@ class _UnitedPatches(Mapping[str, ColumnPatch]):
 
     def __getitem__(self, module: str) -> ColumnPatch:
         parts = [delta.patches[module] for delta in self._deltas if module in delta.patches]
+        if not parts:
+            raise KeyError(module)
         columns, order = torch.cat([part.columns for part in parts]).sort()
         values = torch.cat([part.values for part in parts], dim=1)[:, order]
         original = torch.cat([part.original for part in parts], dim=1)[:, order]
@@ -123,7 +126,8 @@ def _require_same_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> N
         if smallest.weight not in checkpoint:
             found = f"{checkpoint.root} has no {smallest.weight}"
             raise BaseMismatchError(str(adapter.folder), found, expected="the base this adapter was made for")
-        require_base(smallest, checkpoint.sha256(smallest.weight), f"{checkpoint.root} for {adapter.folder}")
+        digest = base_digest(checkpoint, adapter.plan, smallest)
+        require_base(smallest, digest, f"{checkpoint.root} for {adapter.folder}")
 
 
 def _digests(plan: SurgeryPlan) -> dict[str, str]:

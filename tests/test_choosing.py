@@ -347,6 +347,11 @@ def test_the_command_says_what_is_missing(tiny_model: TinyModel, data: Path, tmp
         assert said.endswith("under a budget of 1% of all that was meant"), "beside the part of the layers that train"
     code, said = command("apply", root, "-r", "16", "--budget", "1%", "-o", tmp_path / "x")
     assert (code, "given with --rank" in said) == (2, True), "also where it is the default's rank"
+    table = tmp_path / "rows.tsv"
+    table.write_text("the cat sat\t1\na dog ran\t0\n")
+    looked = ("--select", "activation", "--calibration-data", table, "--task", "sequence-classification")
+    code, said = command("apply", root, *looked, "--labels", "a,b", "-o", tmp_path / "x")
+    assert (code, "(of apply: --calibration-columns sentence1=...,sentence2=...,label=...)" in said) == (2, True), said
     assert not (tmp_path / "x").exists()
 
 

@@ -502,6 +502,49 @@ def test_a_base_stored_in_4_bits_is_trained_and_merged_dequantized(
     assert command("verify", tmp_path / "m")[0] == 0
 
 
+def test_layers_of_a_stored_base_that_do_not_train_are_held_as_those_that_do(stored: Path, tmp_path: Path) -> None:
+    """bitsandbytes' own layer orders its weight anew in eval mode, on some CPUs, and then computes otherwise."""
+    adapter = make_adapter(stored, tmp_path / "a", PacaSpec(rank=4, targets=("q_proj",)))
+    dense.export(adapter, tmp_path / "m", merge_base="dequantized")
+    model, merged = (
+        operate.load(tmp_path / "a"),
+        operate.load_base_model(tmp_path / "m", replace(adapter.plan, quantization=None)),
+    )
+    assert sum(isinstance(module, quantized.QuantizedLinear) for module in model.modules()) == 12
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+    assert torch.equal(logits(model), logits(merged))
+    packed = [module.weight for module in model.modules() if quantized.is_quantized(module)]
+    assert not any("packing_format_for_cpu" in vars(weight.quant_state) for weight in packed)
+
+
+@pytest.mark.parametrize("is_stored", (False, True), ids=("quantized at load", "stored"))
+def test_adapters_on_a_quantized_base_are_united(
+    is_stored: bool, llama: Path, stored: Path, tmp_path: Path, command: Command
+) -> None:
+    """Every quantized layer of the merge is what training saw, those that none of them trains among them."""
+    base, kind = (stored, "") if is_stored else (llama, "nf4-double")
+    for name in ("q_proj", "up_proj"):
+        make_adapter(base, tmp_path / name, PacaSpec(rank=4, targets=(name,), quantize=kind))
+    both = (tmp_path / "q_proj", tmp_path / "up_proj")
+    assert command("export", *both, "--merge", "--merge-base", "dequantized", "-o", tmp_path / "m") == (0, "")
+    checks = {check.name: check for check in verify(tmp_path / "m", numeric=False).checks}
+    assert "14 layers are what training saw, bit for bit" in checks["dequantized weights"].detail
+    assert checks["trained columns"].result == "passed"
+
+
+def test_inputs_of_a_stored_base_choose_columns(stored: Path, tmp_path: Path) -> None:
+    """A packed weight does not have its layer's sizes; inputs are those of the dense model that it stands for."""
+    (tmp_path / "d.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    looked: dict[str, Any] = {"select": "activation", "calibration_data": (str(tmp_path / "d.txt"),)}
+    spec = PacaSpec(rank=4, targets=("q_proj", "down_proj"), calibration_rows=4, calibration_length=32, **looked)
+    adapter = operate.apply(stored, tmp_path / "a", spec)
+    dense.export(adapter, tmp_path / "m", merge_base="dequantized")
+    same = operate.apply(tmp_path / "m", tmp_path / "b", spec)
+    assert {m: p.columns.tolist() for m, p in adapter.delta.patches.items()} == {
+        m: p.columns.tolist() for m, p in same.delta.patches.items()
+    }
+
+
 def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command: Command) -> None:
     """A scale that was changed is another base: what lies beside a packed weight is in its digest."""
     import safetensors.torch
@@ -530,6 +573,7 @@ def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command
         ("apply {stored} --select gradient --calibration-data {data} -o {out}", 5, "which have no gradient, expected"),
         ("export {stored} --format onnx -o {out}", 5, "a checkpoint quantized by bitsandbytes"),
         ("apply {llama} --quantize nf5 -o {out}", 2, "The closest is 'nf4'"),
+        ("apply {llama} --quantize NF4 -o {out}", 2, "The closest is 'nf4'"),
         ("apply {llama} --method read --quantize nf4 -o {out}", 2, "method read has no such setting"),
         ("apply {gpt2} --quantize nf4 -o {out}", 5, "GPT2LMHeadModel has no layer that could be"),
         ("export {plain} --merge --merge-base original -o {out}", 2, "the base of this adapter is not quantized"),
@@ -593,6 +637,16 @@ def test_the_predicted_weights_are_those_in_memory(llama: Path, tmp_path: Path) 
     buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if "paca_" not in name)
     assert found.parts["weights"] == sum(p.nbytes for p in own) + scales + buffers
     assert any("the base is held as nf4, 14 layers" in note for note in found.notes)
+
+
+def test_a_base_stored_in_4_bits_is_predicted_as_apply_predicts_it(stored: Path, tmp_path: Path) -> None:
+    """By its folder, before any plan is made of it, and by an adapter's."""
+    operate.apply(stored, tmp_path / "a", PacaSpec(rank=4))
+    found = forecast(str(stored), Question(device="cpu"), ("paca.rank=4",))
+    assert found.parts == forecast(str(tmp_path / "a"), Question(device="cpu")).parts
+    assert any("the base is held as nf4-double, 14 layers, as its files have them" in note for note in found.notes)
+    with pytest.raises(UnsupportedError, match="quantized by bitsandbytes"):
+        forecast(str(stored), Question(device="cpu", method="lora"))
 
 
 def test_what_fp16_holds_is_the_same_when_it_is_computed_in_fp32(tiny_model: TinyModel, tmp_path: Path) -> None:

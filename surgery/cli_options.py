@@ -29,8 +29,8 @@ OUT = click.option("-o", "--out", type=click.Path(path_type=Path), help="The fol
 LEAN = click.option(
     "--lean/--no-lean",
     default=None,
-    help="Norms, gates and loss keep the least for backward. Default: where that was measured to cost nothing, which "
-    "is on the CPU and uncompiled.",
+    help="Norms, gates and loss keep the least for backward. Default: where that was measured to cost nothing: "
+    "on the CPU, uncompiled, unless a batch is very small.",
 )
 FOLDER = click.Path(path_type=Path)
 TASK = options(

@@ -530,8 +530,9 @@ def brief_line(found: Prediction) -> str:
     """The short form, for `surgery apply --plan`."""
     run, kept = found.run, sum(found.activations.values())
     state = sum(size for name, size in found.parts.items() if name != "temporary")
+    device = f"{run.device}, lean blocks," if found.lean else run.device
     return (
-        f"a step of {_batch(found)} on {run.device} holds {size_text(found.total)}: "
+        f"a step of {_batch(found)} on {device} holds {size_text(found.total)}: "
         f"{size_text(state)} for weights, what trains, gradients and AdamW, {size_text(kept)} for the backward pass, "
         f"{size_text(found.parts['temporary'])} for a moment "
         "(`surgery plan` says more)"

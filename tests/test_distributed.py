@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -156,11 +157,11 @@ def prepare(root: Path, tiny_model: TinyModel, variants: Sequence[Variant]) -> B
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    """Between the trained values of two adapters."""
+    """Between the trained values of two adapters; infinite where one holds more columns."""
     first, second = (TensorFile(folder / "adapter.safetensors") for folder in (a, b))
     assert set(first.infos) == set(second.infos)
     pairs = [(first.read(name).double(), second.read(name).double()) for name in first.infos]
-    return max(float((one - two).abs().max()) for one, two in pairs)
+    return max(float((one - two).abs().max()) if one.shape == two.shape else math.inf for one, two in pairs)
 
 
 def patches(folder: Path) -> Mapping[str, ColumnPatch]:

@@ -25,7 +25,7 @@ from surgery.columns import STRATEGIES, drawn_columns, random_columns
 from surgery.delta import require_columns
 from surgery.errors import CheckError, RequestError, SelectorError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
-from surgery.operate import apply, attach, collect, detach, load, load_base_model, resample, save
+from surgery.operate import apply, attach, attach_plan, collect, detach, load, load_base_model, resample, save
 from surgery.paca_experts import OWN, SHARED, WAYS
 from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan, Target
@@ -310,14 +310,15 @@ def test_own_columns_compete_as_the_sum_of_each_expert_s_next_best() -> None:
     plan = planned(build("mixtral"), PacaSpec(rank=1, targets=("experts.*.down_proj",), experts=OWN))
     plan = replace(plan, spec={**plan.spec, "rank": 16, "select": "magnitude", "budget": str(2 * 4 * 32)})
     scores = {target.module: torch.full((48,), 1e-3, dtype=torch.float64) for target in plan.targets}
-    for target in plan.targets:
-        layer = 0 if ".0.mlp" in target.module else 1
-        scores[target.module][target.place[0] : target.place[0] + 2] = torch.tensor([5.0, 3.0]) if layer else 1.0
+    for target in plan.targets:  # of layer 0 all experts want the same two columns, of layer 1 each wants others
+        first = 2 * target.place[0] if ".1.mlp" in target.module else 0
+        wanted = [5.0, 3.0] if ".1.mlp" in target.module else [2.0, 2.0]
+        scores[target.module][first : first + 2] = torch.tensor(wanted, dtype=torch.float64)
     settled, choice = settle(plan, scores)
     assert {target.holder for target in settled.targets} == {"model.layers.1.mlp.experts"}
     assert choice is not None
     chosen = [choice.columns[target.module].tolist() for target in settled.targets]
-    assert chosen == [[0, 1], [1, 2], [2, 3], [3, 4]]
+    assert chosen == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 # --- the whole way
@@ -355,6 +356,12 @@ def test_another_task_keeps_the_experts_columns(tiny_model: TinyModel, tmp_path:
     found = {patch.target.weight: patch.columns.tolist() for patch in after.patches.values()}
     held = require_columns(before.delta, "test").patches.values()
     assert found == {patch.target.weight: patch.columns.tolist() for patch in held}
+    model = load_base_model(tiny_model("mixtral"), after.plan)
+    attach_plan(model, after.plan, after)
+    again = require_columns(collect(model), "test").patches
+    assert {module: patch.columns.tolist() for module, patch in again.items()} == {
+        module: patch.columns.tolist() for module, patch in after.patches.items()
+    }
 
 
 def test_the_plan_alone_says_what_a_budget_gives(tiny_model: TinyModel, command: Command) -> None:

@@ -175,7 +175,7 @@ def require_layers(plan: SurgeryPlan, where: str) -> None:
     if others and not any(target.holder for target in others):
         raise UnsupportedError(
             where,
-            f"{len(others)} targets that are no linear layers, first {others[0].name}",
+            f"{len(others)} of the targets are no linear layers, first {others[0].name}",
             expected="targets that are",
             fix="Write the merged checkpoint with --merge, or leave them out",
         )

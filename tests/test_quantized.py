@@ -398,7 +398,7 @@ def test_both_merges_hold_what_they_promise(kind: str, llama: Path, tmp_path: Pa
     assert f"(the base as {kind})" in checks["merge difference"].detail
     checks = {check.name: check for check in verify(tmp_path / "seen").checks}
     assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
-    assert "14 layers are what training saw, bit for bit" in checks["dequantized weights"].detail
+    assert "14 layers are those of this base, dequantized" in checks["dequantized weights"].detail
     assert "merge difference" not in checks
 
 
@@ -528,7 +528,7 @@ def test_adapters_on_a_quantized_base_are_united(
     both = (tmp_path / "q_proj", tmp_path / "up_proj")
     assert command("export", *both, "--merge", "--merge-base", "dequantized", "-o", tmp_path / "m") == (0, "")
     checks = {check.name: check for check in verify(tmp_path / "m", numeric=False).checks}
-    assert "14 layers are what training saw, bit for bit" in checks["dequantized weights"].detail
+    assert "14 layers are those of this base, dequantized" in checks["dequantized weights"].detail
     assert checks["trained columns"].result == "passed"
 
 

@@ -279,7 +279,7 @@ def test_what_a_step_keeps_is_predicted(convnext: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("family", "arguments", "first"),
     (
-        ("convnext", ("--targets", "all-conv"), r"1 targets that are no linear layers, first convnext\."),
+        ("convnext", ("--targets", "all-conv"), r"1 of the targets are no linear layers, first convnext\."),
         ("llama", ("--targets", "embed_tokens", "--rows", "id:7"), "first model.embed_tokens.weight"),
         ("siglip", (), "in_proj_weight"),
     ),

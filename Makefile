@@ -82,6 +82,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_combinations.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

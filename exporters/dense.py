@@ -31,7 +31,7 @@ from surgery.errors import BaseMismatchError, CheckError, RequestError, Unsuppor
 from surgery.manifest import MERGED, UNDO_FILE, Base, Manifest, Record, relative_path, versions
 from surgery.paca_quantized import trained_weight
 from surgery.plan import Stored, SurgeryPlan, Target, WholeTarget
-from surgery.quantized_base import is_beside, is_packed, require_package, seen_weight, stored_sha256, stored_weight
+from surgery.quantized_base import base_digest, is_beside, is_packed, require_package, seen_weight, stored_weight
 from surgery.tensorfile import (
     FLOAT_DTYPES,
     TORCH_NAMES,
@@ -306,12 +306,6 @@ def _seen(checkpoint: Checkpoint, delta: ColumnDelta, module: str, tensor: OutTe
     values = trained_weight(seen_weight(checkpoint, held, held.layers[module]), patch).to(torch_dtype(tensor.dtype))
     _require_fits(tensor.name, tensor.dtype, count_not_finite(values))
     yield tensor_to_bytes(values)
-
-
-def base_digest(checkpoint: Checkpoint, plan: SurgeryPlan, target: Target) -> str:
-    """The digest that a target's weight has in the base's files."""
-    is_stored = is_packed(plan, target.module)
-    return stored_sha256(checkpoint, target.weight) if is_stored else checkpoint.sha256(target.weight)
 
 
 def _patched(checkpoint: Checkpoint, delta: ColumnDelta, target: Target) -> Iterator[memoryview]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from exporters.dense import KEEP, Exporter, base_digest, require_targets, sourced
+from exporters.dense import KEEP, Exporter, require_targets, sourced
 from surgery.adapter import Adapter, find_base, find_model
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.delta import ColumnDelta, ColumnPatch, require_base, require_columns
@@ -27,6 +27,7 @@ from surgery.experts import require_layers
 from surgery.manifest import Base, Record, relative_path, versions
 from surgery.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, saved_modules, task_type
 from surgery.plan import SurgeryPlan
+from surgery.quantized_base import base_digest
 from surgery.tensorfile import build_header, file_sha256, tensor_bytes, tensor_to_bytes
 from surgery.writing import CheckpointWriter, require_apart, require_disk, write_file, write_tensors
 

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from surgery.checkpoint import DECODER_FILE, ENCODER_FILE, MODEL_FILE
-from surgery.compat import TRANSFORMERS_5, memory_names, quiet_loading
+from surgery.compat import TRANSFORMERS_5, memory_names, pixels_config, quiet_loading
 from surgery.errors import UnsupportedError, shorten
 from surgery.side import NAME, Memory, SideNetwork
 from surgery.survey import class_for, own_task
@@ -218,6 +218,7 @@ def _describe(model: Any, dtype: torch.dtype) -> list[GraphSpec]:
     if task == "seq2seq":
         return _pair(model, dtype)
     if model.main_input_name == "pixel_values":
+        config = pixels_config(config)
         size = config.image_size  # a graph takes images of one size: a class that names none is refused
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         inputs = [Port("pixel_values", ("batch", config.num_channels, height, width), dtype)]

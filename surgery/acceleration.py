@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from surgery.compat import input_embeddings
-from surgery.errors import RecipeError, UnsupportedError, shorten
+from surgery.errors import UnsupportedError, shorten
 from surgery.lean_kernels import choose_kernels
 from surgery.lean_pass import rewrite
 from surgery.paca_experts import opened_experts
@@ -44,45 +44,26 @@ class Kernels:
 
 
 def require(section: TrainSection, device: str) -> None:
-    """Refuse what this device or this installation does not have.
+    """Refuse what this card or this installation does not have. What no such device has is in `combinations`.
 
-    Raises: UnsupportedError; RecipeError for settings that exclude each other.
+    Raises: UnsupportedError.
     """
     _require_precision(section.precision, device)
-    if section.tf32 == "on":
-        _require_tf32(device)
+    if section.tf32 == "on" and not has_tf32():
+        found = f"on, and the device is {_card()}"
+        raise UnsupportedError("train.tf32", found, expected="an NVIDIA device from Ampere on", fix="Take auto or off")
     if section.attention == FLASH:
         _require_flash(device)
     if section.liger:
         _require_liger(device)
     if section.compile:
-        _require_compile(section, device)
-    if section.lean == "on":
-        _require_lean(section, device)
-
-
-def require_for_quantized(section: TrainSection, device: str, kind: str) -> None:
-    """Refuse what a run on a quantized base has not. kind: how it is held. Raises: UnsupportedError."""
-    base = f"a base held as {kind}"
-    if section.strategy != "ddp":
-        found = f"{section.strategy} with {base}, whose packed weights have no rows to be divided"
-        raise UnsupportedError("train.strategy", found, expected="ddp", fix="Leave it out; each device holds the base")
-    if section.compile:
-        raise UnsupportedError("train.compile", f"true with {base}", expected="false", fix="Leave it out")
-    if device == "hpu":
-        raise UnsupportedError(
-            "train.device", f"hpu with {base}", expected="cpu or cuda", fix="Apply without --quantize"
-        )
+        _require_compile(device)
 
 
 def _require_precision(precision: str, device: str) -> None:
     if precision == "bf16" and device == "cuda" and not has_bf16():
         raise UnsupportedError(
             "train.precision", f"bf16 on {_card()}, which has none", expected="fp16 or fp32", fix="Take fp16, or auto"
-        )
-    if precision == "fp16" and device == "cpu":
-        raise UnsupportedError(
-            "train.precision", "fp16 on a CPU", expected="bf16 or fp32", fix="Take auto: the weights keep their dtype"
         )
 
 
@@ -99,12 +80,6 @@ def has_tf32() -> bool:
 
 def _card() -> str:
     return str(torch.cuda.get_device_name())
-
-
-def _require_tf32(device: str) -> None:
-    if device != "cuda" or not has_tf32():
-        found = f"on, and the device is {_card() if device == 'cuda' else device}"
-        raise UnsupportedError("train.tf32", found, expected="an NVIDIA device from Ampere on", fix="Take auto or off")
 
 
 def _require_flash(device: str) -> None:
@@ -128,7 +103,7 @@ def missing_flash(device: str) -> str:
 def _require_liger(device: str) -> None:
     missing = missing_liger(device)
     if missing:
-        fix = "pip install 'checkpoint-surgery[liger]'" if "installed" in missing else "Leave train.liger out"
+        fix = "pip install 'checkpoint-surgery[liger]'"
         raise UnsupportedError("train.liger", missing, expected="Liger's kernels to be usable", fix=fix)
 
 
@@ -139,24 +114,7 @@ def missing_liger(device: str) -> str:
     return "" if importlib.util.find_spec(LIGER_PACKAGE) else "liger-kernel is not installed"
 
 
-def _require_lean(section: TrainSection, device: str) -> None:
-    if device == "hpu":
-        found, fix = "on, and the device is hpu, which has fused norms of its own", "Leave train.lean out"
-        raise UnsupportedError("train.lean", found, expected="cpu or cuda", fix=fix)
-    if section.liger:
-        fix = "Leave one of the two out: lean blocks take Liger's kernels themselves"
-        raise RecipeError("train.lean", "on, given with train.liger", expected="one of the two", fix=fix)
-
-
-def _require_compile(section: TrainSection, device: str) -> None:
-    if device == "hpu":
-        raise UnsupportedError("train.compile", "true on hpu", expected="false", fix="Take train.hpu_mode=compile")
-    if section.cache_features is not None:
-        found = "given with --cache-features, which runs parts of the model alone"
-        raise RecipeError("train.compile", found, expected="one of the two")
-    if section.strategy != "ddp":
-        found = f"given with strategy {section.strategy}"
-        raise RecipeError("train.compile", found, expected="strategy ddp", fix="Leave one of the two out")
+def _require_compile(device: str) -> None:
     failure = compile_failure(device)
     if failure:
         fix = "Leave train.compile out; `surgery doctor` says what is missing"

@@ -1,7 +1,8 @@
 """What batches say of a model's weights: one number for each input column, summed up layer by layer.
 
 Inputs are seen by hooks on the layers. Gradients are the weights' own, which autograd computes for the chosen layers
-alone; each is reduced and let go as soon as it is there, so that there is one dense gradient at a time.
+alone; each is reduced and let go as soon as it is there, so that there is one dense gradient at a time. Of a mixture's
+experts `expert_scores` sees both.
 
 Sums are kept in float64: the order of the batches changes them in their last digits only.
 """
@@ -18,28 +19,36 @@ from torch import Tensor, nn
 
 from surgery.columns import GRADIENTS, STRATEGIES
 from surgery.errors import CheckError, RequestError, UnsupportedError
+from surgery.expert_scores import ExpertSite, watching_experts
+from surgery.quantized import is_quantized
 
 Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A layer to look at: `input_axis` is the weight's axis that its inputs run along."""
+    """A layer to look at: its sizes, which a packed weight does not show, and the weight's axis of its inputs."""
 
     module: str
+    out_features: int
+    in_features: int
     input_axis: int
 
 
-def calibrate(model: Any, sites: Sequence[Site], strategy: str, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Each layer's scores (i,) float64 by module, over all batches. The model is left as it was.
+def calibrate(
+    model: Any, sites: Sequence[Site | ExpertSite], strategy: str, batches: Iterable[Batch]
+) -> dict[str, Tensor]:
+    """Each target's scores (i,) float64 by module, over all batches. The model is left as it was.
 
     Raises: RequestError without batches; UnsupportedError where there is no loss, or a layer's weight has no gradient;
     CheckError where scores are not finite.
     """
-    scores = {site.module: _zeros(model, site) for site in sites}
+    scores = {site.module: torch.zeros(site.in_features, dtype=torch.float64) for site in sites}
     look = _gradients if STRATEGIES[strategy].looks_at == GRADIENTS else _inputs
+    layers = [site for site in sites if isinstance(site, Site)]
+    experts = [site for site in sites if isinstance(site, ExpertSite)]
     seen = 0
-    with _evaluating(model), look(model, sites, strategy, scores):
+    with _evaluating(model), look(model, layers, strategy, scores), watching_experts(model, experts, strategy, scores):
         for batch in batches:
             _run(model, batch, strategy)
             seen += 1
@@ -52,11 +61,6 @@ def calibrate(model: Any, sites: Sequence[Site], strategy: str, batches: Iterabl
             f"--select {strategy}", f"{wrong[0]} has scores that are not finite", expected="numbers", fix=fix
         )
     return scores
-
-
-def _zeros(model: nn.Module, site: Site) -> Tensor:
-    weight = cast("Tensor", model.get_submodule(site.module).weight)
-    return torch.zeros(weight.shape[site.input_axis], dtype=torch.float64)
 
 
 def _run(model: Any, batch: Batch, strategy: str) -> None:
@@ -74,10 +78,16 @@ def _run(model: Any, batch: Batch, strategy: str) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no gradients but those that are asked for; all as it was in the end."""
+    """No dropout, and no gradients but those that are asked for; all as it was in the end.
+
+    bitsandbytes' layers stay in training mode, in which they compute the same: in eval mode some CPUs order their
+    weights anew, for good.
+    """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
+    for module in filter(is_quantized, model.modules()):
+        module.training = True
     model.requires_grad_(requires_grad=False)
     try:
         with torch.enable_grad():
@@ -92,9 +102,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _inputs(model: nn.Module, sites: Sequence[Site], strategy: str, scores: Mapping[str, Tensor]) -> Iterator[None]:
     def watch(site: Site) -> Any:
-        def add(module: Any, args: tuple[Any, ...]) -> None:
-            out_features = module.weight.shape[1 - site.input_axis]
-            scores[site.module].add_(STRATEGIES[strategy].score(args[0], out_features=out_features).cpu())
+        def add(_module: Any, args: tuple[Any, ...]) -> None:
+            scores[site.module].add_(STRATEGIES[strategy].score(args[0], out_features=site.out_features).cpu())
 
         return add
 

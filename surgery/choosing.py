@@ -5,11 +5,13 @@ What is chosen is stored (the adapter file holds the columns), so that nothing i
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,9 @@ from surgery.columns import (
 )
 from surgery.data import DataSpec, Prepared, prepare, prepare_images
 from surgery.delta import ColumnDelta
-from surgery.errors import RequestError, UnsupportedError
+from surgery.errors import DataError, RequestError, UnsupportedError
+from surgery.expert_scores import ExpertSite
+from surgery.experts import budget_unit, live_weight, matrices
 from surgery.images import TASK as IMAGES
 from surgery.images import read_processor
 from surgery.methods.paca_plan import named_columns
@@ -76,7 +80,7 @@ def choose(checkpoint: Checkpoint, plan: SurgeryPlan, load: Callable[..., Any]) 
 
 def choose_live(model: Any, plan: SurgeryPlan, batches: Iterable[Batch]) -> Chosen:
     """The same for a model in memory. `batches`: what it is called with, labels included. Raises: as `choose`."""
-    found = _without_data(plan, lambda target: cast("Tensor", model.get_submodule(target.module).weight).detach())
+    found = _without_data(plan, lambda target: live_weight(model, target))
     if found:
         return found
     spec = PacaSpec(**plan.spec)
@@ -122,16 +126,21 @@ def _named(plan: SurgeryPlan, spec: PacaSpec) -> Choice:
     return Choice(named_columns(spec.select, plan.targets, {t.module: t.group for t in plan.targets}))
 
 
-def _sites(plan: SurgeryPlan) -> list[Site]:
-    return [Site(target.module, target.input_axis) for target in plan.targets]
+def _sites(plan: SurgeryPlan) -> list[Site | ExpertSite]:
+    return [
+        ExpertSite(t.module, t.in_features, t.holder, t.parameter, t.place)
+        if t.holder
+        else Site(t.module, t.out_features, t.in_features, t.input_axis)
+        for t in plan.targets
+    ]
 
 
 def _weight_scores(spec: PacaSpec, weights: Iterable[tuple[Target, Tensor]]) -> dict[str, Tensor]:
-    """Scores by module; one weight is in memory at a time."""
+    """Scores by module; one weight is in memory at a time. Of a tensor that holds all experts theirs are summed."""
     score, found = STRATEGIES[spec.select].score, {}
     for target, weight in weights:
-        weight_oi = weight if target.input_axis == 1 else weight.t()
-        found[target.module] = score(weight_oi, seed=spec.seed, name=target.weight).cpu()
+        parts = (score(part, seed=spec.seed, name=name).cpu() for name, part in matrices(target, weight))
+        found[target.module] = functools.reduce(torch.add, parts)
     return found
 
 
@@ -145,24 +154,41 @@ def settle(plan: SurgeryPlan, scores: Mapping[str, Tensor]) -> Chosen:
     """
     spec = PacaSpec(**plan.spec)
     summed: dict[str, Tensor] = {}
-    values: dict[str, int] = {}
     for target in plan.targets:
         before = summed.get(target.group)
         summed[target.group] = scores[target.module] if before is None else before + scores[target.module]
-        values[target.group] = values.get(target.group, 0) + target.out_features
     if spec.budget:
-        groups = [GroupScores(group, summed[group], values[group]) for group in sorted(summed)]
         total = sum(target.out_features * target.in_features for target in plan.targets)
-        plan = _with_ranks(plan, spread(groups, budget_values(spec.budget, total)))
+        plan = _with_ranks(plan, spread(_budget_scores(spec, plan, summed), budget_values(spec.budget, total)))
     columns = {t.module: top_columns(summed[t.group], t.rank, seed=spec.seed, group=t.group) for t in plan.targets}
     kept = {t.module: summed[t.group] for t in plan.targets} if spec.resample else {}
     return plan, Choice(columns, kept)
 
 
+def _budget_scores(spec: PacaSpec, plan: SurgeryPlan, summed: Mapping[str, Tensor]) -> list[GroupScores]:
+    """What a budget is spread over, by name. summed: each group's scores.
+
+    Experts with columns of their own have as many each: what the n-th costs and brings is that of all their n-th best.
+    """
+    values: dict[str, int] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for target in plan.targets:
+        unit = budget_unit(target, target.group, spec.experts)
+        values[unit] = values.get(unit, 0) + target.out_features
+        groups.setdefault(unit, {})[target.group] = summed[target.group]
+    result = []
+    for unit, parts in sorted(groups.items()):
+        ranked = [part.sort(descending=True).values for part in parts.values()]
+        scores = next(iter(parts.values())) if len(parts) == 1 else functools.reduce(torch.add, ranked)
+        result.append(GroupScores(unit, scores, values[unit]))
+    return result
+
+
 def _with_ranks(plan: SurgeryPlan, ranks: Mapping[str, int]) -> SurgeryPlan:
-    """Ranks by group; layers of a group that has none are not touched."""
-    targets = tuple(replace(t, rank=ranks[t.group]) for t in plan.targets if t.group in ranks)
-    dropped = _count_dropped([t for t in plan.targets if t.group not in ranks], "nothing of the budget")
+    """Ranks by what a budget is spread over; layers of what has none are not touched."""
+    units = {target.module: budget_unit(target, target.group, plan.spec.get("experts", "")) for target in plan.targets}
+    targets = tuple(replace(t, rank=ranks[units[t.module]]) for t in plan.targets if units[t.module] in ranks)
+    dropped = _count_dropped([t for t in plan.targets if units[t.module] not in ranks], "nothing of the budget")
     return replace(plan, targets=targets, untouched=(*plan.untouched, *dropped))
 
 
@@ -201,8 +227,20 @@ def calibration_batches(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> list[B
         fix = "Name the task with --task"
         found = f"a {plan.architecture} has no task, and rows mean nothing to it"
         raise UnsupportedError(f"--select {spec.select}", found, expected="a model with one", fix=fix)
-    prepared = _prepare(root, plan, spec)
+    try:
+        prepared = _prepare(root, plan, spec)
+    except DataError as error:
+        raise DataError(error.where, error.found, expected=error.expected, fix=_as_option(error.fix)) from error
     return draw_batches(prepared, rows=spec.calibration_rows, select=spec.select, seed=spec.seed)
+
+
+def _as_option(fix: str) -> str:
+    """What to do about columns, in the words of `apply` too: `train` and recipes say `data.columns`."""
+    named = re.search(r"data\.columns = \{(.*?)\}", fix)
+    if not named:
+        return fix
+    option = named[1].replace(": ", "=").replace(", ", ",").replace("'", "")
+    return f"{fix[: named.end()]} (of apply: --calibration-columns {option}){fix[named.end() :]}"
 
 
 def _prepare(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> Prepared:

@@ -10,7 +10,7 @@ import click
 
 from surgery.checkpoint import require_model
 from surgery.cli_options import JSON, OUT, OVERWRITE, TASK, options, parse_columns, parse_rank_pattern, split_list
-from surgery.errors import RequestError
+from surgery.columns import FILE, STRATEGIES
 from surgery.terminal import show
 
 
@@ -55,8 +55,7 @@ PACA_OPTIONS = options(
     ),
     click.option(
         "--select",
-        help="paca: random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH (JSON, or an "
-        "adapter). Default: random.",
+        help=f"paca: {', '.join(STRATEGIES)} or {FILE}PATH (JSON, or an adapter). Default: random.",
     ),
     click.option("--budget", help="paca: in place of a rank, so many values or a part of the layers', such as 0.5%."),
     click.option("--resample", help="paca: draw other columns every so many steps of training, as every:500."),
@@ -134,7 +133,7 @@ def apply_command(
     surgery apply model/ --plan
     """  # noqa: D301  click reads \b as "keep these lines as they are"
     require_model(model)
-    from surgery import operate, table, workflow
+    from surgery import combinations, operate, table, workflow
     from surgery import show as showing
     from surgery.adapter import find_model
     from surgery.checkpoint import Checkpoint
@@ -142,8 +141,8 @@ def apply_command(
     from surgery.survey import TaskSpec
 
     given = {name: value for name, value in settings.items() if value is not None and value not in ((), {})}
-    if {"rank", "budget"} <= set(given):
-        raise RequestError("--budget", "given with --rank", expected="one of the two")
+    said = {f"{method}.{name}": combinations.Said(value, is_asked=True) for name, value in given.items()}
+    combinations.require(said)
     spec = make_spec(method, given)
     wanted = TaskSpec(task, split_list([labels]))
     folder = out or workflow.default_adapter_folder(model, method)

@@ -10,6 +10,7 @@ import click
 from surgery.checkpoint import require_model, require_record
 from surgery.cli_options import BASE, FOLDER, JSON, OUT, OVERWRITE
 from surgery.errors import RequestError
+from surgery.lookup import EXPORTERS
 from surgery.terminal import show
 
 
@@ -22,7 +23,7 @@ from surgery.terminal import show
     "format_",
     default="safetensors",
     show_default=True,
-    help="safetensors, onnx, lora, peft-paca (PEFT's own PaCA) or remote-code.",
+    help=f"One of {', '.join(EXPORTERS)}; peft-paca is PEFT's own PaCA.",
 )
 @click.option(
     "--dtype",

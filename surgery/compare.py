@@ -30,7 +30,7 @@ _Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Lines:
-    """The columns (axis 1) or rows (axis 0) that hold every difference, whichever are fewer, out of `total`.
+    """The columns (axis 1) or rows (axis 0) that hold every difference, whichever are the smaller part, out of `total`.
 
     A column of a convolution's kernel (o, i, h, w) is an input channel.
     `numbers` is left empty where all of them differ.
@@ -256,7 +256,7 @@ class _Tally:
         masks = {axis: mask for axis, mask in ((1, self.columns), (0, self.rows)) if mask.size}
         if not masks:
             return None
-        axis = min(masks, key=lambda number: int(masks[number].sum()))
+        axis = min(masks, key=lambda number: (float(masks[number].mean()), int(masks[number].sum())))
         numbers = np.flatnonzero(masks[axis]).tolist()
         total = len(masks[axis])
         return Lines(axis, len(numbers), total, tuple(numbers) if len(numbers) < total else ())

@@ -176,6 +176,17 @@ def base_prefix(model: nn.Module) -> str:
     return prefix if prefix and hasattr(model, prefix) else ""
 
 
+def base_name(model: nn.Module) -> str:
+    """Where the base model lies in a task model, also in a class that calls it otherwise than its family does.
+
+    Such are classifiers of images of SigLIP and CLIP: their only child that is a model is called vision_model.
+    """
+    from transformers import PreTrainedModel
+
+    models = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    return base_prefix(model) or (models[0] if len(models) == 1 else "")
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight is (in, out)."""
     from transformers.pytorch_utils import Conv1D
@@ -327,6 +338,12 @@ def image_size(config: Any) -> tuple[int, int]:
     size = config.to_dict().get("image_size") or ANY_IMAGE_SIZE
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return height, width
+
+
+def pixels_config(config: Any) -> Any:
+    """What says how large a model's images are: its config, or of a model of texts and images the images' part."""
+    names = config.to_dict()
+    return config.vision_config if "vision_config" in names and "num_channels" not in names else config
 
 
 def load_image_processor(folder: Path) -> Any:

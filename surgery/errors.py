@@ -95,8 +95,11 @@ class InterruptedRunError(SurgeryError):
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
-    """`the closest is 'x'` for an error's fix, or the empty string where nothing is near."""
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    """`the closest is 'x'` for an error's fix, or the empty string where nothing is near. Case counts for little."""
+    names = list(choices)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    folded = {choice.casefold(): choice for choice in names}
+    near = near or [folded[key] for key in difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)]
     return f"The closest is {near[0]!r}" if near else ""
 
 

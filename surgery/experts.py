@@ -10,17 +10,19 @@ Shape suffixes: e experts, o outputs, r columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from surgery.compat import MemoryName, Place, is_experts, usual_parts
-from surgery.errors import DamagedError, SelectorError, UnsupportedError
-from surgery.paca_experts import OWN, first_parameter
+from surgery.errors import DamagedError, RequestError, SelectorError, UnsupportedError
+from surgery.paca_experts import OWN, first_parameter, part_name
 from surgery.plan import Parts, Stored, SurgeryPlan, Target
 from surgery.select import LinearSite
+
+Expert = TypeVar("Expert", LinearSite, Target)
 
 _PROJECTIONS = {("gate_up_proj", 2): ("gate_proj", "up_proj")}
 
@@ -109,26 +111,41 @@ def usual_experts(model: nn.Module, dtype_of: Callable[[Tensor], str]) -> Parts:
     return found
 
 
-def require_whole(chosen: Sequence[LinearSite], known: Sequence[LinearSite], ranks: Mapping[str, int]) -> None:
-    """A parameter's experts train all or none, with one rank: in memory they are one. Raises: SelectorError."""
-    groups: dict[str, list[LinearSite]] = {}
-    for site in chosen:
-        if site.holder:
-            groups.setdefault(site.name, []).append(site)
-    for name, members in groups.items():
+def require_whole(chosen: Sequence[LinearSite], known: Sequence[LinearSite]) -> None:
+    """A parameter's experts train all or none: in memory they are one. Raises: SelectorError."""
+    for name, members in by_parameter(chosen).items():
         whole = sum(site.name == name for site in known)
         if len(members) != whole:
             found = f"{len(members)} of the {whole} tensors that make {name}"
             fix = "Name them with a * for the expert, and gate_proj and up_proj together"
             raise SelectorError("--targets", found, expected="all of them: in memory they are one parameter", fix=fix)
-        found_ranks = sorted({ranks[site.module] for site in members})
-        if len(found_ranks) > 1:
-            raise SelectorError(
-                "--rank-pattern",
-                f"ranks {', '.join(map(str, found_ranks))} in {name}",
-                expected="one rank for all experts of a parameter",
-                fix="Name its experts with a *",
-            )
+
+
+def require_one_rank(chosen: Sequence[LinearSite], ranks: Mapping[str, int], where: str, fix: str) -> None:
+    """A parameter's experts have one rank. where: what says ranks. Raises: SelectorError."""
+    for name, members in by_parameter(chosen).items():
+        found = sorted({ranks[site.module] for site in members})
+        if len(found) > 1:
+            expected = "one rank for all experts of a parameter"
+            raise SelectorError(where, f"ranks {', '.join(map(str, found))} in {name}", expected=expected, fix=fix)
+
+
+def require_same(
+    sites: Sequence[LinearSite | Target], columns: Mapping[str, Tensor], groups: Mapping[str, str], where: str
+) -> None:
+    """Tensors of experts that share their columns were given the same: gate and up always. Raises: RequestError."""
+    first: dict[tuple[str, str], str] = {}
+    for site in sites:
+        other = first.setdefault((site.name, groups[site.module]), site.module) if site.holder else site.module
+        if not torch.equal(columns[other], columns[site.module]):
+            fix = f"Name {groups[site.module]!r} once for all of them, or give each expert its own (--experts own)"
+            found = f"other columns for {site.module} than for {other}"
+            raise RequestError(where, found, expected="the same: they share them", fix=fix)
+
+
+def budget_unit(entry: LinearSite | Target, group: str, experts: str) -> str:
+    """What a budget gives columns to: a group, or of experts with columns of their own all of a parameter."""
+    return entry.name if entry.holder and experts == OWN else group
 
 
 def expert_group(site: LinearSite, experts: str, groups: Mapping[str, str]) -> str:
@@ -158,7 +175,7 @@ def require_layers(plan: SurgeryPlan, where: str) -> None:
     if others and not any(target.holder for target in others):
         raise UnsupportedError(
             where,
-            f"{len(others)} targets that are no linear layers, first {others[0].name}",
+            f"{len(others)} of the targets are no linear layers, first {others[0].name}",
             expected="targets that are",
             fix="Write the merged checkpoint with --merge, or leave them out",
         )
@@ -172,13 +189,48 @@ def require_layers(plan: SurgeryPlan, where: str) -> None:
         )
 
 
-def by_parameter(targets: Sequence[Target]) -> dict[str, list[Target]]:
-    """The targets that are experts', by the name of the parameter that holds them."""
-    found: dict[str, list[Target]] = {}
+def by_parameter(targets: Iterable[Expert]) -> dict[str, list[Expert]]:
+    """The targets, or sites, that are experts', by the name of the parameter that holds them."""
+    found: dict[str, list[Expert]] = {}
     for target in targets:
         if target.holder:
             found.setdefault(target.name, []).append(target)
     return found
+
+
+def layer_of(target: Target) -> str:
+    """The module of an attached model that holds a target's difference."""
+    return f"{target.holder}.{part_name(target.parameter)}" if target.holder else target.module
+
+
+def lane_groups(plan: SurgeryPlan) -> dict[str, str]:
+    """The groups of what changes its columns together, by its name in an attached model: see `resampling.lanes`."""
+    own = {name for name, targets in by_parameter(plan.targets).items() if has_own_columns(targets)}
+    return {f"{layer_of(t)}.{t.place[0]}" if t.name in own else layer_of(t): t.group for t in plan.targets}
+
+
+def has_own_columns(targets: Sequence[Target]) -> bool:
+    """Whether the experts of a parameter, all of whose targets these are, have columns of their own."""
+    return len({target.group for target in targets}) > 1
+
+
+def live_weight(model: nn.Module, target: Target) -> Tensor:
+    """A target's weight in a model, as its shape says: of an expert's tensor a view of its part."""
+    weight = model.get_parameter(target.name).detach()
+    if target.place:
+        expert, part, parts = target.place
+        weight = weight[expert].chunk(parts)[part]
+    return weight
+
+
+def matrices(target: Target, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A target's weight as matrices (o, i), each with a name for what is drawn for it: one for each expert in it."""
+    if target.holder and target.sizes:
+        for expert, own in enumerate(weight):
+            yield f"{target.module}.{expert}", own if target.input_axis == 2 else own.t()
+        return
+    name = f"{target.module}.weight" if target.holder else target.weight  # the same in memory and in a file
+    yield name, weight if target.input_axis == 1 else weight.t()
 
 
 def take(values_eor: Tensor, target: Target) -> Tensor:
@@ -192,10 +244,10 @@ def take(values_eor: Tensor, target: Target) -> Tensor:
 def join(targets: Sequence[Target], values: Mapping[str, Tensor], experts: int) -> Tensor:
     """The inverse: of all targets of a parameter, by module, (out, r) -> (e, o, r)."""
     first = targets[0]
+    held = values[first.module]
     if not first.place:
-        return values[first.module].reshape(experts, -1, first.rank)
-    outputs = first.out_features * first.place[2]
-    result = values[first.module].new_empty((experts, outputs, first.rank))
+        return held.reshape(experts, -1, held.shape[1])
+    result = held.new_empty((experts, first.out_features * first.place[2], held.shape[1]))
     for target in targets:
         expert, part, parts = target.place
         result[expert].chunk(parts)[part].copy_(values[target.module])
@@ -204,7 +256,7 @@ def join(targets: Sequence[Target], values: Mapping[str, Tensor], experts: int) 
 
 def join_columns(targets: Sequence[Target], columns: Mapping[str, Tensor], experts: int) -> Tensor:
     """The columns of all targets of a parameter: (r,) where all have the same, else (e, r)."""
-    if len({target.group for target in targets}) == 1:
+    if not has_own_columns(targets):
         return columns[targets[0].module]
     result = torch.zeros((experts, targets[0].rank), dtype=torch.int64)
     for target in targets:
@@ -215,9 +267,14 @@ def join_columns(targets: Sequence[Target], columns: Mapping[str, Tensor], exper
 def require_joined(targets: Sequence[Target], columns: Mapping[str, Tensor], joined: Tensor) -> None:
     """All parts of an expert have the same columns. Raises: DamagedError."""
     for target in targets:
-        if not torch.equal(columns[target.module], columns_of(joined, target)):
-            found = f"columns that are not those of the rest of {target.name}"
-            raise DamagedError(f"adapter, {target.module}", found, expected="the same: in memory they are one")
+        require_equal(target, columns[target.module], columns_of(joined, target))
+
+
+def require_equal(target: Target, columns: Tensor, others: Tensor) -> None:
+    """A target's columns are those of the rest of its expert, or of all. Raises: DamagedError."""
+    if not torch.equal(columns, others):
+        found = f"columns that are not those of the rest of {target.name}"
+        raise DamagedError(f"adapter, {target.module}", found, expected="the same: in memory they are one")
 
 
 def columns_of(columns: Tensor, target: Target) -> Tensor:

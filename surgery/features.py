@@ -300,9 +300,6 @@ def open_cache(
     """
     if not folder:
         raise RecipeError("--cache-features", "an empty name", expected="a folder", fix="Or leave it out")
-    if not plan.stacks:
-        found, fix = f"with method {plan.method}, whose backbone changes", "Leave it out"
-        raise RecipeError("--cache-features", found, expected="method read", fix=fix)
     try:
         max_bytes = None if limit is None else parse_size(limit)
     except ValueError as error:

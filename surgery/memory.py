@@ -17,8 +17,10 @@ import torch
 
 from surgery.acceleration import FLASH, is_large, set_heads, switch_attention
 from surgery.checkpoint import INDEX_FILE, WEIGHTS_FILE, Checkpoint
+from surgery.combinations import facts
+from surgery.combinations import require as require_together
 from surgery.compat import config_dtype, input_embeddings, memory_names
-from surgery.errors import RequestError, UnsupportedError, counted, require_known
+from surgery.errors import RequestError, counted, require_known
 from surgery.experts import require_layers, usual_experts
 from surgery.generate import max_positions
 from surgery.images import TASK as IMAGES
@@ -136,13 +138,9 @@ class Run:
             found = f"{self.sharding} with {self.devices} device{'s' * (self.devices > 1)}"
             fix = "Say with --devices how many there are" if self.devices == 1 else ""
             raise RequestError("--sharding", found, expected=expected, fix=fix)
-        if self.attention == FLASH and self.device != "cuda":
-            found, fix = f"{FLASH}, and the device is {self.device}", "Give --device cuda, or take auto"
-            raise UnsupportedError("train.attention", found, expected="a CUDA device", fix=fix)
-        if self.cpu_offload and (self.device == "cpu" or not SHARDINGS[self.sharding].offloaded):
-            many = " or ".join(name for name, sharding in SHARDINGS.items() if sharding.offloaded)
-            found = f"true with sharding {self.sharding} on {self.device}"
-            raise RequestError("train.cpu_offload", found, expected=f"{many} on cuda")
+        offload = {"train.cpu_offload": self.cpu_offload}
+        require_together(facts({"train.attention": self.attention, "train.device": self.device, **offload}))
+        require_together(facts({"train.strategy": self.sharding, **offload}))  # whatever the device: it is only planned
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def open_subject(root: Path, method: str, spec: Any, task: TaskSpec, run: Run) -
     Raises: NotAModelError, SelectorError, UnsupportedError, DamagedError.
     """
     require_known("--method", method, METHODS)
-    seen = survey(root, task)
+    seen = survey(root, task, takes_4bit=method not in (FULL, LORA) and _has_weights(root))  # PEFT has a way of its own
     dtype = _weight_dtype(root, seen, run)
     plan = None if method == FULL else _plan(root, seen, spec, task, dtype, method=method)
     if method == LORA and plan:
@@ -286,9 +284,8 @@ def _subject(seen: Survey, plan: SurgeryPlan | None, method: str, dtype: torch.d
     if run.attention not in ("auto", FLASH):  # flash is what sdpa takes on a card by itself
         switch_attention(model, run.attention)
     dry = dry_model(model, seen.task, seen.heads, dtype=dtype)
-    if plan is not None and plan.quantization and run.sharding not in ("none", "ddp"):
-        found = f"{run.sharding} with a base held as {plan.quantization.kind}, whose packed weights have no rows"
-        raise UnsupportedError("--sharding", found, expected="ddp", fix="Leave it out; each device holds the base")
+    if plan is not None and plan.quantization:
+        require_together(facts({"train.strategy": run.sharding, "held": plan.quantization.kind}))
     with without_values(dry.mode):
         if plan is not None and plan.quantization:
             quantize(model, plan.quantization.kind, dict.fromkeys(plan.quantization.layers, dtype), only_sizes=True)

@@ -19,7 +19,7 @@ from surgery.columns import resample_steps
 from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError, UnsupportedError
-from surgery.experts import expert_name, usual_experts
+from surgery.experts import expert_name, lane_groups, usual_experts
 from surgery.lean_pass import restore
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup
@@ -28,8 +28,8 @@ from surgery.methods.paca_files import fresh_live
 from surgery.methods.paca_spec import PacaSpec
 from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
-from surgery.quantized import KINDS, is_quantized, kind_of, live_dtype, quantize
-from surgery.quantized_base import require_package
+from surgery.quantized import KINDS, hold_layer, is_quantized, kind_of, live_dtype, quantize
+from surgery.quantized_base import require_package, stored_weight
 from surgery.resampling import resample_model
 from surgery.sharding import settle, whole
 from surgery.survey import TASKS, TaskSpec, class_for, configured, find_heads, own_architecture, read_config
@@ -157,15 +157,14 @@ def load_base_model(root: Path, plan: SurgeryPlan, *, dtype: torch.dtype | None 
         )
     if held:
         checkpoint = Checkpoint.open(root)
-        _hold_quantized(
-            model, held, {n: torch_dtype(checkpoint[w].dtype) for n, w in held.layers.items() if not held.is_stored}
-        )
+        stored = {w: stored_weight(checkpoint, w) if held.is_stored else checkpoint[w] for w in held.layers.values()}
+        _hold_quantized(model, held, {name: torch_dtype(stored[w].dtype) for name, w in held.layers.items()})
     align(model)
     return model
 
 
 def _hold_quantized(model: Any, held: Quantization, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Quantize what the plan says, or take note that the files hold it so. dtypes: of each layer, the file's.
+    """Quantize what the plan says, or take what the files hold so as it is. dtypes: of each layer, the file's.
 
     Raises: DamagedError.
     """
@@ -177,6 +176,8 @@ def _hold_quantized(model: Any, held: Quantization, dtypes: Mapping[str, torch.d
     if packed != set(held.layers):
         found = f"{len(packed ^ set(held.layers))} layers are quantized otherwise than planned"
         raise DamagedError("base", found, expected=f"{len(held.layers)} quantized layers")
+    for name, dtype in dtypes.items():
+        hold_layer(model.get_submodule(name), dtype)
 
 
 def align(model: nn.Module) -> None:
@@ -240,8 +241,8 @@ def resample(model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int) -
     every = resample_steps(plan.spec.get("resample", ""))
     if not every:
         raise RequestError("resample", "the plan draws no columns anew", expected="PacaSpec(resample='every:500')")
-    groups = {target.module: target.group for target in plan.targets}
-    return resample_model(model, optimizer, groups=groups, every=every, seed=plan.spec["seed"], step=step)
+    groups, seed = lane_groups(plan), plan.spec["seed"]
+    return resample_model(model, optimizer, groups=groups, every=every, seed=seed, step=step)
 
 
 def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | None:

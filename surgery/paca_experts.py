@@ -36,7 +36,8 @@ class ExpertColumns(PacaLayer):
     """The trained columns of one parameter of all experts. A part of the experts' module; nobody calls it.
 
     `paca_delta` and `paca_original` are (e, o, r), whatever the axes of the weight; `paca_columns` (r,) where the
-    experts share them, (e, r) where each has its own. Freshness and all else are `PacaLayer`'s.
+    experts share them, (e, r) where each has its own; `paca_past` and `paca_scores` follow it: by expert, (e, i).
+    Freshness and all else are `PacaLayer`'s.
     """
 
     bias = None
@@ -66,6 +67,10 @@ class ExpertColumns(PacaLayer):
         mesh = self.weight.device_mesh
         most = -(-len(self.paca_columns) // mesh.size())
         return self.paca_columns[most * mesh.get_local_rank() :][:most]
+
+    def lane_weight(self, expert: int | None) -> tuple[Any, int]:
+        """That of all experts, or of one that has columns of its own."""
+        return (self.weight, self.input_axis) if expert is None else (self.weight[expert], self.input_axis - 1)
 
     def keep(self, x: Tensor, ids: Tensor | int) -> Tensor:
         """The channels of x (n, i) whose weights train in the experts that its rows go to: (n, r), outside autograd."""
@@ -159,7 +164,7 @@ def ends_of(sorted_ids: Tensor, experts: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One product: the parameter of the experts that is multiplied with, and how.
 
     expert: the one that all rows go to, or None; part: its trained columns, or None where none train.
@@ -176,6 +181,14 @@ class _Call:
         weight: Tensor = self.experts._parameters[self.parameter].detach()  # noqa: SLF001  that the class reads itself
         return weight if self.expert is None else weight[self.expert]
 
+    def forward(self, x: Tensor, weight: Tensor, known: Tensor | None) -> Tensor:
+        """x (n, i) -> (n, o)."""
+        return self.product(x, weight, known, self.experts.is_transposed)
+
+    def backward(self, dy: Tensor, weight: Tensor, known: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """dy (n, o) -> dx (n, i), in x's dtype."""
+        return self.product(dy, weight.to(dy.dtype), known, not self.experts.is_transposed).to(dtype)
+
 
 class _ExpertFunction(torch.autograd.Function):
     """y = x times the weight of each row's expert; backward keeps `kept` of the input, and where rows come from.
@@ -186,23 +199,23 @@ class _ExpertFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, delta: Tensor | None, kept: Tensor | None, tokens: Tensor | None, rows: Any, call: _Call
+        ctx: Any, x: Tensor, delta: Tensor | None, kept: Tensor | None, tokens: Tensor | None, rows: Any, call: Call
     ) -> Tensor:
         ctx.save_for_backward(kept, tokens, rows)
         ctx.call, ctx.weight = call, call.weight()
         ctx.dtypes = (x.dtype, None if delta is None else delta.dtype)
-        return call.product(x, ctx.weight, rows, call.experts.is_transposed)
+        return call.forward(x, ctx.weight, rows)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+        call: Call = ctx.call
         kept, tokens, rows = ctx.saved_tensors
         x_dtype, delta_dtype = ctx.dtypes
         dx = ddelta = None
         if ctx.needs_input_grad[0]:
-            dx = call.product(dy, ctx.weight.to(dy.dtype), rows, not call.experts.is_transposed).to(x_dtype)
+            dx = call.backward(dy, ctx.weight, rows, x_dtype)
         if ctx.needs_input_grad[1] and call.part is not None:
             mine = kept if tokens is None else kept[tokens]
             ddelta = _gradient(mine, dy, rows, call.product, call.experts.num_experts).to(delta_dtype)
@@ -243,7 +256,9 @@ class PacaExperts(nn.Module):
         first = parts.get(first_parameter(self))
         is_shared = first is not None and first.paca_columns.dim() == 1
         kept = first.paca_gather(hidden_states, first.paca_columns) if first is not None and is_shared else None
-        return WAYS[way](self, hidden_states, top_k_index, top_k_weights, kept)
+        # an expert's slice of the difference for each call: its gradients are put together once, by unbind's backward
+        deltas = {name: part.paca_delta.unbind(0) for name, part in parts.items()} if way == "eager" else {}
+        return WAYS[way](self, hidden_states, top_k_index, top_k_weights, _Trained(self, kept, deltas))
 
 
 def require_way(experts: Any) -> str:
@@ -277,40 +292,55 @@ def parts_of(experts: nn.Module) -> dict[str, ExpertColumns]:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Rows on their way through the experts: ids (n,) or the one expert of all; known: what the product needs.
 
-    tokens (n,): which token each row is, kept (t, r): the shared channels of all tokens, or None.
+    tokens (n,): which token each row is.
     """
 
     product: _Product
     ids: Tensor | int
     known: Tensor | None
     tokens: Tensor
+
+    def call(self, experts: Any, parameter: str, part: ExpertColumns | None = None) -> Call:
+        """These rows' product with a parameter."""
+        return Call(experts, parameter, self.product, self.ids if isinstance(self.ids, int) else None, part)
+
+
+Multiply = Callable[[str, Tensor, Rows], Tensor]  # (parameter, x (n, i), rows) -> (n, o), without the experts' bias
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Products in which columns train. kept (t, r): the shared channels of all tokens; deltas: each expert's own."""
+
+    experts: Any
     kept: Tensor | None
+    deltas: dict[str, Any]
+
+    def __call__(self, parameter: str, x: Tensor, rows: Rows) -> Tensor:
+        part = parts_of(self.experts).get(parameter)
+        kept, tokens, delta = None, None, None
+        if part is not None and part.paca_delta.requires_grad:
+            is_first = self.kept is not None and parameter == first_parameter(self.experts)
+            kept, tokens = (self.kept, rows.tokens) if is_first else (part.keep(x, rows.ids), None)
+            delta = self.deltas[parameter][rows.ids] if isinstance(rows.ids, int) else part.paca_delta
+        call = rows.call(self.experts, parameter, part)
+        result: Tensor = _ExpertFunction.apply(x, delta, kept, tokens, rows.known, call)  # type: ignore[no-untyped-call]
+        return result
 
 
-def _multiply(experts: Any, parameter: str, x: Tensor, rows: _Rows, deltas: dict[str, Any]) -> Tensor:
-    """x (n, i) -> (n, o), the experts' bias added."""
-    part = parts_of(experts).get(parameter)
-    expert = rows.ids if isinstance(rows.ids, int) else None
-    kept, tokens, delta = None, None, None
-    if part is not None and part.paca_delta.requires_grad:
-        is_first = rows.kept is not None and parameter == first_parameter(experts)
-        kept, tokens = (rows.kept, rows.tokens) if is_first else (part.keep(x, rows.ids), None)
-        delta = part.paca_delta if expert is None else deltas[parameter][expert]
-    call = _Call(experts, parameter, rows.product, expert, part)
-    result: Tensor = _ExpertFunction.apply(x, delta, kept, tokens, rows.known, call)  # type: ignore[no-untyped-call]
-    if experts.has_bias:
-        result = result + experts.get_parameter(f"{parameter}_bias")[rows.ids]
-    return result
-
-
-def _mlp(experts: Any, x: Tensor, rows: _Rows, deltas: dict[str, Any]) -> Tensor:
+def _mlp(experts: Any, x: Tensor, rows: Rows, multiply: Multiply) -> Tensor:
     """What each row's expert makes of it: (n, h) -> (n, h), before the routing weights."""
-    middle = _multiply(experts, first_parameter(experts), x, rows, deltas)
+
+    def with_bias(parameter: str, x: Tensor) -> Tensor:
+        result = multiply(parameter, x, rows)
+        return result + experts.get_parameter(f"{parameter}_bias")[rows.ids] if experts.has_bias else result
+
+    middle = with_bias(first_parameter(experts), x)
     middle = experts._apply_gate(middle) if experts.has_gate else experts.act_fn(middle)  # noqa: SLF001  the class's own
-    result = _multiply(experts, "down_proj", middle, rows, deltas)
+    result = with_bias("down_proj", middle)
     return experts.post_expert_norm(result) if experts.has_post_expert_norm else result
 
 
@@ -319,33 +349,31 @@ def _summed(weighted: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
     return weighted.view(-1, top_k, weighted.shape[-1]).sum(dim=1).to(dtype)
 
 
-def _forward_grouped(experts: Any, x: Tensor, index: Tensor, weights: Tensor, kept: Tensor | None) -> Tensor:
+def _forward_grouped(experts: Any, x: Tensor, index: Tensor, weights: Tensor, multiply: Multiply) -> Tensor:
     ids, order = torch.sort(index.reshape(-1))
     tokens = order // index.shape[-1]
-    rows = _Rows(_grouped, ids, ends_of(ids, experts.num_experts), tokens, kept)
-    weighted = _mlp(experts, x[tokens], rows, {}) * weights.reshape(-1)[order].unsqueeze(-1)
+    rows = Rows(_grouped, ids, ends_of(ids, experts.num_experts), tokens)
+    weighted = _mlp(experts, x[tokens], rows, multiply) * weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
     return _summed(weighted[back], index.shape[-1], x.dtype)
 
 
-def _forward_batched(experts: Any, x: Tensor, index: Tensor, weights: Tensor, kept: Tensor | None) -> Tensor:
+def _forward_batched(experts: Any, x: Tensor, index: Tensor, weights: Tensor, multiply: Multiply) -> Tensor:
     top_k, ids = index.shape[-1], index.reshape(-1)
     tokens = torch.arange(ids.shape[0], device=ids.device) // top_k
-    rows = _Rows(_batched, ids, ids, tokens, kept)
-    weighted = _mlp(experts, x.repeat_interleave(top_k, dim=0), rows, {}) * weights.reshape(-1).unsqueeze(-1)
+    rows = Rows(_batched, ids, ids, tokens)
+    weighted = _mlp(experts, x.repeat_interleave(top_k, dim=0), rows, multiply) * weights.reshape(-1).unsqueeze(-1)
     return _summed(weighted, top_k, x.dtype)
 
 
-def _forward_eager(experts: Any, x: Tensor, index: Tensor, weights: Tensor, kept: Tensor | None) -> Tensor:
-    # an expert's slice of the difference for each call: the gradients are put together once, by unbind's backward
-    deltas = {name: part.paca_delta.unbind(0) for name, part in parts_of(experts).items()}
+def _forward_eager(experts: Any, x: Tensor, index: Tensor, weights: Tensor, multiply: Multiply) -> Tensor:
     result = torch.zeros_like(x)
     for expert in torch.unique(index).tolist():
         if expert >= experts.num_experts:
             continue
         place, tokens = torch.where(index.t() == expert)
-        out = _mlp(experts, x[tokens], _Rows(_one, expert, None, tokens, kept), deltas)
+        out = _mlp(experts, x[tokens], Rows(_one, expert, None, tokens), multiply)
         out = out * weights[tokens, place, None]
         result.index_add_(0, tokens, out.to(result.dtype))
     return result
@@ -401,6 +429,7 @@ def close_experts(experts: nn.Module, *, merge: bool) -> None:
             opened.refresh()
         else:
             write_experts(opened.weight.data, opened.paca_columns, opened.paca_original.data, opened.input_axis)
+            opened.write_past()
         delattr(experts, name)
     del experts.paca_parts
     experts.__class__ = type(experts).__bases__[1]  # what `_opened_class` was made of

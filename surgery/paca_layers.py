@@ -268,7 +268,7 @@ class PacaLayer(nn.Module):
     paca_storage: torch.dtype
     paca_pending: bool
     paca_seen: tuple[int, ...]
-    paca_past: Any = None  # `surgery.resampling.Held`: columns that trained before and do not now
+    paca_past: Any = None  # {None: `surgery.resampling.Held`}: columns that trained before and do not now
     paca_scores: Tensor | None = None  # by which later columns are drawn (i,), where not evenly
     paca_is_sharded = False  # True where `surgery.sharding` has given each rank some of the rows
     paca_is_gathered = False  # True where DeepSpeed puts the parameters together anew for each use
@@ -280,6 +280,16 @@ class PacaLayer(nn.Module):
     def paca_weight(self) -> Any:
         """The parameter whose columns train."""
         return self.weight
+
+    def lane_weight(self, _expert: int | None) -> tuple[Any, int]:
+        """The weight in which columns are drawn anew, and its axis along which the inputs run."""
+        return self.paca_weight, self.input_axis
+
+    def write_past(self) -> None:
+        """Give the weight back the base's columns where others than those of now have trained."""
+        for expert, past in (self.paca_past or {}).items():
+            weight, axis = self.lane_weight(expert)
+            write_columns(weight.data, past.columns.to(weight.device), past.original.to(weight), axis)
 
     def laid_out(self, dy: Tensor) -> Tensor:
         """dy as both products of backward read it: rows one after another.
@@ -532,13 +542,7 @@ def close_layer(layer: PacaLayer, *, merge: bool) -> None:
         layer.refresh()
     else:
         write_columns(layer.paca_weight.data, layer.paca_columns, layer.paca_original.data, layer.input_axis)
-        if (past := layer.paca_past) is not None:
-            write_columns(
-                layer.paca_weight.data,
-                past.columns.to(layer.paca_weight.device),
-                past.original.to(layer.paca_weight),
-                layer.input_axis,
-            )
+        layer.write_past()
     layer.close_columns()
     module.__class__ = layer.plain
 

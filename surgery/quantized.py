@@ -305,6 +305,15 @@ def quantize_layer(module: Any, kind: str, storage: torch.dtype) -> None:
     _install(module, packed, storage, shape)
 
 
+def hold_layer(module: Any, storage: torch.dtype) -> None:
+    """Make a layer whose weight came packed one that multiplies as those do that are packed here, in place.
+
+    bitsandbytes' own layer computes otherwise in eval mode on some CPUs: it orders the weight anew, for good, with its
+    scales rounded to bfloat16, and fails where the number of outputs does not suit the kernel.
+    """
+    _install(module, module.weight, storage, (module.out_features, module.in_features))
+
+
 def size_layer(module: Any, kind: str, storage: torch.dtype) -> None:
     """The same without values: what takes the packed weight's place has its size."""
     out_features, in_features = module.weight.shape

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgery.checkpoint import Checkpoint
 from surgery.errors import DamagedError
 from surgery.lookup import require_extra
-from surgery.plan import Quantization, Stored, SurgeryPlan
+from surgery.plan import Quantization, Stored, SurgeryPlan, Target
 from surgery.quantized import KINDS, dequantize, round_trip
 from surgery.tensorfile import dtype_name
 from surgery.terminal import hush_libraries
@@ -99,3 +99,9 @@ def stored_sha256(checkpoint: Checkpoint, weight: str) -> str:
     for name in sorted([weight, *(name for name in checkpoint if name.startswith(f"{weight}."))]):
         digest.update(f"{name} {checkpoint.sha256(name)}\n".encode())
     return digest.hexdigest()
+
+
+def base_digest(checkpoint: Checkpoint, plan: SurgeryPlan, target: Target) -> str:
+    """The digest that a target's weight has in the base's files."""
+    is_stored = is_packed(plan, target.module)
+    return stored_sha256(checkpoint, target.weight) if is_stored else checkpoint.sha256(target.weight)

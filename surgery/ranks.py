@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surgery.errors import InterruptedRunError, RecipeError, RequestError, SurgeryError, UnsupportedError
+from surgery.errors import InterruptedRunError, RecipeError, RequestError, SurgeryError
 
 ERRORS = "SURGERY_RANK_ERRORS"  # the folder in which `surgery train --nproc` waits for its processes' errors
 NO_RESULT = "SURGERY_NO_RESULT"  # set where another process says what came of the run
@@ -102,30 +102,13 @@ def require_places(device: str, nproc: int) -> None:
         raise RequestError("--nproc", str(nproc), expected=f"at most {number}, as this machine has {number} {what}")
 
 
-def require_strategy(strategy: str, device: str, *, cpu_offload: bool, has_launcher: bool) -> None:
-    """The strategy can be carried out on that device, and a launcher counts the processes where one is needed.
-
-    Raises: RecipeError for a setting that would be ignored; UnsupportedError.
-    """
-    is_plain = strategy == "ddp"
+def require_own(strategy: str) -> None:
+    """Accelerate's configuration shards nothing beside the run's own strategy. Raises: RecipeError."""
     for name, ours in OF_ACCELERATE.items():
         is_ours = name == "ACCELERATE_USE_DEEPSPEED" and strategy.startswith("zero")  # the trainer sets it, too
         if os.environ.get(name, "false").lower() == "true" and not is_ours:
             expected = f"train.strategy={ours} in its place"
             raise RecipeError(name, "true, by accelerate's configuration", expected=expected)
-    if cpu_offload and is_plain:
-        expected = "a strategy that shards: fsdp2, zero2 or zero3"
-        raise RecipeError("train.cpu_offload", "true with strategy ddp", expected=expected)
-    if cpu_offload and device == "cpu":
-        raise RecipeError("train.cpu_offload", "true on the CPU", expected="a device to offload from")
-    if not is_plain and not has_launcher:
-        fix = "Give --nproc (1 will do), or leave train.strategy out"
-        raise RecipeError("train.strategy", f"{strategy} without a launcher", expected="one that counts ranks", fix=fix)
-    if strategy.startswith("zero") and device == "cpu":
-        found, fix = f"{strategy} on the CPU, where accelerate does not start DeepSpeed", "Take fsdp2"
-        raise UnsupportedError("train.strategy", found, expected="a CUDA device", fix=fix)
-    if device == "hpu" and not is_plain:
-        raise UnsupportedError("train.strategy", f"{strategy} on hpu", expected="ddp", fix="Leave train.strategy out")
 
 
 # --- what they tell each other

@@ -19,7 +19,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from surgery.columns import FILE, is_file, takes_data
+from surgery.columns import FILE, STRATEGIES, is_file, takes_data
+from surgery.combinations import Request, Said, facts, of_section
+from surgery.combinations import require as require_together
 from surgery.data import DataSpec
 from surgery.errors import RecipeError, closest, require_known, shorten
 from surgery.lookup import METHODS
@@ -63,9 +65,7 @@ class PacaSection(_Section):
     exclude: list[str] = Field([], description="patterns of layers to leave out")
     rank_pattern: dict[str, int] = Field({}, description="rank by pattern; the last match decides")
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank while training")
-    select: str = Field(
-        "random", description="random, magnitude, lowrank, activation, gradient, activation-gradient or file:PATH"
-    )
+    select: str = Field("random", description=f"{', '.join(STRATEGIES)} or {FILE}PATH")
     seed: int = Field(0, ge=0, description="decides the columns that are random, and rows to choose others by")
     quantize: str = Field("", description="hold the frozen base as nf4, nf4-double, fp4, fp4-double, int8, ..")
     rows: list[int | str] = Field([], description="tokens, or numbers, whose rows of the input embedding train")
@@ -225,8 +225,6 @@ class Recipe(_Section):
             if name != self.method and section.model_fields_set:
                 found = f"settings of {name} ({', '.join(sorted(section.model_fields_set))}), and method {self.method}"
                 raise RecipeError("recipe", found, expected=f"the settings of {self.method}", fix=f"Set method: {name}")
-        if {"rank", "budget"} <= self.paca.model_fields_set:
-            raise RecipeError("paca.budget", "given with paca.rank", expected="one of the two")
         settings = sections[self.method].model_dump()
         if self.method == "paca" and takes_data(self.paca.select) and not self.paca.calibration_data:
             settings |= {"calibration_data": self.data.train, "calibration_columns": self.data.columns}
@@ -235,6 +233,17 @@ class Recipe(_Section):
     def task_spec(self) -> TaskSpec:
         """The task as the surgery takes it. Raises RequestError."""
         return TaskSpec(self.task, tuple(self.labels))
+
+
+def asked_of(recipe: Recipe) -> Request:
+    """What a recipe asks for, as the table of combinations has it."""
+    parts = {**of_section("train", recipe.train), **of_section("export", recipe.export)}
+    whole = facts({"method": recipe.method, "task": recipe.task, "export.format": recipe.export.format})
+    if recipe.method != "paca":
+        return {**parts, **whole}
+    columns = of_section("paca", recipe.paca)
+    rank = Said(recipe.paca.rank, "rank" in recipe.paca.model_fields_set)
+    return {**parts, **whole, **columns, "paca.rank": rank, **facts({"held": recipe.paca.quantize})}
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = (), *, outputs: Path | None = None) -> Recipe:
@@ -253,6 +262,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = (), *, outputs: Path | No
     for layers in _combinations(document, str(path)):
         _settled(document, layers, given, path)
     recipe = _settled(document, _chosen(document, switches, str(path)), given, path)
+    require_together(asked_of(recipe))
     return _rooted(recipe, path.parent, outputs)
 
 

@@ -33,6 +33,7 @@ from surgery.compat import (
     is_conv1d,
     keep_inputs_frozen,
     keep_no_cache,
+    pixels_config,
     quiet_loading,
     reading_values,
     set_checkpointing,
@@ -269,6 +270,7 @@ def _inputs(dry: DryModel, step: Step) -> dict[str, Tensor]:
     """A batch as the collator gives it."""
     config = dry.model.config
     if dry.task == IMAGES:
+        config = pixels_config(config)
         pixels = torch.zeros((step.batch, config.num_channels, *image_size(config)))
         return {"pixel_values": pixels, "labels": torch.zeros(step.batch, dtype=torch.long)}
     ids = torch.zeros((step.batch, step.sequence), dtype=torch.long)
@@ -279,7 +281,9 @@ def _inputs(dry: DryModel, step: Step) -> dict[str, Tensor]:
         kind = torch.float32 if dry.task == "regression" else torch.long
         return {**inputs, "labels": torch.zeros(step.batch, dtype=kind)}
     if dry.task not in ("causal-lm", "seq2seq", "token-classification"):
-        raise UnsupportedError("plan", f"the task {dry.task}", expected="a task that `surgery train` has")
+        raise UnsupportedError(
+            "plan", f"the task {dry.task}", expected="a task that `surgery train` has", fix="Name one with --task"
+        )
     length = step.target or step.sequence if dry.task == "seq2seq" else step.sequence
     return {**inputs, "labels": torch.zeros((step.batch, length), dtype=torch.long)}
 
@@ -300,11 +304,22 @@ class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is 
             return self.is_full
         if func is _aten.nonzero.default and args[0].dim() == 1:
             return torch.arange(args[0].shape[0] - (not self.is_full)).unsqueeze(1)
+        if func is _aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:  # noqa: SLF001
+            return _grouped_size(*args, **(kwargs or {}))
         if self.watch is None:
             return func(*args, **(kwargs or {}))
         if func in ATTENTION_OPERATORS or (func is _aten._softmax.default and args[0].dim() == SCORES_DIM):  # noqa: SLF001
             self.watch.attention.add(self.watch.path[-1])
         return func(*args, **(kwargs or {}))
+
+
+def _grouped_size(x: Tensor, other: Tensor, ends: Tensor, *_rest: Any, **_settings: Any) -> Tensor:
+    """A product by groups, without values: PyTorch's own is for bfloat16 alone, its kernels are not.
+
+    Shapes: (n, i) x (g, i, o) -> (n, o); of a gradient by weight (i, n) x (n, o) -> (g, i, o). ends: (g,).
+    """
+    shape = (len(x), other.shape[-1]) if other.dim() == 3 else (len(ends), len(x), other.shape[-1])
+    return x.new_empty(shape)
 
 
 # --- who saved what

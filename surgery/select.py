@@ -124,10 +124,12 @@ def check_pattern(pattern: str, option: str) -> None:
 def _nothing_matches(pattern: str, option: str, sites: Sequence[LinearSite]) -> SelectorError:
     names = [site.module for site in sites]
     tails = {name.rsplit(".", 1)[-1] for name in names}
-    hint = closest(pattern, [*sorted(tails), *names])
-    what = "layers" if any(site.kind != LINEAR for site in sites) else "linear layers"
-    known = "" if hint else f"This model's {what} end in: {', '.join(sorted(tails)[:20])}"
-    return SelectorError(option, f"{pattern!r} matches no linear layer", expected="at least one", fix=hint or known)
+    hint = closest(pattern, [*ALL, *sorted(tails), *names])
+    what = "layer" if any(site.kind != LINEAR for site in sites) else "linear layer"
+    known = "" if hint else f"This model's {what}s end in: {', '.join(sorted(tails)[:20])}"
+    if pattern == EXPERTS:
+        hint = "This model holds no experts in one parameter: name layers"
+    return SelectorError(option, f"{pattern!r} matches no {what}", expected="at least one", fix=hint or known)
 
 
 def resolve(

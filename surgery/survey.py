@@ -20,10 +20,12 @@ from transformers.models.auto import modeling_auto
 from surgery.checkpoint import CONFIG_FILE, read_json
 from surgery.compat import (
     TRANSFORMERS_5,
-    base_prefix,
+    base_name,
     current_class,
     image_size,
+    is_experts,
     load_tokenizer,
+    pixels_config,
     quiet_loading,
     settle_rope,
     upstream_architecture,
@@ -222,9 +224,9 @@ def configured(config: PretrainedConfig, changes: Mapping[str, Any]) -> Pretrain
 
 def find_heads(model: Any, *, has_head: bool) -> tuple[str, ...]:
     """The modules that make the output: a task's head is all that lies outside the base model."""
-    prefix = base_prefix(model)
-    if has_head and prefix:
-        return tuple(name for name, _ in model.named_children() if name != prefix)
+    base = base_name(model)
+    if has_head and base:
+        return tuple(name for name, _ in model.named_children() if name != base)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return tuple(name for name, module in model.named_modules() if module is output and output is not None)
 
@@ -232,6 +234,7 @@ def find_heads(model: Any, *, has_head: bool) -> tuple[str, ...]:
 def _trace_inputs(model: Any) -> dict[str, Tensor]:
     config = model.config
     if model.main_input_name == "pixel_values":
+        config = pixels_config(config)
         return {"pixel_values": torch.zeros((1, config.num_channels, *image_size(config)))}
     tokens = torch.zeros((1, TRACE_TOKENS), dtype=torch.long)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -297,11 +300,27 @@ def meta_twin(model: Any) -> Any:
 
 def dry_run(twin: Any) -> None:
     """One forward of a twin's base model with fake tensors, for what its hooks see."""
-    prefix = base_prefix(twin)
-    base = twin.get_submodule(prefix) if prefix else twin
+    base = twin.get_submodule(base_name(twin))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet_loading():
         _leave_meta(base)
         base(**_trace_inputs(base))
+
+
+def find_idle(model: Any) -> frozenset[str]:
+    """The parameters of an image classifier that none of its logits depend on: no gradient will ever reach them.
+
+    SigLIP's head, for one, which pools with attention: its classifier averages the patches instead. One forward and
+    backward of a twin with fake tensors; of a model that cannot be run so, none are known.
+    """
+    try:
+        twin = meta_twin(model)
+        with FakeTensorMode(allow_non_fake_inputs=True), quiet_loading():
+            _leave_meta(twin)
+            twin.requires_grad_()
+            twin(**_trace_inputs(twin)).logits.sum().backward()
+    except Exception:  # noqa: BLE001  as above: what foreign code does without values says nothing about the model
+        return frozenset()
+    return frozenset(name for name, parameter in twin.named_parameters() if parameter.grad is None)
 
 
 def _leave_meta(module: nn.Module) -> None:
@@ -318,17 +337,17 @@ def list_untouched(model: nn.Module, touched: Mapping[str, Any], reasons: Mappin
     counts: dict[tuple[str, str], int] = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and name not in touched:
-            reason = reasons.get(name) or _why_untouched(model, name, parameter)
+            reason = reasons.get(name) or _why_untouched(model, name)
             key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason)
             counts[key] = counts.get(key, 0) + 1
     return tuple(Untouched(pattern, count, reason) for (pattern, reason), count in counts.items())
 
 
-def _why_untouched(model: nn.Module, name: str, parameter: Tensor) -> str:
+def _why_untouched(model: nn.Module, name: str) -> str:
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if parameter.dim() == 3 and "expert" in name:
+    if is_experts(module):
         return "fused experts"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "convolution"

@@ -174,6 +174,7 @@ def plan_lines(plan: SurgeryPlan) -> list[str]:
         total += f"; {plan.trained_values - trained:,} in {len(plan.whole)} whole tensors"
     if plan.quantization:
         total += f"; the base is held as {held_text(plan.quantization)}"
+        total += ", experts as its files have them" * any(target.holder for target in plan.targets)
     targets = target_lines(plan) if plan.targets else stack_lines(plan)
     blocks = [targets, whole_lines(plan), untouched_lines(plan), [total]]
     return [line for number, block in enumerate(filter(None, blocks)) for line in ([""] if number else []) + block]

@@ -32,6 +32,8 @@ from transformers import PrinterCallback, TrainerState
 from surgery import acceleration, trackers
 from surgery.adapter import Adapter, find_base, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
+from surgery.combinations import Request, facts, of_section
+from surgery.combinations import require as require_together
 from surgery.compat import fall_silent, keep_no_cache
 from surgery.data import DataSpec, Prepared, inspect_labels, prepare, prepare_images
 from surgery.delta import ADAPTER_FILE, Delta
@@ -59,8 +61,8 @@ from surgery.ranks import (
     is_launched,
     is_main,
     joined,
+    require_own,
     require_places,
-    require_strategy,
 )
 from surgery.recipe import DataSection, TrainSection
 from surgery.runs import (
@@ -173,19 +175,18 @@ def train(
         torch.set_num_threads(settings.threads)
     backend = backend_of(settings.device)
     device = backend.choose_device(settings.device)
-    _require_used(settings, device)
+    asked = asked_of_run(settings, device, has_launcher=is_launched())
+    require_together(asked)
     acceleration.require(settings, device)
     trackers.require(settings.report_to)
-    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=is_launched())
+    require_own(settings.strategy)
     if not is_main():
         fall_silent()
     with interruptible() as interruption, joined(device):
         adapter = open_adapter(folder)
-        _require_resampling(adapter.plan, settings, device)
-        if adapter.plan.quantization:
-            acceleration.require_for_quantized(settings, device, adapter.plan.quantization.kind)
         anew = _for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
+        require_together({**asked, **known_of(plan)})
         run = _Run.describe(adapter, plan, data, settings)
         checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
@@ -212,26 +213,18 @@ def _prepare(spec: DataSpec, adapter: Adapter, plan: SurgeryPlan) -> Prepared:
     return prepare(spec, task=plan.task, tokenizer=read_tokenizer(adapter.folder), labels=_labels(plan))
 
 
-def _require_resampling(plan: SurgeryPlan, settings: TrainSection, device: str) -> None:
-    """Columns that are drawn anew lie whole on each rank, with the optimizer's state. Raises: UnsupportedError."""
-    if not plan.spec.get("resample"):
-        return
-    if settings.strategy != "ddp":
-        found = f"strategy {settings.strategy}, which cuts what columns are made of"
-        raise UnsupportedError("--resample", found, expected="ddp", fix="Apply without --resample, or take ddp")
-    if device == "hpu":
-        raise UnsupportedError("--resample", "on a Gaudi", expected="cpu or cuda", fix="Apply without --resample")
+def asked_of_run(settings: TrainSection, device: str, *, has_launcher: bool) -> Request:
+    """What a run's settings ask for on a device, as the table of combinations has it."""
+    known = {"train.device": device, "launched": "yes" if has_launcher else "no"}
+    return {**of_section("train", settings), **facts(known)}
 
 
-def _require_used(settings: TrainSection, device: str) -> None:
-    """No setting that only a Gaudi has is given for another device, nor two that say one thing. Raises: RecipeError."""
-    if settings.warmup_steps and settings.warmup_ratio:
-        raise RecipeError("train.warmup_ratio", "warmup_steps as well", expected="one of the two")
-    fields_of = type(settings).model_fields
-    changed = [n for n in fields_of if n.startswith("hpu_") and getattr(settings, n) != fields_of[n].default]
-    if changed and device != "hpu":
-        found = f"{getattr(settings, changed[0])} with device {device}"
-        raise RecipeError(f"train.{changed[0]}", found, expected="device hpu", fix=f"Leave {changed[0]} out")
+def known_of(plan: SurgeryPlan) -> Request:
+    """What an adapter's plan adds to that. Where processes are several, all know."""
+    held = plan.quantization.kind if plan.quantization else ""
+    processes = count() if count() > 1 else 0
+    known = {"paca.resample": plan.spec.get("resample"), "method": plan.method, "task": plan.task}
+    return facts({**known, "held": held, "processes": processes})
 
 
 def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
@@ -243,7 +236,8 @@ def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
     backend = backend_of(settings.device)
     device = backend.choose_device(settings.device)
     require_places(device, nproc)
-    require_strategy(settings.strategy, device, cpu_offload=settings.cpu_offload, has_launcher=True)
+    require_together(asked_of_run(settings, device, has_launcher=True))
+    require_own(settings.strategy)
     return int(backend.launch(arguments, nproc))
 
 
@@ -583,14 +577,7 @@ def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool
 def _open_features(job: _Job, model: Any, autocast: str) -> FeatureCache | None:
     section = job.settings
     if section.cache_features is None:
-        if section.cache_bytes is not None:
-            raise RecipeError("--cache-bytes", "given without --cache-features", expected="both, or neither")
         return None
-    if job.adapter.plan.task == IMAGES:
-        raise UnsupportedError("--cache-features", "with images", expected="texts", fix="Leave it out")
-    if count() > 1:
-        found = f"with {count()} processes"
-        raise UnsupportedError("--cache-features", found, expected="one process", fix="Leave it out")
     return open_cache(
         job.adapter.plan,
         job.prepared.train,

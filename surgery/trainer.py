@@ -25,6 +25,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from surgery.columns import resample_steps
 from surgery.compat import keep_inputs_frozen
 from surgery.errors import CheckError, DamagedError, InterruptedRunError, RequestError
+from surgery.experts import lane_groups
 from surgery.features import ROW, FeatureCache
 from surgery.images import mirrored
 from surgery.plan import SurgeryPlan
@@ -240,7 +241,7 @@ def read_state(model: Any, plan: SurgeryPlan, folder: Path) -> None:
         raise RequestError(str(path), "the state of another plan", expected=f"plan {plan.id}")
     tensors = safetensors.torch.load(path.read_bytes())
     names = trainable_names(plan)
-    beside = {f"{t.module}.{part}" for t in plan.targets for part in PARTS} if plan.spec.get("resample") else set()
+    beside = {f"{lane}.{part}" for lane in lane_groups(plan) for part in PARTS} if plan.spec.get("resample") else set()
     if set(tensors) != names | beside:
         raise DamagedError(str(path), "its tensors are not the plan's", expected=f"{len(names | beside)} tensors")
     settle(model)
@@ -353,7 +354,7 @@ class Resample(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, plan: SurgeryPlan) -> None:
         self.every, self.seed = resample_steps(plan.spec["resample"]), plan.spec["seed"]
-        self.groups = {target.module: target.group for target in plan.targets}
+        self.groups = lane_groups(plan)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if state.global_step < state.max_steps:

@@ -20,9 +20,11 @@ from surgery.checkpoint import Checkpoint
 from surgery.columns import STORED, columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, require_base, require_columns
 from surgery.errors import BaseMismatchError, RequestError, UnsupportedError, counted
+from surgery.experts import by_parameter
 from surgery.manifest import Manifest, Record
 from surgery.methods.paca_spec import CALIBRATION
 from surgery.plan import SurgeryPlan, Target, Untouched, WholeTarget
+from surgery.quantized_base import base_digest
 
 LISTED_LAYERS, LISTED_COLUMNS = 12, 8  # of an overlap, in its message
 
@@ -63,6 +65,8 @@ class _UnitedPatches(Mapping[str, ColumnPatch]):
 
     def __getitem__(self, module: str) -> ColumnPatch:
         parts = [delta.patches[module] for delta in self._deltas if module in delta.patches]
+        if not parts:
+            raise KeyError(module)
         columns, order = torch.cat([part.columns for part in parts]).sort()
         values = torch.cat([part.values for part in parts], dim=1)[:, order]
         original = torch.cat([part.original for part in parts], dim=1)[:, order]
@@ -122,7 +126,8 @@ def _require_same_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> N
         if smallest.weight not in checkpoint:
             found = f"{checkpoint.root} has no {smallest.weight}"
             raise BaseMismatchError(str(adapter.folder), found, expected="the base this adapter was made for")
-        require_base(smallest, checkpoint.sha256(smallest.weight), f"{checkpoint.root} for {adapter.folder}")
+        digest = base_digest(checkpoint, adapter.plan, smallest)
+        require_base(smallest, digest, f"{checkpoint.root} for {adapter.folder}")
 
 
 def _digests(plan: SurgeryPlan) -> dict[str, str]:
@@ -189,6 +194,7 @@ def _united_plan(deltas: Sequence[ColumnDelta]) -> SurgeryPlan:
             rows[target.module] = tuple(sorted((*rows.get(target.module, ()), *target.rows)))
             columns = columns_key(numbers)
             keys[target.module] = (*keys.get(target.module, ()), target.group, columns)
+    _require_one_rank(targets.values(), ranks)
     groups = shared_groups(keys)
     united = tuple(replace(targets[m], rank=ranks[m], group=groups[m], rows=rows[m]) for m in sorted(targets))
     whole = {target.parameter: target for plan in plans for target in plan.whole}
@@ -199,6 +205,16 @@ def _united_plan(deltas: Sequence[ColumnDelta]) -> SurgeryPlan:
     untouched = _still_untouched(plans[0], united, whole)
     ordered = tuple(whole[name] for name in sorted(whole))
     return replace(plans[0], spec=spec, targets=united, whole=ordered, untouched=untouched, calibration={})
+
+
+def _require_one_rank(targets: Iterable[Target], ranks: Mapping[str, int]) -> None:
+    """In memory a parameter's experts have as many columns each. Raises: UnsupportedError where they have not."""
+    for name, members in by_parameter(targets).items():
+        found = sorted({ranks[target.module] for target in members})
+        if len(found) > 1:
+            said = f"experts of {name} with {found[0]} to {found[-1]} columns, which were drawn anew for each"
+            fix = "Merge the adapter that drew them by itself, or train it with --experts shared"
+            raise UnsupportedError("export", said, expected="as many columns of each", fix=fix)
 
 
 def _still_untouched(

@@ -9,7 +9,7 @@ import gc
 import json
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from surgery.adapter import Adapter, find_base, open_adapter
 from surgery.checkpoint import CONFIG_FILE, RECORD_FILE, Checkpoint, read_json
-from surgery.compat import TRANSFORMERS_5, image_size, quiet_loading
+from surgery.compat import TRANSFORMERS_5, image_size, pixels_config, quiet_loading
 from surgery.delta import (
     ADAPTER_FILE,
     ColumnPatch,
@@ -42,6 +42,7 @@ from surgery.errors import (
     SurgeryError,
     counted,
 )
+from surgery.images import TASK as IMAGES
 from surgery.lookup import ONNX_VERIFY, resolve
 from surgery.manifest import MERGED, ONNX, REMOTE_CODE, UNDO_FILE, Check, Record, read_record
 from surgery.methods.read import MODELING_FILE, modeling_config, modeling_source
@@ -294,29 +295,40 @@ def _check_targets(sides: _Sides) -> list[Check]:
     """Of each target only planned columns differ, all of them hold what was trained, and they did move."""
     if _is_dequantized(sides):
         return _check_dequantized(sides)
-    moved = unmoved = 0
-    assert sides.undo is not None  # noqa: S101  a merged folder has one
-    for target in sides.record.plan.targets:
-        columns = sides.undo.read(f"{target.module}.columns")
-        written, differs = _compare_target(sides, target, columns)
-        if sides.adapter:
-            _require_trained(sides, target, columns, written, differs=differs)
-        moved, unmoved = moved + differs, unmoved + (not differs)
+    said = _what_moved(*_compare_targets(sides, sides.record.plan.targets))
     if sides.adapter:
         _check_heads(sides, sides.adapter)
     values = Check("trained columns", "passed", "all values are the adapter's")
     if not sides.adapter:
         values = Check("trained columns", "not run", sides.why_no_adapter)
-    return [Check("planned columns", "passed", _what_moved(moved, unmoved)), values]
+    return [Check("planned columns", "passed", said), values]
+
+
+def _compare_targets(sides: _Sides, targets: Iterable[Target]) -> tuple[int, int]:
+    """How many of them differ from the base in their columns, and how many do not. Raises: CheckError."""
+    moved = unmoved = 0
+    assert sides.undo is not None  # noqa: S101  a merged folder has one
+    for target in targets:
+        columns = sides.undo.read(f"{target.module}.columns")
+        written, differs = _compare_target(sides, target, columns)
+        if sides.adapter:
+            _require_trained(sides, target, columns, written, differs=differs)
+        moved, unmoved = moved + differs, unmoved + (not differs)
+    return moved, unmoved
 
 
 def _check_dequantized(sides: _Sides) -> list[Check]:
-    """Every quantized weight is what training saw. A target that is not quantized is compared by the logits alone."""
-    adapter = sides.adapter
+    """Every quantized weight is what training saw; a target that is not quantized is the base's but for its columns."""
+    adapter, plan = sides.adapter, sides.record.plan
     patches = require_columns(adapter.delta, "verify").patches if adapter else None
     if adapter:
         _check_heads(sides, adapter)
-    return check_seen(sides.base, sides.merged, sides.record.plan, patches, sides.why_no_adapter)
+    checks = check_seen(sides.base, sides.merged, plan, patches, sides.why_no_adapter)
+    held = plan.quantization.layers if plan.quantization else {}
+    dense = [target for target in plan.targets if target.module not in held]
+    if dense:
+        checks.append(Check("planned columns", "passed", _what_moved(*_compare_targets(sides, dense))))
+    return checks
 
 
 def _require_trained(sides: _Sides, target: Target, columns: Tensor, written: Tensor, *, differs: bool) -> None:
@@ -515,8 +527,9 @@ def own_class(folder: Path, record: Record) -> Any:
 def model_inputs(folder: Path, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     """One batch a prompt; without a tokenizer, token numbers or pixels drawn from a fixed seed."""
     config = read_config(folder)
-    if hasattr(config, "num_channels"):
-        return [{"pixel_values": pixels} for pixels in _random_pixels(config, len(prompts))]
+    pictured = pixels_config(config) if own_task(config) == IMAGES else config
+    if hasattr(pictured, "num_channels"):
+        return [{"pixel_values": pixels} for pixels in _random_pixels(pictured, len(prompts))]
     try:
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -55,9 +55,9 @@ def check_seen(
                 weight, found, expected="the dequantized weight with the trained columns", fix="Export again"
             )
     if patches is None:
-        said = f"{len(set(held.layers) - columns)} layers that do not train are what training saw"
+        said = f"{len(set(held.layers) - columns)} layers that do not train are those of this base, dequantized"
         return [Check("dequantized weights", "passed", said), Check("trained columns", "not run", why_none)]
-    said = f"{len(held.layers)} layers are what training saw, bit for bit"
+    said = f"{len(held.layers)} layers are those of this base, dequantized, with the trained columns, bit for bit"
     return [Check("dequantized weights", "passed", said), Check("trained columns", "passed", "all are the adapter's")]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
 from surgery.choosing import has_same_data
+from surgery.combinations import facts
+from surgery.combinations import require as require_together
 from surgery.delta import ColumnDelta, Delta, SideDelta
 from surgery.errors import NotAModelError, OutputExistsError, RequestError, SurgeryError, UnsupportedError
 from surgery.lookup import EXPORTERS, ONNX_CHECKPOINT, ONNX_OPTIONS, ONNX_PATCH, UNDO, backend_of, resolve
@@ -21,8 +23,8 @@ from surgery.manifest import ADAPTER, MERGED, ONNX, parse_record, read_document
 from surgery.operate import apply
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
-from surgery.ranks import NO_RESULT, environment
-from surgery.recipe import Recipe
+from surgery.ranks import NO_RESULT, environment, is_launched
+from surgery.recipe import Recipe, asked_of
 from surgery.runs import notes_of
 from surgery.survey import TaskSpec
 from surgery.tiny import is_tiny, write_tiny
@@ -133,7 +135,8 @@ def export(  # noqa: PLR0913  the options of one command, all by keyword
     opened, target = _open(adapter, out, format, base)
     exporter = lookup(EXPORTERS, format, "--format")
     _require_accepted(exporter, type(opened.delta), f"--format {format}", opened.delta.ways_out)
-    _require_dense(opened.plan.quantization, format, merge_base, f"--format {format}")
+    known = {"held": _held(opened.plan), "export.format": format, "export.merge_base": merge_base}
+    require_together(facts(known))
     difference: list[float | None] = []
 
     def checking(folder: Path) -> None:
@@ -178,16 +181,9 @@ def _require_accepted(exporter: Any, delta: type[Delta], where: str, fix: str) -
         raise UnsupportedError(where, f"{delta.what} {delta.nature}", expected=kinds, fix=fix)
 
 
-def _require_dense(held: object, format: str, merge_base: str | None, where: str) -> None:
-    """What is written from a quantized base in 16 bits is said for the format that does so.
-
-    Raises: UnsupportedError: graphs of it; RequestError: --merge-base with another format.
-    """
-    if held and format == ONNX:
-        fix = "Merge it first (`export --merge`), then `surgery export MERGED --format onnx`"
-        raise UnsupportedError(where, "an adapter on a quantized base", expected="a dense base", fix=fix)
-    if merge_base and format != EXPORT_DEFAULTS["format"]:
-        raise RequestError("--merge-base", f"{merge_base} with {where}", expected="--merge and --format safetensors")
+def _held(plan: SurgeryPlan) -> str:
+    """How the frozen base of a plan is held; empty where it is dense."""
+    return plan.quantization.kind if plan.quantization else ""
 
 
 def require_merge(adapter: Path, format: str, *, is_asked: bool) -> None:
@@ -266,7 +262,7 @@ def patch(
     onnx: str | Path, adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
 ) -> Any:
     """Bring a PaCA adapter into an ONNX file that exists already. Returns and raises: see exporters.onnx_patch."""
-    _require_dense(open_adapter(adapter).plan.quantization, ONNX, None, "patch")
+    require_together(facts({"patch": True, "held": _held(open_adapter(adapter).plan)}))
     return resolve(ONNX_PATCH)(onnx, adapter, out, base=base, overwrite=overwrite)
 
 
@@ -305,6 +301,8 @@ def run(
     """
     skipped = []
     spec = recipe.spec()
+    is_launched_then = nproc is not None or is_launched() or backend_of(recipe.train.device).spends_process
+    require_together({**asked_of(recipe), **facts({"launched": "yes" if is_launched_then else "no"})})
     _require_export(recipe)
     folder = Path(recipe.adapter) if recipe.adapter else default_adapter_folder(recipe.model, recipe.method)
     if is_tiny(recipe.model):
@@ -367,7 +365,6 @@ def _require_export(recipe: Recipe) -> None:
     _require_accepted(exporter, delta, f"export.format: {wanted.format}", f"Set export.format to {formats}")
     if wanted.dtype != EXPORT_DEFAULTS["dtype"] and wanted.format not in MERGED_FORMATS:
         raise RequestError("export.dtype", repr(wanted.dtype), expected=f"keep with export.format {wanted.format}")
-    _require_dense(recipe.paca.quantize, wanted.format, wanted.merge_base, f"export.format {wanted.format}")
     _format_settings(wanted.format, wanted.dtype, None, None)
     _shard_bytes(wanted.max_shard_size)
 

@@ -7,7 +7,6 @@ would give it; what the launcher itself does is tested apart.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -25,9 +24,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers.utils import logging
 
-from surgery import acceleration
+from surgery import acceleration, combinations, trainer
 from surgery.adapter import open_adapter
 from surgery.cli import main as command_line
+from surgery.paca_layers import layers
 from surgery.train import train
 from surgery.trainer import StopWhenAsked
 
@@ -45,6 +45,7 @@ class Job:
 
     at: {rank: [step, signal, FAILURE or REMARK]}; has_standin: the CPU stands in for the devices that DeepSpeed needs;
     compiles_quickly: torch.compile runs its graphs' operators one by one, and a break in a graph is an error.
+    tells: a file's name, to which each rank adds its number, for the columns that it draws anew.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Job:
     at: dict[str, list[Any]] = field(default_factory=dict)
     has_standin: bool = False
     compiles_quickly: bool = False
+    tells: str = ""
     limit_seconds: float = 60.0
 
 
@@ -100,7 +102,8 @@ def stand_in() -> None:
         self.device = torch.device("cpu")
 
     PartialState._prepare_backend, PartialState.set_device = choose, place
-    importlib.import_module("surgery.train").require_strategy = lambda *_args, **_kwargs: None
+    rows = combinations.COMBINATIONS
+    combinations.COMBINATIONS = [row for row in rows if row.other != "train.device=cpu"]  # type: ignore[misc]
 
 
 def compile_quickly() -> None:
@@ -108,6 +111,21 @@ def compile_quickly() -> None:
     real = torch.nn.Module.compile
     torch.nn.Module.compile = partialmethod(real, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
     acceleration.compile_failure = lambda _device: ""
+
+
+def tell_columns(path: Path) -> None:
+    """Write a line for each change of columns: its step, and what trains in each layer from then on."""
+    real = trainer.resample_model
+
+    def telling(model: Any, optimizer: Any, **settings: Any) -> bool:
+        is_drawn = real(model, optimizer, **settings)
+        if is_drawn:
+            columns = {name: layer.paca_columns.tolist() for name, layer in layers(model).items()}
+            with path.open("a") as file:
+                file.write(json.dumps([settings["step"], columns]) + "\n")
+        return is_drawn
+
+    trainer.resample_model = telling
 
 
 def run_rank(job: Job, rank: int, port: int, stem: Path) -> None:
@@ -124,6 +142,8 @@ def run_rank(job: Job, rank: int, port: int, stem: Path) -> None:
         stand_in()
     if job.compiles_quickly:
         compile_quickly()
+    if job.tells:
+        tell_columns(Path(f"{job.tells}.{rank}"))
     code = 0
     try:
         command_line(job.arguments)

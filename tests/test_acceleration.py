@@ -121,41 +121,6 @@ def test_a_compiler_that_works_is_asked_on_the_device(monkeypatch: pytest.Monkey
     assert acceleration.compile_failure("hpu") == "the device is hpu"
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    (
-        (
-            {"cache_features": "states"},
-            "given with --cache-features, which runs parts of the model alone, expected one",
-        ),
-        ({"strategy": "fsdp2"}, "given with strategy fsdp2, expected strategy ddp"),
-        ({"strategy": "zero2"}, "given with strategy zero2, expected strategy ddp"),
-        ({"strategy": "zero3"}, "given with strategy zero3, expected strategy ddp"),
-    ),
-    ids=str,
-)
-def test_what_does_not_go_with_compiling_is_refused(settings: dict[str, Any], message: str) -> None:
-    """Before anything is compiled: parts of a model that run alone, and parameters that are put together by hooks."""
-    with pytest.raises(RecipeError, match=rf"train\.compile: {message}"):
-        require(TrainSection(compile=True, **settings), "cuda")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    (
-        ({"compile": True}, r"train\.compile: true on hpu, expected false\. Take train\.hpu_mode=compile\."),
-        ({"tf32": "on"}, r"train\.tf32: on, and the device is hpu"),
-        ({"liger": True}, r"train\.liger: the device is hpu"),
-        ({"attention": "flash_attention_2"}, r"train\.attention: flash_attention_2, and the device is hpu"),
-    ),
-    ids=str,
-)
-def test_a_gaudi_has_ways_of_its_own(settings: dict[str, Any], message: str) -> None:
-    """What is CUDA's is refused there, and compiling is named as its backend has it."""
-    with pytest.raises(UnsupportedError, match=message):
-        require(TrainSection(**settings), "hpu")
-
-
 @pytest.mark.parametrize(("text", "value"), (("tf32=on", "on"), ("tf32=off", "off"), ("tf32=auto", "auto")))
 def test_on_and_off_are_words(text: str, value: str) -> None:
     """YAML takes a bare `on` for true."""

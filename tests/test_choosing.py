@@ -48,7 +48,7 @@ def batches(count: int = 4) -> list[dict[str, Tensor]]:
 
 def sites_of(plan: SurgeryPlan) -> list[Site]:
     """What `calibrate` looks at."""
-    return [Site(target.module, target.input_axis) for target in plan.targets]
+    return [Site(t.module, t.out_features, t.in_features, t.input_axis) for t in plan.targets]
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +320,11 @@ def test_a_file_names_columns(tiny_model: TinyModel, tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(RequestError, match=said):
             apply(root, tmp_path / "third", PacaSpec(select=f"file:{tmp_path / 'bad.json'}"))
+    group = next(t.group for t in second.plan.targets if t.module.endswith("0.self_attn.v_proj"))
+    (tmp_path / "group.json").write_text(json.dumps({group: [7, 3]}))
+    spec = PacaSpec(select=f"file:{tmp_path / 'group.json'}", targets=("layers.0.*.[qkv]_proj",))
+    found = require_columns(apply(root, tmp_path / "group", spec).delta, "test").patches.values()
+    assert [patch.columns.tolist() for patch in found] == [[3, 7]] * 3
     first = "model.layers.0.self_attn.q_proj"
     (tmp_path / "bad.json").write_text(json.dumps({first: [0, 32]}))
     with pytest.raises(RequestError, match="below 32"):
@@ -328,16 +333,12 @@ def test_a_file_names_columns(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_is_missing(tiny_model: TinyModel, data: Path, tmp_path: Path, command: Command) -> None:
-    """Exit code 2 without data, 5 for experts and for a model without a task; --plan shows a budget's ranks."""
+    """Exit code 2 without data; --plan shows a budget's ranks."""
     root = tiny_model("llama")
     code, said = command("apply", root, "--select", "gradient", "-o", tmp_path / "x")
     assert (code, "--calibration-data FILE" in said) == (2, True)
     code, said = command("apply", tiny_model("bert"), "--select", "random", "--calibration-data", data, "--plan")
     assert code == 2
-    code, said = command(
-        "apply", tiny_model("mixtral"), "--targets", "experts", "--select", "magnitude", "-o", tmp_path / "x"
-    )
-    assert (code, "experts train" in said) == (5, True)
     assert command("apply", root, "--select", "lowrank", "--budget", "1%", "--plan") == (0, "")
     for select in ("random", "magnitude"):
         said = "\n".join(plan_lines(apply(root, tmp_path / select, PacaSpec(select=select, budget="1%")).plan))
@@ -346,6 +347,11 @@ def test_the_command_says_what_is_missing(tiny_model: TinyModel, data: Path, tmp
         assert said.endswith("under a budget of 1% of all that was meant"), "beside the part of the layers that train"
     code, said = command("apply", root, "-r", "16", "--budget", "1%", "-o", tmp_path / "x")
     assert (code, "given with --rank" in said) == (2, True), "also where it is the default's rank"
+    table = tmp_path / "rows.tsv"
+    table.write_text("the cat sat\t1\na dog ran\t0\n")
+    looked = ("--select", "activation", "--calibration-data", table, "--task", "sequence-classification")
+    code, said = command("apply", root, *looked, "--labels", "a,b", "-o", tmp_path / "x")
+    assert (code, "(of apply: --calibration-columns sentence1=...,sentence2=...,label=...)" in said) == (2, True), said
     assert not (tmp_path / "x").exists()
 
 

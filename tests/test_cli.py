@@ -426,20 +426,20 @@ LIBRARY = {
 REACHES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         ("apply model -o new -r 4 --targets a --targets b,c --exclude d --rank-pattern e=1 --alpha 2 --select random "
-         "--seed 7 --task regression --labels p,q --overwrite"),
+         "--resample every:9 --seed 7 --task regression --labels p,q --overwrite"),
         {
             "out": Path("new"), "task": TaskSpec("regression", ("p", "q")), "overwrite": True,
-            "spec": PacaSpec(4, ("a", "b", "c"), ("d",), {"e": 1}, alpha=2.0, seed=7),
+            "spec": PacaSpec(4, ("a", "b", "c"), ("d",), {"e": 1}, alpha=2.0, seed=7, resample="every:9"),
         },
     ),
     (
         ("apply model --rows a,id:7 --rows b --quantize nf4 --experts own --select gradient --budget 5% "
-         "--resample every:9 --calibration-data c.jsonl --calibration-data d.jsonl --calibration-columns "
+         "--calibration-data c.jsonl --calibration-data d.jsonl --calibration-columns "
          "text=0,label=1 --calibration-rows 3 --calibration-length 8"),
         {
             "spec": PacaSpec(
                 rows=("a", "id:7", "b"), quantize="nf4", experts="own", select="gradient", budget="5%",
-                resample="every:9", calibration_data=("c.jsonl", "d.jsonl"),
+                calibration_data=("c.jsonl", "d.jsonl"),
                 calibration_columns={"text": "0", "label": "1"}, calibration_rows=3, calibration_length=8,
             ),
         },

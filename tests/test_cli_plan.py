@@ -221,7 +221,7 @@ def test_apply_shows_it_too(tiny_model: TinyModel, tmp_path: Path) -> None:
         (("--devices", "2", "--sharding", "zero4"), RequestError, "--sharding: unknown name 'zero4'.*closest is 'zero"),
         (("--device", "hpu"), UnsupportedError, "--device hpu: no prediction"),
         (("attention=flash_attention_2", "--device", "cpu"), UnsupportedError, "train.attention: .* the device is cpu"),
-        (("cpu_offload=true", "--device", "cuda"), RequestError, "train.cpu_offload: true with sharding none on cuda"),
+        (("cpu_offload=true", "--device", "cuda"), RequestError, "train.cpu_offload: true with strategy none"),
         (("--device", "tpu"), RequestError, "--device: unknown name 'tpu', expected one of cpu, cuda"),
         (("--task", "causal"), RequestError, "--task: unknown task 'causal'"),
         (("paca.ranks=3",), RecipeError, "unknown key 'paca.ranks'.*closest is 'rank'"),

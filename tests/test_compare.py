@@ -113,6 +113,16 @@ def test_rows_are_named_where_they_are_fewer(tmp_path: Path) -> None:
     assert "2 of 6 rows: 1,4" in "\n".join(compare(tmp_path / "a", tmp_path / "b").lines())
 
 
+def test_columns_are_named_where_they_are_the_smaller_part(tmp_path: Path) -> None:
+    """Four of many columns of a weight with three outputs: these columns, not all three rows."""
+    a = torch.zeros(3, 48)
+    b = a.clone()
+    b[:, [0, 7, 8, 40]] = 0.5
+    write(tmp_path / "a", {"x": a})
+    write(tmp_path / "b", {"x": b})
+    assert "4 of 48 columns: 0,7-8,40" in "\n".join(compare(tmp_path / "a", tmp_path / "b").lines())
+
+
 def test_where_all_differ_no_list_is_kept(tmp_path: Path) -> None:
     """A tensor trained whole says so, in one word and without a list of numbers."""
     result = one(tmp_path, torch.zeros(4, 6), torch.ones(4, 6))
@@ -192,8 +202,9 @@ def test_any_set_of_changed_values_is_found(
         patch.setattr(module, "BLOCK_VALUES", block)
         result = one(tmp_path_factory.mktemp("any"), a, b)
     hit = {1: {number % columns for number in picked}, 0: {number // columns for number in picked}}
-    axis = 1 if len(hit[1]) <= len(hit[0]) else 0
-    total = (rows, columns)[axis]
+    sizes = (rows, columns)
+    axis = min((1, 0), key=lambda number: (len(hit[number]) / sizes[number], len(hit[number])))
+    total = sizes[axis]
     expected = tuple(sorted(hit[axis])) if len(hit[axis]) < total else ()
     assert result.lines is not None
     assert (result.lines.axis, result.lines.count, result.lines.numbers) == (axis, len(hit[axis]), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -71,6 +72,7 @@ _DRY: dict[str, dict[str, object]] = {  # ranks draw their own dropout
 }
 VARIANTS = (
     Variant("plain"),
+    Variant("resample", spec=PacaSpec(rank=4, resample="every:3"), strategies=("ddp",)),
     Variant("accumulation", settings={"gradient_accumulation": 2}),
     Variant("checkpointing", settings={"gradient_checkpointing": True}),
     Variant("evaluated", settings={"eval_steps": 4}, strategies=("ddp",)),
@@ -155,11 +157,11 @@ def prepare(root: Path, tiny_model: TinyModel, variants: Sequence[Variant]) -> B
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    """Between the trained values of two adapters."""
+    """Between the trained values of two adapters; infinite where one holds more columns."""
     first, second = (TensorFile(folder / "adapter.safetensors") for folder in (a, b))
     assert set(first.infos) == set(second.infos)
     pairs = [(first.read(name).double(), second.read(name).double()) for name in first.infos]
-    return max(float((one - two).abs().max()) for one, two in pairs)
+    return max(float((one - two).abs().max()) if one.shape == two.shape else math.inf for one, two in pairs)
 
 
 def patches(folder: Path) -> Mapping[str, ColumnPatch]:
@@ -195,13 +197,14 @@ def bench(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory, reque
     """
     here = [item for item in request.session.items if item.path == request.path]
     is_long = any(item.get_closest_marker("long") for item in here)
-    variants = VARIANTS if is_long else VARIANTS[:1]
+    variants = VARIANTS if is_long else VARIANTS[:2]
     made = prepare(tmp_path_factory.mktemp("distributed"), tiny_model, (*variants, DROPOUT) if is_long else variants)
     for variant in variants:
-        made.add(variant, f"{variant.name}-one", 0)
+        made.add(variant, f"{variant.name}-one", 0, **telling(made, variant, "one"))
         for strategy in variant.strategies:
             remarks = {str(rank): [2, REMARK] for rank in range(2)} if variant == VARIANTS[0] else {}
-            made.add(variant, f"{variant.name}-{strategy}", 2, settings={"strategy": strategy}, at=remarks)
+            told = telling(made, variant, strategy)
+            made.add(variant, f"{variant.name}-{strategy}", 2, settings={"strategy": strategy}, at=remarks, **told)
     made.add(VARIANTS[0], "compiled-ddp", 2, settings={"compile": True}, compiles_quickly=True)
     for strategy in STRATEGIES:
         if is_long or strategy == "fsdp2":
@@ -217,6 +220,12 @@ def bench(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory, reque
     made.add(VARIANTS[0], "other-batch/2", 0, fresh=False, more=ONWARDS, settings={"batch_size": 2})
     made.run()
     return made
+
+
+def telling(made: Bench, variant: Variant, name: str) -> dict[str, str]:
+    """Where ranks tell which columns they draw anew, of a variant that does."""
+    is_drawing = isinstance(variant.spec, PacaSpec) and variant.spec.resample
+    return {"tells": str(made.root / f"columns-{name}")} if is_drawing else {}
 
 
 ONWARDS = ["--resume=auto"]
@@ -245,7 +254,7 @@ def add_broken(made: Bench, strategy: str) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "strategy"),
-    mostly_long(CASES, *((VARIANTS[0], strategy) for strategy in STRATEGIES)),
+    mostly_long(CASES, *((VARIANTS[0], strategy) for strategy in STRATEGIES), (VARIANTS[1], "ddp")),
     ids=lambda value: str(getattr(value, "name", value)),
 )
 def test_two_processes_train_the_adapter_that_one_trains(variant: Variant, strategy: str, bench: Bench) -> None:
@@ -255,6 +264,20 @@ def test_two_processes_train_the_adapter_that_one_trains(variant: Variant, strat
     one, two = bench.folder(f"{variant.name}-one"), bench.folder(f"{variant.name}-{strategy}")
     assert largest_difference(one, two) <= TOLERANCE
     assert largest_difference(bench.folder(f"fresh-{variant.name}"), two) > 1e-3
+
+
+def test_ranks_draw_the_same_columns_anew(bench: Bench) -> None:
+    """At steps 3 and 6, what one process draws; the adapter holds the union, each column once."""
+    one, *two = (
+        [json.loads(line) for line in (bench.root / name).read_text().splitlines()]
+        for name in ("columns-one.0", "columns-ddp.0", "columns-ddp.1")
+    )
+    assert [step for step, _ in one] == [3, 6]
+    assert one[0][1] != one[1][1]
+    assert two == [one, one]
+    held, alone = patches(bench.folder("resample-ddp")), patches(bench.folder("resample-one"))
+    assert any(len(patch.columns) > 4 for patch in held.values())
+    assert all(torch.equal(patch.columns, alone[module].columns) for module, patch in held.items())
 
 
 def test_compiled_models_train_as_others_do(bench: Bench) -> None:

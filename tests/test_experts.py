@@ -26,6 +26,7 @@ from surgery.paca_experts import OWN, SHARED, WAYS, ExpertColumns, read_experts
 from surgery.paca_layers import PacaLayer, combine, layers
 from surgery.plan import SurgeryPlan, Target
 from surgery.planning import plan_checkpoint
+from surgery.survey import list_untouched
 from surgery.table import plan_lines
 from surgery.tiny import Family
 from surgery.train import train
@@ -519,7 +520,7 @@ def test_unknown_ways_to_choose_are_refused(tiny_model: TinyModel) -> None:
     """`experts` is shared or own; a dense model has none."""
     with pytest.raises(RequestError, match="shared, own"):
         PacaSpec(experts="each")
-    with pytest.raises(SelectorError, match="'experts' matches no linear layer"):
+    with pytest.raises(SelectorError, match=r"'experts' matches no linear layer.*no experts in one parameter"):
         plan_checkpoint(Checkpoint.open(tiny_model("llama")), PacaSpec(rank=4, targets=ALL))
 
 
@@ -547,14 +548,18 @@ def test_ways_in_which_nothing_trains_are_refused(tiny_model: TinyModel, tmp_pat
     assert (code, "24 tensors of experts" in error, (tmp_path / "lora").exists()) == (5, True, False)
 
 
-@pytest.mark.parametrize(
-    "setting", ({"quantize": "nf4"}, {"budget": "1%"}, {"resample": "every:5"}, {"select": "magnitude"}), ids=str
-)
-def test_settings_that_experts_do_not_have_are_refused(setting: dict[str, str], tiny_model: TinyModel) -> None:
-    """A quantized base, budgets, scores and other draws are for linear layers: exit code 5 and what to leave out."""
-    sizes: dict[str, Any] = {} if "budget" in setting else {"rank": 4}
-    with pytest.raises(UnsupportedError, match=r"experts train \(.*Leave out"):
-        plan_checkpoint(Checkpoint.open(tiny_model("mixtral")), PacaSpec(targets=ALL, **sizes, **setting))
+def test_what_experts_are_is_told_by_their_kind_and_not_by_a_name() -> None:
+    """A tensor of three axes is fused experts where a module is a layer's experts, whatever it is called."""
+
+    class ExpertScales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert_scales = nn.Parameter(torch.zeros(2, 3, 4))
+
+    left = {entry.pattern: entry.reason for entry in list_untouched(build("mixtral"), {}, {})}
+    assert left["model.layers.*.mlp.experts.down_proj"] == "fused experts"
+    (other,) = list_untouched(nn.Sequential(ExpertScales()), {}, {})
+    assert other.reason == "in ExpertScales"
 
 
 def test_a_checkpoint_that_lacks_an_expert_is_damaged(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import surgery
 from surgery import images, rows, trainer
@@ -413,3 +414,70 @@ def test_a_folder_that_changed_is_other_data(fit: Fit, photos: Path, tmp_path: P
         assert not fit(resume="auto").was_finished
     finally:
         added.unlink()
+
+
+# --- heads that a classifier has and does not use
+
+
+def write_siglip(folder: Path, processor: Path) -> Path:
+    """A tiny SigLIP with the processor's settings of another model; its vision part pools with packed attention."""
+    from transformers import SiglipConfig, SiglipForImageClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    pictures = {**sizes, "image_size": SIZE, "patch_size": 8}
+    config = SiglipConfig(text_config={**sizes, **words}, vision_config=pictures, num_labels=3)
+    torch.manual_seed(0)
+    SiglipForImageClassification(config).save_pretrained(folder)
+    shutil.copy(processor / PROCESSOR_FILE, folder / PROCESSOR_FILE)
+    return folder
+
+
+def test_what_no_logit_depends_on_stays_untouched_with_the_reason(vit: Path, photos: Path, tmp_path: Path) -> None:
+    """SigLIP's classifier averages the patches: its pooling head would never move, and its own layer trains whole.
+
+    The head is in the merged checkpoint as in the base, and naming it is an error.
+    """
+    base = write_siglip(tmp_path / "base", vit)
+    adapter = apply(base, tmp_path / "adapter", PacaSpec(rank=4), task=TaskSpec(TASK, tuple(sorted(COLOURS))))
+    left = {entry.pattern: entry.reason for entry in adapter.plan.untouched}
+    reason = "layer on which no logit of SiglipForImageClassification depends"
+    parts = ("attention.in_proj_weight", "attention.out_proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+    assert {left[f"vision_model.head.{part}"] for part in parts} == {reason}
+    assert [target.parameter for target in adapter.plan.whole] == ["classifier.bias", "classifier.weight"]
+    queries = "vision_model.encoder.layers.0.self_attn.q_proj"
+    groups = {target.module: target.group for target in adapter.plan.targets}
+    assert groups[queries] == groups[queries.replace("q_proj", "v_proj")], "its forward was traced"
+    settings = TrainSection(device="cpu", max_steps=3, batch_size=4, learning_rate=1e-2)
+    train(tmp_path / "adapter", DataSection(train=[str(photos)]), settings)
+    surgery.export(tmp_path / "adapter", tmp_path / "merged")
+    assert surgery.verify(tmp_path / "merged").max_logit_difference == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {target.name for target in adapter.plan.targets} | {"classifier.bias", "classifier.weight"}
+    with pytest.raises(UnsupportedError, match=rf"'vision_model\.head\.\*' means .*, a {reason}, expected a layer"):
+        apply(base, tmp_path / "other", PacaSpec(rank=4, targets=("vision_model.head.*",)), task=TaskSpec(TASK))
+
+
+def test_a_pooling_head_that_is_used_trains_and_merges() -> None:
+    """SigLIP's vision model alone gives what its head pools: packed attention has columns that move, and stay."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    model, pixels = SiglipVisionModel(config).eval(), torch.randn(2, 3, 16, 16)
+    plan = surgery.attach(model, PacaSpec(rank=4))
+    heads = {target.module for target in plan.targets if ".head." in f".{target.module}"}
+    assert len(heads) == 4
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(pixels).pooler_output.square().sum().backward()
+    optimizer.step()
+    pooled = model(pixels).pooler_output.detach()
+    delta = surgery.operate.collect(model)
+    surgery.detach(model, merge=True)
+    torch.testing.assert_close(model(pixels).pooler_output, pooled)  # two rows: products round by how memory lies
+    for module in heads:
+        patch = delta.patches[module]
+        assert not torch.equal(patch.values, patch.original.float())

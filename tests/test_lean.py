@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from surgery import lean_blocks, lean_functions, lean_pass
-from surgery.acceleration import choose_lean, prepare, require
+from surgery.acceleration import choose_lean, prepare
 from surgery.adapter import open_adapter
 from surgery.bench.measure import saved_bytes
 from surgery.bench.methods import as_floor
 from surgery.cli import cli
 from surgery.compat import keep_no_cache, set_checkpointing
-from surgery.errors import CheckError, RecipeError, RequestError, SurgeryError, UnsupportedError
+from surgery.errors import CheckError, RequestError, UnsupportedError
 from surgery.lean_blocks import Lean
 from surgery.lean_functions import ACTIVATIONS, IGNORED, Logits, Norm, activate, linear_cross_entropy, rms_norm
 from surgery.lean_kernels import OURS, choose_kernels
@@ -522,22 +522,6 @@ def test_a_pass_that_breaks_its_word_is_found_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lean_pass, "become", become)
     with pytest.raises(CheckError, match=r"it changed 11 tensors, first model\.layers\.0\.input_layernorm\.weight"):
         rewrite(built("llama"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "device", "error", "message"),
-    (
-        ({"liger": True}, "cuda", RecipeError, "train.lean: on, given with train.liger, expected one of the two"),
-        ({}, "hpu", UnsupportedError, "train.lean: on, and the device is hpu"),
-    ),
-)
-def test_settings_that_exclude_it(
-    settings: Mapping[str, Any], device: str, error: type[SurgeryError], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Said before anything is read."""
-    monkeypatch.setattr("surgery.acceleration._require_liger", lambda _device: None)
-    with pytest.raises(error, match=message):
-        require(TrainSection(lean="on", **settings), device)
 
 
 def test_auto_is_where_it_was_measured() -> None:

@@ -140,6 +140,21 @@ def test_padded_rows(
     require_equal(found, family, method, base)
 
 
+@pytest.mark.parametrize("targets", (("all-linear",), ("all-linear", "experts")), ids=("attention", "experts"))
+def test_experts_in_fp32(
+    targets: tuple[str, ...], tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products by groups have sizes in every dtype, frozen experts' and trained ones', forward and backward."""
+    base, spec = tiny_model("mixtral"), PacaSpec(rank=4, targets=targets)
+    data = write_data(tmp_path, "causal-lm", padded=False)
+    apply(base, tmp_path / "adapter", spec)
+    found = measure_ours(monkeypatch, tmp_path / "adapter", data, _one_step(), spec_of("causal-lm"))
+    run = Run(found.batch, found.sequence, found.target, found.padded)
+    predicted = predict(open_subject(base, "paca", spec, spec_of("causal-lm"), run), run)
+    assert abs(sum(predicted.activations.values()) / found.saved - 1) < TOLERANCE
+    assert predicted.parts["weights"] + predicted.parts["columns"] == found.weight_bytes()
+
+
 def test_read_leaves_padding_out(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU READ keeps tokens and no padding: the prediction is that of a single token of padding."""
     base = tiny_model("bert")
@@ -460,7 +475,7 @@ def test_shapes_that_depend_on_values(tiny_model: TinyModel, monkeypatch: pytest
         ({"precision": "tf32"}, r"--precision: unknown name 'tf32', expected one of auto, fp32, bf16, fp16"),
         (
             {"cpu_offload": True, "sharding": "fsdp2", "devices": 2},
-            r"train.cpu_offload: true with sharding fsdp2 on cpu",
+            r"train.cpu_offload: true on the CPU",
         ),
     ),
 )

@@ -342,7 +342,8 @@ def test_the_plan_says_what_trains_and_why_the_rest_does_not(tiny_model: TinyMod
     ("targets", "error", "message"),
     (
         (("dwconv",), UnsupportedError, r"'dwconv' means convnext\..*dwconv, a depthwise convolution \(8 groups\)"),
-        (("dwconf",), SelectorError, r"matches no linear layer, .*closest is 'dwconv'"),
+        (("dwconf",), SelectorError, r"matches no layer, .*closest is 'dwconv'"),
+        (("all-convs",), SelectorError, r"matches no layer, .*closest is 'all-conv'"),
         (("re:.*downsampling_layer.1",), SelectorError, r"--rank: 9 for .*expected 1 to 8"),
     ),
 )

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from torch import Tensor, nn
 
 from exporters import dense, lora
 from surgery import operate, paca_quantized, quantized
-from surgery.adapter import open_adapter
+from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.compat import set_checkpointing
+from surgery.delta import require_columns
 from surgery.errors import BaseMismatchError, UnsupportedError
 from surgery.forecast import Question, forecast
 from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_layers import PacaLayer, layers
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
+from surgery.quantized import dequantize
 from surgery.quantized_base import seen_weight
 from surgery.verify import verify
 from tests.conftest import TinyModel
@@ -312,6 +315,74 @@ def test_attaching_quantizes_a_dense_model_where_asked(llama: Path) -> None:
     assert kinds["lm_head"] == "Linear"
 
 
+# --- columns chosen by data
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Rows to choose columns by."""
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("select", ("gradient", "activation"))
+def test_columns_are_chosen_by_the_dense_base_before_it_is_quantized(
+    select: str, llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The same columns as without quantization, not the seed's; they train, and the merge is what training saw."""
+    spec = PacaSpec(rank=4, select=select, calibration_data=(str(texts),), calibration_rows=4)
+    dense_one = columns_by_layer(operate.apply(llama, tmp_path / "dense", spec))
+    adapter = make_adapter(llama, tmp_path / "a", replace(spec, quantize="nf4"))
+    chosen = columns_by_layer(adapter)
+    assert chosen == dense_one
+    assert chosen != columns_by_layer(operate.apply(llama, tmp_path / "drawn", PacaSpec(rank=4)))
+    dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
+    checks = {check.name: check for check in verify(tmp_path / "seen").checks}
+    assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
+
+
+def test_what_files_of_4_bits_can_be_looked_at_for(stored: Path, texts: Path, tmp_path: Path) -> None:
+    """Inputs: `activation`, the way out that refusals name, chooses what it would on the dequantized base."""
+    spec = PacaSpec(rank=4, select="activation", calibration_data=(str(texts),), calibration_rows=4)
+    adapter = operate.apply(stored, tmp_path / "a", spec)
+    dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
+    assert columns_by_layer(adapter) == columns_by_layer(operate.apply(tmp_path / "seen", tmp_path / "b", spec))
+    assert columns_by_layer(adapter) != columns_by_layer(operate.apply(stored, tmp_path / "c", PacaSpec(rank=4)))
+
+
+def test_layers_of_stored_4_bits_that_do_not_train_stay_as_they_are(stored: Path, tmp_path: Path) -> None:
+    """Running in eval mode leaves their scales alone: bitsandbytes' own forward rounds them for good on some CPUs."""
+    adapter = make_adapter(stored, tmp_path / "a", PacaSpec(rank=4, exclude=("up_proj",)))
+    model, name = operate.load(tmp_path / "a"), "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(name)
+    before = dequantize(layer, torch.bfloat16)
+    logits(model)
+    assert torch.equal(dequantize(layer, torch.bfloat16), before)
+    assert quantized.kind_of(layer) == "nf4-double"
+    held = adapter.plan.quantization
+    assert held is not None
+    assert torch.equal(before, seen_weight(Checkpoint.open(stored), held, held.layers[name]))
+    dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
+    checks = {check.name: check for check in verify(tmp_path / "seen").checks}
+    assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
+
+
+def test_a_live_model_that_is_quantized_has_no_gradients_to_choose_by(llama: Path) -> None:
+    """Said when it is planned, before a batch is run."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype="auto")
+    quantized.quantize(model, "nf4", {"model.layers.0.mlp.up_proj": torch.bfloat16})
+    with pytest.raises(UnsupportedError, match=r"--select gradient: weights that are held as nf4, which have no gra"):
+        operate.attach(model, PacaSpec(rank=4, select="gradient"), calibration=[sample_inputs("llama")])
+
+
+def columns_by_layer(adapter: Adapter) -> dict[str, list[int]]:
+    """Which columns train."""
+    return {name: patch.columns.tolist() for name, patch in require_columns(adapter.delta, "test").patches.items()}
+
+
 # --- merges
 
 
@@ -327,7 +398,7 @@ def test_both_merges_hold_what_they_promise(kind: str, llama: Path, tmp_path: Pa
     assert f"(the base as {kind})" in checks["merge difference"].detail
     checks = {check.name: check for check in verify(tmp_path / "seen").checks}
     assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
-    assert "14 layers are what training saw, bit for bit" in checks["dequantized weights"].detail
+    assert "14 layers are those of this base, dequantized" in checks["dequantized weights"].detail
     assert "merge difference" not in checks
 
 
@@ -431,6 +502,49 @@ def test_a_base_stored_in_4_bits_is_trained_and_merged_dequantized(
     assert command("verify", tmp_path / "m")[0] == 0
 
 
+def test_layers_of_a_stored_base_that_do_not_train_are_held_as_those_that_do(stored: Path, tmp_path: Path) -> None:
+    """bitsandbytes' own layer orders its weight anew in eval mode, on some CPUs, and then computes otherwise."""
+    adapter = make_adapter(stored, tmp_path / "a", PacaSpec(rank=4, targets=("q_proj",)))
+    dense.export(adapter, tmp_path / "m", merge_base="dequantized")
+    model, merged = (
+        operate.load(tmp_path / "a"),
+        operate.load_base_model(tmp_path / "m", replace(adapter.plan, quantization=None)),
+    )
+    assert sum(isinstance(module, quantized.QuantizedLinear) for module in model.modules()) == 12
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+    assert torch.equal(logits(model), logits(merged))
+    packed = [module.weight for module in model.modules() if quantized.is_quantized(module)]
+    assert not any("packing_format_for_cpu" in vars(weight.quant_state) for weight in packed)
+
+
+@pytest.mark.parametrize("is_stored", (False, True), ids=("quantized at load", "stored"))
+def test_adapters_on_a_quantized_base_are_united(
+    is_stored: bool, llama: Path, stored: Path, tmp_path: Path, command: Command
+) -> None:
+    """Every quantized layer of the merge is what training saw, those that none of them trains among them."""
+    base, kind = (stored, "") if is_stored else (llama, "nf4-double")
+    for name in ("q_proj", "up_proj"):
+        make_adapter(base, tmp_path / name, PacaSpec(rank=4, targets=(name,), quantize=kind))
+    both = (tmp_path / "q_proj", tmp_path / "up_proj")
+    assert command("export", *both, "--merge", "--merge-base", "dequantized", "-o", tmp_path / "m") == (0, "")
+    checks = {check.name: check for check in verify(tmp_path / "m", numeric=False).checks}
+    assert "14 layers are those of this base, dequantized" in checks["dequantized weights"].detail
+    assert checks["trained columns"].result == "passed"
+
+
+def test_inputs_of_a_stored_base_choose_columns(stored: Path, tmp_path: Path) -> None:
+    """A packed weight does not have its layer's sizes; inputs are those of the dense model that it stands for."""
+    (tmp_path / "d.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    looked: dict[str, Any] = {"select": "activation", "calibration_data": (str(tmp_path / "d.txt"),)}
+    spec = PacaSpec(rank=4, targets=("q_proj", "down_proj"), calibration_rows=4, calibration_length=32, **looked)
+    adapter = operate.apply(stored, tmp_path / "a", spec)
+    dense.export(adapter, tmp_path / "m", merge_base="dequantized")
+    same = operate.apply(tmp_path / "m", tmp_path / "b", spec)
+    assert {m: p.columns.tolist() for m, p in adapter.delta.patches.items()} == {
+        m: p.columns.tolist() for m, p in same.delta.patches.items()
+    }
+
+
 def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command: Command) -> None:
     """A scale that was changed is another base: what lies beside a packed weight is in its digest."""
     import safetensors.torch
@@ -456,8 +570,10 @@ def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command
         ("apply {stored} --method read -o {out}", 5, "a base held as nf4-double, and method read"),
         ("apply {llama} --quantize nf4 --resample every:5 -o {out}", 5, "into which no column can be written"),
         ("apply {stored} --select magnitude -o {out}", 5, "weights that are held as nf4-double"),
+        ("apply {stored} --select gradient --calibration-data {data} -o {out}", 5, "which have no gradient, expected"),
         ("export {stored} --format onnx -o {out}", 5, "a checkpoint quantized by bitsandbytes"),
         ("apply {llama} --quantize nf5 -o {out}", 2, "The closest is 'nf4'"),
+        ("apply {llama} --quantize NF4 -o {out}", 2, "The closest is 'nf4'"),
         ("apply {llama} --method read --quantize nf4 -o {out}", 2, "method read has no such setting"),
         ("apply {gpt2} --quantize nf4 -o {out}", 5, "GPT2LMHeadModel has no layer that could be"),
         ("export {plain} --merge --merge-base original -o {out}", 2, "the base of this adapter is not quantized"),
@@ -485,25 +601,6 @@ def test_what_does_not_go_together_is_refused(
     found, error = command(*(word.format_map(names) for word in line.split()))
     assert (found, said in error) == (code, True), error
     assert not names["out"].exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "device", "said"),
-    (
-        ({"strategy": "fsdp2"}, "cuda", "train.strategy: fsdp2 with a base held as nf4"),
-        ({"strategy": "zero2"}, "cuda", "train.strategy: zero2 with a base held as nf4"),
-        ({"compile": True}, "cpu", "train.compile: true with a base held as nf4"),
-        ({}, "hpu", "train.device: hpu with a base held as nf4"),
-    ),
-)
-def test_a_run_on_a_quantized_base_has_not(settings: dict[str, Any], device: str, said: str) -> None:
-    """Sharding, compilation and Gaudi, whatever machine it is."""
-    from surgery.acceleration import require_for_quantized
-    from surgery.recipe import TrainSection
-
-    with pytest.raises(UnsupportedError, match=said) as caught:
-        require_for_quantized(TrainSection(**settings), device, "nf4")
-    assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize(("kind", "extra"), (("nf4", "bnb"), ("torchao-int8", "torchao")))
@@ -540,6 +637,16 @@ def test_the_predicted_weights_are_those_in_memory(llama: Path, tmp_path: Path) 
     buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if "paca_" not in name)
     assert found.parts["weights"] == sum(p.nbytes for p in own) + scales + buffers
     assert any("the base is held as nf4, 14 layers" in note for note in found.notes)
+
+
+def test_a_base_stored_in_4_bits_is_predicted_as_apply_predicts_it(stored: Path, tmp_path: Path) -> None:
+    """By its folder, before any plan is made of it, and by an adapter's."""
+    operate.apply(stored, tmp_path / "a", PacaSpec(rank=4))
+    found = forecast(str(stored), Question(device="cpu"), ("paca.rank=4",))
+    assert found.parts == forecast(str(tmp_path / "a"), Question(device="cpu")).parts
+    assert any("the base is held as nf4-double, 14 layers, as its files have them" in note for note in found.notes)
+    with pytest.raises(UnsupportedError, match="quantized by bitsandbytes"):
+        forecast(str(stored), Question(device="cpu", method="lora"))
 
 
 def test_what_fp16_holds_is_the_same_when_it_is_computed_in_fp32(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,13 +31,12 @@ from surgery.ranks import (
     first_node,
     hand_over,
     launching,
+    require_own,
     require_places,
-    require_strategy,
     say_why,
 )
 from surgery.recipe import TrainSection
 from surgery.sharding import require_even
-from surgery.train import _open_features
 
 # --- who is who
 
@@ -88,25 +86,6 @@ def test_what_is_no_list_of_nodes() -> None:
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("strategy", "device", "offload", "error", "message"),
-    (
-        ("fsdp2", "cpu", True, RecipeError, "train.cpu_offload: true on the CPU, expected a device to offload from"),
-        ("zero2", "hpu", False, UnsupportedError, "train.strategy: zero2 on hpu, expected ddp"),
-        ("fsdp2", "hpu", False, UnsupportedError, "train.strategy: fsdp2 on hpu, expected ddp"),
-    ),
-)
-def test_what_a_device_has_not_is_refused(
-    strategy: str, device: str, offload: bool, error: type[SurgeryError], message: str
-) -> None:
-    """With a launcher, too."""
-    with pytest.raises(error, match=message):
-        require_strategy(strategy, device, cpu_offload=offload, has_launcher=True)
-    for fitting in ("fsdp2", "zero2", "zero3"):
-        require_strategy(fitting, "cuda", cpu_offload=True, has_launcher=True)
-    require_strategy("ddp", "hpu", cpu_offload=False, has_launcher=False)
-
-
 def test_no_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of CUDA devices; cards of another kind are counted by their backend."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -114,15 +93,6 @@ def test_no_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     require_places("hpu", 8)
     with pytest.raises(RequestError, match="--nproc: 5, expected at most 4, as this machine has 4 CUDA devices"):
         require_places("cuda", 5)
-
-
-def test_kept_states_take_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks would write one file."""
-    monkeypatch.setitem(_open_features.__globals__, "count", lambda: 2)
-    adapter = SimpleNamespace(plan=SimpleNamespace(task="causal-lm"))
-    job: Any = SimpleNamespace(adapter=adapter, settings=TrainSection(cache_features="states"))
-    with pytest.raises(UnsupportedError, match="--cache-features: with 2 processes, expected one process"):
-        _open_features(job, None, "fp32")
 
 
 def test_a_conv1d_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,12 +114,12 @@ def test_accelerates_own_strategies_are_refused(name: str, monkeypatch: pytest.M
     """What `accelerate launch --use_fsdp` sets would shard the model once more: a strategy is asked for instead."""
     monkeypatch.setenv(name, "true")
     with pytest.raises(RecipeError, match=f"{name}: true, by accelerate's configuration, expected train.strategy="):
-        require_strategy("ddp", "cpu", cpu_offload=False, has_launcher=True)
+        require_own("ddp")
     if name == "ACCELERATE_USE_DEEPSPEED":
-        require_strategy("zero2", "cuda", cpu_offload=False, has_launcher=True)
+        require_own("zero2")
     else:
         with pytest.raises(RecipeError, match=name):
-            require_strategy("zero2", "cuda", cpu_offload=False, has_launcher=True)
+            require_own("zero2")
 
 
 def test_accelerates_precision_and_compiler_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from surgery.operate import apply, attach, collect, detach, load, resample
 from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan, Target
 from surgery.recipe import DataSection, TrainSection
-from surgery.resampling import held, restore_layers, state_of_layers
+from surgery.resampling import Lane, held, restore_layers, state_of_layers
 from surgery.train import train
 from surgery.verify import verify
 from surgery.workflow import export
@@ -138,7 +138,7 @@ def test_a_column_that_returns_goes_on_where_it_was() -> None:
     resample(model, optimizer, step=4)
     for name, layer in layers(model).items():
         assert torch.equal(layer.paca_delta, before[name])
-        assert len(held(layer).columns) == 32
+        assert len(held(Lane(layer)).columns) == 32
 
 
 def test_detach_without_merging_gives_the_base_back() -> None:
@@ -219,7 +219,7 @@ def test_the_file_holds_the_union_and_the_merge_is_verified(trained: Path, tmp_p
     assert {check.result for check in checks.checks} == {"passed"}
     assert checks.max_logit_difference == 0
     again = load(trained, trainable=True)
-    assert {name: len(held(layer).columns) for name, layer in layers(again).items()} == widths
+    assert {name: len(held(Lane(layer)).columns) for name, layer in layers(again).items()} == widths
     assert require_columns(collect(again), "test").to_bytes() == adapter.delta.to_bytes()
     surgery.undo(tmp_path / "merged", tmp_path / "base")
     base = trained / adapter.record.manifest.base.path / "model.safetensors"

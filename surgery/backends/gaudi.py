@@ -351,10 +351,6 @@ def training_arguments(
     `autocast`: fp32 (none) or bf16. `steps`: of the whole run.
     Raises: UnsupportedError.
     """
-    if autocast == "fp16":
-        raise UnsupportedError(
-            "train.precision", "fp16 on hpu", expected="fp32 or bf16", fix="Train with precision=bf16"
-        )
     require_mode(section.hpu_mode)
     from optimum.habana import GaudiTrainingArguments
 

@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from surgery.columns import columns_key
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch
 from surgery.errors import BaseMismatchError, UnsupportedError
-from surgery.experts import by_parameter, columns_of, join, join_columns, require_joined, take
+from surgery.experts import (
+    by_parameter,
+    columns_of,
+    join,
+    join_columns,
+    layer_of,
+    live_weight,
+    require_equal,
+    require_joined,
+    take,
+)
 from surgery.methods import Method
 from surgery.methods.paca_files import bind, fresh
 from surgery.methods.paca_plan import plan, planned_columns
 from surgery.methods.paca_spec import PacaSpec
-from surgery.paca_experts import close_experts, open_experts, opened_experts, part_name
+from surgery.paca_experts import close_experts, open_experts, opened_experts
 from surgery.paca_kinds import OPENED, keep_statistics, let_go, route
 from surgery.paca_layers import (
     PacaLayer,
@@ -35,8 +45,8 @@ from surgery.paca_layers import (
 from surgery.paca_quantized import QuantizedPacaLinear, close_quantized, open_quantized
 from surgery.plan import SurgeryPlan, Target
 from surgery.quantized import is_quantized
+from surgery.resampling import Lane, lanes_of, open_past
 from surgery.resampling import held as held_columns
-from surgery.resampling import open_past
 from surgery.sharding import whole as gathered
 from surgery.tensorfile import torch_dtype
 
@@ -86,7 +96,7 @@ def _start(layer: PacaLayer, patch: ColumnPatch) -> None:
     layer.refresh()
     layer.paca_scores = patch.scores
     if not bool(is_active.all()):
-        open_past(layer, patch.columns[~is_active], patch.values[:, ~is_active])
+        open_past(Lane(layer), patch.columns[~is_active], patch.values[:, ~is_active])
 
 
 def _require_held(model: nn.Module, plan: SurgeryPlan) -> None:
@@ -130,17 +140,36 @@ def _attach_experts(
         scale=spec.scale(first.rank),
     )
     if delta:
-        part.start_from(join(targets, {t.module: delta.patches[t.module].values for t in targets}, count))
-        part.refresh()
+        _start_experts(part, targets, {t.module: delta.patches[t.module] for t in targets}, count)
 
 
-def _read_patch_columns(model: nn.Module, target: Target, columns: Tensor) -> Tensor:
-    """What a model holds in a target's columns: (o, r)."""
-    weight = model.get_parameter(target.name).detach()
-    if target.place:
-        expert, part, parts = target.place
-        weight = weight[expert].chunk(parts)[part]
-    return read_columns(weight, columns.to(weight.device), target.input_axis)
+def _start_experts(part: PacaLayer, targets: Sequence[Target], patches: Mapping[str, ColumnPatch], count: int) -> None:
+    """The same as `_start`, of all targets of a parameter of experts. Raises: DamagedError."""
+    is_active = {module: torch.isin(patch.columns, _active_columns(patch)) for module, patch in patches.items()}
+    part.start_from(join(targets, {m: patch.values[:, is_active[m]] for m, patch in patches.items()}, count))
+    part.refresh()
+    lanes = [(lane, _members(lane, targets)) for lane in lanes_of(part)]
+    scores = [patches[members[0].module].scores for _, members in lanes]
+    known = [score for score in scores if score is not None]
+    part.paca_scores = None if not known else known[0] if len(lanes) == 1 else torch.stack(known)
+    for lane, members in lanes:
+        first = members[0].module
+        for target in members:
+            require_equal(target, patches[target.module].columns, patches[first].columns)
+        if bool(is_active[first].all()):
+            continue
+        past = {t.module: patches[t.module].values[:, ~is_active[t.module]] for t in members}
+        if lane.expert is None:
+            values = join(members, past, count).flatten(0, 1)
+        else:
+            values = torch.cat([past[target.module] for target in members])
+        open_past(lane, patches[first].columns[~is_active[first]], values)
+
+
+def _members(lane: Lane, targets: Sequence[Target]) -> list[Target]:
+    """A lane's targets among those of a parameter of experts, in the order in which they lie in memory."""
+    mine = [target for target in targets if lane.expert is None or target.place[0] == lane.expert]
+    return sorted(mine, key=lambda target: target.place)
 
 
 def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
@@ -150,8 +179,8 @@ def _own_columns(model: nn.Module, delta: ColumnDelta) -> dict[str, Tensor]:
         columns[module] = _active_columns(patch)
         if not patch.target.holder and is_quantized(model.get_submodule(module)):
             continue  # the base's own columns are not in the model: its file's digest says which base it is
-        weight = model.get_parameter(patch.target.name)
-        here = _read_patch_columns(model, patch.target, patch.columns)
+        weight = live_weight(model, patch.target)
+        here = read_columns(weight, patch.columns.to(weight.device), patch.target.input_axis)
         if not torch.equal(here.cpu(), patch.original.to(weight.dtype)):
             raise BaseMismatchError(
                 f"adapter, {module}",
@@ -167,11 +196,6 @@ def trainable_names(plan: SurgeryPlan) -> set[str]:
     return {f"{layer_of(target)}.paca_delta" for target in plan.targets}
 
 
-def layer_of(target: Target) -> str:
-    """The module of an attached model that holds a target's difference."""
-    return f"{target.holder}.{part_name(target.parameter)}" if target.holder else target.module
-
-
 def collect(
     model: nn.Module, plan: SurgeryPlan, whole: Mapping[str, WholePatch], originals: Mapping[str, Tensor]
 ) -> ColumnDelta:
@@ -183,7 +207,7 @@ def collect(
             continue
         layer = opened[target.module]
         if plan.spec.get("resample"):
-            patches[target.module] = _collect_all(layer, target)
+            patches |= _collect_all(Lane(layer), [target])
             continue
         held = gathered(layer.paca_original)
         values = combine(held, gathered(layer.paca_delta), layer.paca_scale)
@@ -196,9 +220,13 @@ def collect(
 def _collect_experts(
     opened: Mapping[str, PacaLayer], plan: SurgeryPlan, originals: Mapping[str, Tensor]
 ) -> dict[str, ColumnPatch]:
-    patches = {}
+    patches: dict[str, ColumnPatch] = {}
     for targets in by_parameter(plan.targets).values():
         part = opened[layer_of(targets[0])]
+        if plan.spec.get("resample"):
+            for lane in lanes_of(part):
+                patches |= _collect_all(lane, _members(lane, targets))
+            continue
         held = gathered(part.paca_original)
         values, stored = combine(held, gathered(part.paca_delta), part.paca_scale), held.to(part.paca_storage)
         for target in targets:
@@ -208,12 +236,27 @@ def _collect_experts(
     return patches
 
 
-def _collect_all(layer: PacaLayer, target: Target) -> ColumnPatch:
-    """All columns that have trained, each once."""
-    everything, now = held_columns(layer), layer.paca_columns.to("cpu", copy=True)
+def _collect_all(lane: Lane, targets: Sequence[Target]) -> dict[str, ColumnPatch]:
+    """All columns of a lane that have trained, each once, by module."""
+    everything, layer = held_columns(lane), lane.layer
     values = combine(everything.original, everything.delta, layer.paca_scale)
     original = everything.original.to(layer.paca_storage)
-    return ColumnPatch(target, everything.columns, values, original, now, layer.paca_scores)
+    scores = None if layer.paca_scores is None else lane.part(layer.paca_scores)
+    patches = {}
+    for target in targets:  # a file holds for each what in memory is one
+        columns, now = everything.columns.clone(), lane.columns.to("cpu", copy=True)
+        own, base = (_of_target(lane, target, tensor) for tensor in (values, original))
+        patches[target.module] = ColumnPatch(target, columns, own, base, now, scores)
+    return patches
+
+
+def _of_target(lane: Lane, target: Target, values_ou: Tensor) -> Tensor:
+    """A target's rows of what a lane holds."""
+    if not target.holder:
+        return values_ou
+    if lane.expert is None:
+        return take(values_ou.reshape(len(lane.layer.paca_delta), -1, values_ou.shape[1]), target)
+    return values_ou.chunk(target.place[2])[target.place[1]].clone()
 
 
 def detach(model: nn.Module, *, merge: bool) -> None:

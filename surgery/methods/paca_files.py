@@ -12,6 +12,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.columns import Choice, refuse_stored
 from surgery.delta import ColumnDelta, ColumnPatch, WholePatch, read_target
 from surgery.errors import BaseMismatchError
+from surgery.experts import live_weight
 from surgery.methods.paca_plan import seed_columns
 from surgery.paca_layers import read_columns
 from surgery.plan import Quantization, SurgeryPlan, Target
@@ -42,9 +43,9 @@ def fresh_live(model: nn.Module, plan: SurgeryPlan, whole: Mapping[str, WholePat
     """The same of a model in memory, for columns that were chosen by looking at it."""
     patches = {}
     for target in plan.targets:
-        columns, module = choice.columns[target.module], model.get_submodule(target.module)
-        is_packed = is_quantized(module)
-        weight = dequantize(module, torch_dtype(target.dtype)) if is_packed else model.get_parameter(target.name)
+        columns, module = choice.columns[target.module], model.get_submodule(target.holder or target.module)
+        is_packed = not target.holder and is_quantized(module)
+        weight = dequantize(module, torch_dtype(target.dtype)) if is_packed else live_weight(model, target)
         original = read_columns(weight, columns.to(weight.device), target.input_axis).cpu()
         patches[target.module] = _unmoved(plan, target, columns, original, choice)
     return ColumnDelta(plan, patches, whole)

@@ -13,8 +13,6 @@ from torch import Tensor
 from surgery.columns import (
     FILE,
     RANDOM,
-    STRATEGIES,
-    WEIGHTS,
     budget_values,
     choose_columns,
     even_scores,
@@ -24,9 +22,20 @@ from surgery.columns import (
     refuse_stored,
     spread,
 )
+from surgery.combinations import facts, of_record
+from surgery.combinations import require as require_together
 from surgery.embedding_rows import find_embedding, require_rows, without_embedding
 from surgery.errors import DamagedError, RequestError, UnsupportedError, closest
-from surgery.experts import expert_group, find_experts, holders, require_whole
+from surgery.experts import (
+    budget_unit,
+    expert_group,
+    find_experts,
+    holders,
+    require_one_rank,
+    require_same,
+    require_whole,
+)
+from surgery.images import TASK as IMAGES
 from surgery.methods import PlanRequest
 from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_experts import SHARED, require_way
@@ -46,7 +55,7 @@ from surgery.select import (
     resolve,
 )
 from surgery.sites import find_all_sites
-from surgery.survey import list_untouched, trace_groups
+from surgery.survey import find_idle, list_untouched, trace_groups
 from surgery.tensorfile import FLOAT_DTYPES
 
 QUANTIZABLE = ("F16", "BF16", "F32")
@@ -59,23 +68,26 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     Raises: SelectorError, UnsupportedError, DamagedError, RequestError for a budget that cannot be met.
     """
     refuse_stored(spec.select)
+    held = request.quantization.kind if request.quantization else ""
+    require_together({**of_record("paca", spec), **facts({"stored": held, "held": held or spec.quantize})})
     model, stored = request.model, request.stored
     sites = find_all_sites(model, request.heads)
     experts = find_experts(model, stored, request.parts)
     groups = trace_groups(model, sites, holders(model))
     whole = {target.parameter: target for target in request.whole}
     candidates = [_sized(spec, site) for site in sites if site.name in stored and site.name not in whole]
+    candidates = _without_idle(candidates, request)
     embedding = find_embedding(model, candidates, spec.rows)
     candidates = [site for site in candidates if site.kind != EMBEDDING]
     everything = [*candidates, *(site for site, _ in experts)]
     selectors = without_embedding(spec.targets, everything, sites, embedding)
     chosen = resolve(everything, selectors, exclude=spec.exclude) if selectors or not embedding else ()
     _require_layers_alone(spec, [*chosen, *([embedding] if embedding else [])])
+    _settle_experts(spec, chosen, [site for site, _ in experts], groups)
     ranks = _ranks(spec, chosen, groups)
     unpaid = {site.name: "nothing of the budget" for site in chosen if site.module not in ranks}
     chosen = tuple(site for site in chosen if site.module in ranks)
-    _settle_experts(spec, chosen, [site for site, _ in experts], ranks, groups)
-    _require_trainable_experts(spec, request, chosen)
+    _require_trainable_experts(request, chosen)
     places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
     targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
     if embedding:
@@ -88,7 +100,6 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     reasons |= {site.name: why_left(site) for site in candidates if not site.is_head and not site.tied_with}
     reasons |= {site.name: "experts: name them in --targets" for site, _ in experts} | unpaid
     quantization = _quantization(spec, request, [s for s in candidates if not s.is_head and not s.tied_with])
-    _require_dense_where_needed(spec, quantization, request)
     return {
         "targets": targets,
         "untouched": list_untouched(model, touched, reasons),
@@ -100,13 +111,10 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
 def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSite]) -> Quantization | None:
     """How the base will be held: every linear layer that can be is quantized, trained or not, but for the heads.
 
-    Raises: UnsupportedError where none can be; RequestError where it is quantized already.
+    Raises: UnsupportedError where none can be.
     """
     if not spec.quantize:
         return request.quantization
-    if request.quantization:
-        found = f"{spec.quantize}, and the base is held as {request.quantization.kind} already"
-        raise RequestError("--quantize", found, expected="a base in 16 or 32 bits", fix="Leave it out")
     fitting = [s.module for s in sites if request.stored[s.name].dtype in QUANTIZABLE]
     names = quantizable(request.model, fitting)
     if not names:
@@ -122,21 +130,17 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
     )
 
 
-def _require_dense_where_needed(spec: PacaSpec, quantization: Quantization | None, request: PlanRequest) -> None:
-    """Columns that go out are written into the weight, and some strategies read it. Raises: UnsupportedError."""
-    if quantization and spec.resample:
-        found = f"a base held as {quantization.kind}, into which no column can be written"
-        raise UnsupportedError("--resample", found, expected="a dense base", fix="Leave out one of them")
-    if request.quantization and not is_file(spec.select) and STRATEGIES[spec.select].looks_at == WEIGHTS:
-        found = f"weights that are held as {request.quantization.kind}"
-        fix = "Choose by activation, or start from the checkpoint that it was quantized from"
-        raise UnsupportedError(f"--select {spec.select}", found, expected="dense weights to look at", fix=fix)
-
-
 def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
     """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is."""
     asked = asked_rank(site, spec.rank, spec.rank_pattern)
     return replace(site, is_narrow=site.kind == CONVOLUTION and asked > site.in_features)
+
+
+def _without_idle(sites: Sequence[LinearSite], request: PlanRequest) -> list[LinearSite]:
+    """The same, and of an image classifier those unfit that none of its logits depend on: they would never move."""
+    idle = find_idle(request.model) if request.task == IMAGES else ()
+    why = f"layer on which no logit of {type(request.model).__name__} depends"
+    return [replace(site, unfit=site.unfit or (why if site.name in idle else "")) for site in sites]
 
 
 def why_left(site: LinearSite) -> str:
@@ -146,35 +150,40 @@ def why_left(site: LinearSite) -> str:
     return site.unfit or ("not selected" if site.kind in ALL[ALL_LINEAR] else site.kind)
 
 
-def _require_trainable_experts(spec: PacaSpec, request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
-    """Experts multiply in a way in which columns train, beside layers held as they are. Raises: UnsupportedError."""
-    experts = [site for site in chosen if site.holder]
-    for holder in {site.holder for site in experts}:
+def _require_trainable_experts(request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
+    """Experts multiply in a way in which columns train. Raises: UnsupportedError."""
+    for holder in {site.holder for site in chosen if site.holder}:
         require_way(request.model.get_submodule(holder))
-    if experts and (spec.quantize or request.quantization):
-        found = f"experts train ({experts[0].module}) beside a quantized base, which has not been tried"
-        raise UnsupportedError("--quantize", found, expected="a base in 16 or 32 bits", fix=f"Leave out {EXPERTS}")
 
 
 def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:
-    """Layers that are no linear ones have columns that the seed decides, or rows that are named, once and for all.
+    """Layers that are neither linear nor experts have columns that the seed decides, or rows that are named.
 
     Raises: UnsupportedError.
     """
-    expert = next((site for site in chosen if site.holder or site.kind != LINEAR), None)
+    other = next((site for site in chosen if site.kind != LINEAR), None)
     settings = {"--select": spec.select != RANDOM, "--budget": spec.budget, "--resample": spec.resample}
     given = next((name for name, is_given in settings.items() if is_given), "")
-    if expert and given:
-        kind, name = ("experts", EXPERTS) if expert.holder else (f"{expert.kind} layers", expert.module)
-        fix = f"Leave out {given}, or {name} among the --targets"
-        raise UnsupportedError(given, f"{kind} train ({expert.module})", expected="linear layers alone", fix=fix)
+    if other and given:
+        fix = f"Leave out {given}, or {other.module} among the --targets"
+        found = f"{other.kind} layers train ({other.module})"
+        raise UnsupportedError(given, found, expected="linear layers and experts alone", fix=fix)
 
 
 def _ranks(spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
-    """How many columns of each layer train, by module; a budget may leave some out."""
+    """How many columns of each layer train, by module; a budget may leave some out.
+
+    Raises: RequestError, SelectorError.
+    """
     if is_file(spec.select):
-        return {module: len(columns) for module, columns in named_columns(spec.select, chosen, groups).items()}
-    return _even_ranks(spec, chosen, groups) if spec.budget else ranks_of(chosen, spec.rank, spec.rank_pattern)
+        ranks = {module: len(columns) for module, columns in named_columns(spec.select, chosen, groups).items()}
+        require_one_rank(chosen, ranks, f"--select {spec.select}", "Name as many columns for each expert")
+        return ranks
+    if spec.budget:
+        return _even_ranks(spec, chosen, groups)
+    ranks = ranks_of(chosen, spec.rank, spec.rank_pattern)
+    require_one_rank(chosen, ranks, "--rank-pattern", "Name its experts with a *")
+    return ranks
 
 
 def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Mapping[str, str]) -> dict[str, Tensor]:
@@ -188,11 +197,12 @@ def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Map
         if int(found[-1]) >= site.in_features:
             expected = f"columns below {site.in_features}, its width"
             raise RequestError(f"--select {select}", f"{site.module}: column {int(found[-1])}", expected=expected)
-        result[site.module] = found
+        result[site.module] = found.clone()  # a group is named once, and a file holds each layer's own
     surplus = sorted(set(named) - {site.module for site in sites} - {groups[site.module] for site in sites})
     if surplus:
         strange, fix = f"columns for {surplus[0]!r}, which does not train", closest(surplus[0], result)
         raise RequestError(f"--select {select}", strange, expected="the layers that --targets means", fix=fix)
+    require_same(sites, result, groups, f"--select {select}")
     return result
 
 
@@ -201,22 +211,22 @@ def _even_ranks(spec: PacaSpec, sites: Sequence[LinearSite], groups: Mapping[str
 
     A layer may get none; where scores will decide, one column stands for that.
     """
+    units = {site.module: budget_unit(site, groups[site.module], spec.experts) for site in sites}
     values: dict[str, int] = {}
-    widths = {groups[site.module]: site.in_features for site in sites}
+    widths = {units[site.module]: site.in_features for site in sites}
     for site in sites:
-        values[groups[site.module]] = values.get(groups[site.module], 0) + site.out_features
-    scores = [even_scores(group, width, values[group], seed=spec.seed) for group, width in sorted(widths.items())]
+        values[units[site.module]] = values.get(units[site.module], 0) + site.out_features
+    scores = [even_scores(unit, width, values[unit], seed=spec.seed) for unit, width in sorted(widths.items())]
     ranks = spread(scores, budget_values(spec.budget, sum(site.out_features * site.in_features for site in sites)))
     if spec.select != RANDOM:
         ranks = dict.fromkeys(widths, 1) | ranks
-    return {site.module: ranks[groups[site.module]] for site in sites if groups[site.module] in ranks}
+    return {site.module: ranks[units[site.module]] for site in sites if units[site.module] in ranks}
 
 
 def _settle_experts(
     spec: PacaSpec,
     chosen: Sequence[LinearSite],
     known: Sequence[LinearSite],
-    ranks: Mapping[str, int],
     groups: dict[str, str],
 ) -> None:
     """Add the groups of the experts that were chosen. Raises: SelectorError, UnsupportedError, RequestError."""
@@ -224,7 +234,7 @@ def _settle_experts(
     if spec.experts != SHARED and not mine:
         fix = f"Add {EXPERTS} to --targets, or leave it out"
         raise RequestError("--experts", f"{spec.experts!r}, and no experts train", expected="experts to train", fix=fix)
-    require_whole(mine, known, ranks)
+    require_whole(mine, known)
     groups |= {site.module: expert_group(site, spec.experts, groups) for site in mine}
 
 

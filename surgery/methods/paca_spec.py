@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from surgery.columns import STRATEGIES, budget_values, is_file, require_strategy, resample_steps, takes_data
-from surgery.errors import RequestError, UnsupportedError, option_of, require_known
+from surgery.columns import budget_values, require_strategy, resample_steps
+from surgery.combinations import facts, of_record, require
+from surgery.errors import RequestError, require_known
 from surgery.paca_experts import OWN, SHARED
 from surgery.quantized import require_kind
 from surgery.select import ALL_LINEAR
@@ -74,30 +75,13 @@ class PacaSpec:
 
         Raises: RequestError, UnsupportedError.
         """
-        sizes = {"--rank": self.rank != type(self).rank, "--rank-pattern": bool(self.rank_pattern)}
-        given = next((name for name, is_given in sizes.items() if is_given), "")
         if self.budget:
             budget_values(self.budget, 1 << 62)
-            if given:
-                raise RequestError("--budget", f"given with {given}", expected="one of the two")
-        if is_file(self.select) and (given or self.budget):
-            found = f"given with --select {self.select}, which says how many there are"
-            raise RequestError(given or "--budget", found, expected="the file alone")
-        if resample_steps(self.resample) and is_file(self.select):
-            found = f"--select {self.select}, which names one set of columns"
-            raise UnsupportedError("--resample", found, expected="a strategy to draw others by", fix="Leave it out")
-        if not takes_data(self.select):
-            self._require_no_data()
+        resample_steps(self.resample)
+        require({**of_record("paca", self), **facts({"held": self.quantize})})
         if self.calibration_rows < 1 or self.calibration_length < 2:
             found = f"{self.calibration_rows} rows of {self.calibration_length} tokens"
             raise RequestError("--calibration-rows", found, expected="1 row of 2 tokens, or more")
-
-    def _require_no_data(self) -> None:
-        defaults = {entry.name: entry.default for entry in fields(self)} | {"calibration_columns": {}}
-        given = next((name for name in CALIBRATION if getattr(self, name) != defaults[name]), None)
-        if given:
-            wanted = " or ".join(name for name in STRATEGIES if takes_data(name))
-            raise RequestError(option_of(given), f"given with --select {self.select}", expected=f"{wanted} with it")
 
     def scale(self, rank: int) -> float:
         """What the stored difference is multiplied by while training."""

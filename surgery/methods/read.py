@@ -19,6 +19,8 @@ from transformers.models.auto import modeling_auto
 from surgery import side as side_module
 from surgery.checkpoint import Checkpoint
 from surgery.columns import generator_seed
+from surgery.combinations import facts
+from surgery.combinations import require as require_together
 from surgery.delta import SideDelta, WholePatch, backbone_sha256
 from surgery.errors import BaseMismatchError, RequestError, UnsupportedError, closest, option_of
 from surgery.methods import Method, PlanRequest
@@ -122,9 +124,8 @@ def choose_layers(text: str, depth: int | None, *, stack: str = BACKBONE) -> tup
 
 def plan(spec: ReadSpec, request: PlanRequest) -> dict[str, Any]:
     """The stacks that are read and the tensors of their side networks. Raises: RequestError, UnsupportedError."""
-    if request.quantization:
-        found = f"a base held as {request.quantization.kind}, and method read"
-        raise UnsupportedError("--method", found, expected="a base in 16 or 32 bits, or method paca")
+    held = request.quantization.kind if request.quantization else ""
+    require_together(facts({"method": spec.method, "stored": held, "held": held}))
     stacks = _choose_stacks(spec, find_stacks(request.model))
     if spec.pooling != "own" and (request.task not in POOLED_TASKS or len(stacks) > 1):
         expected = "own, as pooling is for classifiers and regression on one stack"

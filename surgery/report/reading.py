@@ -13,9 +13,8 @@ from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import RECORD_FILE, read_json, require_folder
 from surgery.delta import ADAPTER_FILE, ColumnDelta, Delta
 from surgery.errors import DamagedError, NotAModelError
-from surgery.experts import take
+from surgery.experts import layer_of, take
 from surgery.manifest import ADAPTER, MERGED, ONNX, REMOTE_CODE, Check, Manifest, Record, parse_record, read_document
-from surgery.methods.paca import layer_of
 from surgery.plan import SurgeryPlan
 from surgery.report.curves import Entry, read_entries
 from surgery.runs import (

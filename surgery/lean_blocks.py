@@ -10,7 +10,6 @@ A module is made lean by its class, as PaCA's layers are: it stays the same obje
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -327,7 +326,7 @@ def _agrees_gated(module: nn.Module, form: Form, activation: Activation) -> bool
         children: dict[str, nn.Module] = {
             name: nn.Linear(*sizes, dtype=dtype, device="cpu") for name, sizes in form.linears.items()
         }
-        children |= {name: copy.deepcopy(module.get_submodule(name)) for name in (form.activation, *form.others)}
+        children |= {n: stand_in(module.get_submodule(n), {}, {}) for n in (form.activation, *form.others)}
         plain = stand_in(module, children, {}).train()
         lean = stand_in(module, children, {}).train()
         become(lean, form.lean, activation)

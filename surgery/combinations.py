@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from surgery.columns import FILE, GRADIENTS, STORED, STRATEGIES, WEIGHTS, takes_data
+from surgery.columns import FILE, STORED, STRATEGIES, takes_data
 from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedError
 from surgery.lookup import EXPORTERS
 
@@ -79,10 +79,6 @@ def _text(value: object) -> str:
 # --- the table
 
 SHARDED, OFF_CARD = "train.strategy=fsdp2|zero2|zero3", "train.device=cpu|hpu"
-BY_WEIGHTS, BY_GRADIENTS = (
-    "paca.select=" + "|".join(name for name, strategy in STRATEGIES.items() if strategy.looks_at == looked_at)
-    for looked_at in (WEIGHTS, GRADIENTS)
-)
 BY_FILE = f"paca.select={FILE}*"
 WITH_DATA = " or ".join(name for name in STRATEGIES if takes_data(name))
 WITHOUT_DATA = "paca.select=" + "|".join([*(name for name in STRATEGIES if not takes_data(name)), STORED, f"{FILE}*"])
@@ -124,14 +120,6 @@ COMBINATIONS: Sequence[Combination] = (
     Combination("paca.quantize", "stored", RequestError, "--quantize",
                 "{one}, and the base is held as {other} already", "a base in 16 or 32 bits",
                 "Leave it out", "paca.quantize"),
-    Combination(BY_WEIGHTS, "stored", UnsupportedError, "--select {one}",
-                "weights that are held as {other}", "dense weights to look at",
-                "Choose by activation, or start from the checkpoint that it was quantized from",
-                "paca.select=activation"),
-    Combination(BY_GRADIENTS, "stored", UnsupportedError, "--select {one}",
-                "weights that are held as {other}, which have no gradient", "dense weights to look at",
-                "Choose by activation, or start from the checkpoint that it was quantized from",
-                "paca.select=activation"),
     Combination("method=read", "stored", UnsupportedError, "--method",
                 "a base held as {other}, and method read", "a base in 16 or 32 bits, or method paca",
                 "Take method paca", "method=paca"),

@@ -354,7 +354,7 @@ def test_methods_with_settings_are_split() -> None:
         ("paca,paca", "paca stands twice"),
         ("", "no method"),
         ("paca:rank=4", "the setting 'rank=4', expected one of r, alpha"),
-        ("full:r=4", "expected none: it has no setting"),
+        ("full:r=4", "the setting 'r=4', expected one of quantize"),
         ("paca:r=0", "r=0, expected a whole number from 1 on"),
         ("paca:r=x", "r=x, expected a whole number"),
         ("lora:r=4,values=paca", "r and values, expected one of the two"),

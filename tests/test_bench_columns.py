@@ -10,7 +10,7 @@ from surgery.bench.methods import trained
 from surgery.bench.subject import build, enter, open_feed
 from surgery.errors import RequestError
 from surgery.paca_layers import layers
-from surgery.resampling import held
+from surgery.resampling import Lane, held
 from tests.benches import little, subject_of, text_data
 from tests.conftest import TinyModel
 
@@ -49,7 +49,7 @@ def test_columns_take_turns_in_a_bench(tiny_model: TinyModel) -> None:
     after = {name: layer.paca_columns.tolist() for name, layer in layers(contender.model).items()}
     assert before != after
     for name, layer in layers(contender.model).items():
-        assert held(layer).columns.tolist() == sorted({*before[name], *after[name]})
+        assert held(Lane(layer)).columns.tolist() == sorted({*before[name], *after[name]})
 
 
 @pytest.mark.parametrize("method", ("paca:r=4,budget=100", "paca:budget=100,values=200"))

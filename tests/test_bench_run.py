@@ -358,13 +358,6 @@ def test_learning_rates_are_tried_on_rows_of_the_training_set(
     assert found.rows[0].learning_rate == 5e-2
 
 
-def test_the_better_of_two() -> None:
-    """Of a loss the smaller, of anything else the larger."""
-    assert scores.is_better("loss", 1.0, 2.0)
-    assert not scores.is_better("loss", 2.0, 1.0)
-    assert scores.is_better("accuracy", 2.0, 1.0)
-
-
 @pytest.mark.usefixtures("quick")
 def test_a_run_that_diverges_says_so(tiny_model: TinyModel, tmp_path: Path) -> None:
     """It has no score, its finite losses are kept, and the file is still one that can be read."""

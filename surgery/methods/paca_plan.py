@@ -12,7 +12,10 @@ from torch import Tensor
 
 from surgery.columns import (
     FILE,
+    GRADIENTS,
     RANDOM,
+    STRATEGIES,
+    WEIGHTS,
     budget_values,
     choose_columns,
     even_scores,
@@ -88,6 +91,7 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     unpaid = {site.name: "nothing of the budget" for site in chosen if site.module not in ranks}
     chosen = tuple(site for site in chosen if site.module in ranks)
     _require_trainable_experts(request, chosen)
+    _require_dense_where_looked_at(spec, request, chosen)
     places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
     targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
     if embedding:
@@ -154,6 +158,18 @@ def _require_trainable_experts(request: PlanRequest, chosen: Sequence[LinearSite
     """Experts multiply in a way in which columns train. Raises: UnsupportedError."""
     for holder in {site.holder for site in chosen if site.holder}:
         require_way(request.model.get_submodule(holder))
+
+
+def _require_dense_where_looked_at(spec: PacaSpec, request: PlanRequest, chosen: Sequence[LinearSite]) -> None:
+    """Some strategies look at weights, or at gradients, which packed ones do not have. Raises: UnsupportedError."""
+    held = request.quantization
+    if held is None or is_file(spec.select) or STRATEGIES[spec.select].looks_at not in (WEIGHTS, GRADIENTS):
+        return
+    packed = next((site.module for site in chosen if site.module in held.layers), "")
+    if packed:
+        found = f"weights that are held as {held.kind}, first {packed}"
+        fix = "Choose by activation, or start from the checkpoint that it was quantized from"
+        raise UnsupportedError(f"--select {spec.select}", found, expected="dense weights to look at", fix=fix)
 
 
 def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:

@@ -570,7 +570,7 @@ def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command
         ("apply {stored} --method read -o {out}", 5, "a base held as nf4-double, and method read"),
         ("apply {llama} --quantize nf4 --resample every:5 -o {out}", 5, "into which no column can be written"),
         ("apply {stored} --select magnitude -o {out}", 5, "weights that are held as nf4-double"),
-        ("apply {stored} --select gradient --calibration-data {data} -o {out}", 5, "weights that are held as nf4-double"),
+        ("apply {stored} --select gradient --calibration-data {data} -o {out}", 5, "that are held as nf4-double"),
         ("export {stored} --format onnx -o {out}", 5, "a checkpoint quantized by bitsandbytes"),
         ("apply {llama} --quantize nf5 -o {out}", 2, "The closest is 'nf4'"),
         ("apply {llama} --quantize NF4 -o {out}", 2, "The closest is 'nf4'"),

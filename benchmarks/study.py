@@ -125,7 +125,7 @@ def main() -> None:
     command = shlex.join(["python", *sys.argv])
     for name in arguments.sets:
         started, folder = time.monotonic(), arguments.out / name
-        spec = spec_of(name, study, arguments.out / "data", changes, arguments.methods)
+        spec = spec_of(name, study, arguments.out / ".data", changes, arguments.methods)
         has_begun = (folder / RESULTS_FILE).is_file()
 
         def say(text: str, name: str = name) -> None:

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from surgery.columns import FILE, STORED, STRATEGIES, takes_data
-from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedError
+from surgery.errors import RecipeError, RequestError, SurgeryError, UnsupportedError, option_of
 from surgery.lookup import EXPORTERS
 
 if TYPE_CHECKING:
@@ -93,6 +93,13 @@ def _idle_calibration(name: str) -> Combination:
                        f"{WITH_DATA} with it", f"Leave {option} out", f"paca.calibration_{name}")  # fmt: skip
 
 
+def _counted_by_file(name: str) -> Combination:
+    option = option_of(name)
+    found = "given with --select {other}, which says how many there are"
+    return Combination(f"paca.{name}", BY_FILE, RequestError, option, found,
+                       "the file alone", f"Leave {option} out", f"paca.{name}")  # fmt: skip
+
+
 # fmt: off
 COMBINATIONS: Sequence[Combination] = (
     # which columns
@@ -100,15 +107,7 @@ COMBINATIONS: Sequence[Combination] = (
                 "given with --rank", "one of the two", EITHER, "paca.rank"),
     Combination("paca.budget", "paca.rank_pattern", RequestError, "--budget",
                 "given with --rank-pattern", "one of the two", EITHER, "paca.rank_pattern"),
-    Combination("paca.rank", BY_FILE, RequestError, "--rank",
-                "given with --select {other}, which says how many there are", "the file alone",
-                "Leave --rank out", "paca.rank"),
-    Combination("paca.rank_pattern", BY_FILE, RequestError, "--rank-pattern",
-                "given with --select {other}, which says how many there are", "the file alone",
-                "Leave --rank-pattern out", "paca.rank_pattern"),
-    Combination("paca.budget", BY_FILE, RequestError, "--budget",
-                "given with --select {other}, which says how many there are", "the file alone",
-                "Leave --budget out", "paca.budget"),
+    *(_counted_by_file(name) for name in ("rank", "rank_pattern", "budget")),
     Combination("paca.resample", BY_FILE, UnsupportedError, "--resample",
                 "--select {other}, which names one set of columns", "a strategy to draw others by",
                 "Leave it out", "paca.resample"),

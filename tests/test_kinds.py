@@ -29,6 +29,7 @@ from surgery.operate import apply
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from tests.conftest import TinyModel
+from tests.failing import failing_at
 from tests.trained import make_adapter
 
 EXPERTS = PacaSpec(rank=4, targets=("experts",))
@@ -131,18 +132,6 @@ def test_a_plan_comes_back_from_its_file(kind: str, tiny_model: TinyModel, tmp_p
     assert (again, again.to_json()) == (plan, plan.to_json())
     written = apply(base, tmp_path / "a", spec)
     assert open_adapter(tmp_path / "a").plan == written.plan
-
-
-def failing_at(number: int, real: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
-    """A function that fails on its `number`-th call as a full disk would."""
-
-    def call(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == number:
-            raise OSError(28, "No space left on device")
-        return real(*args)
-
-    return call
 
 
 @pytest.mark.parametrize("merge_base", ("", dense.DEQUANTIZED), ids=("original", "dequantized"))

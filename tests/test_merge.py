@@ -42,6 +42,7 @@ from surgery.operate import apply, attach, collect, load, save
 from surgery.survey import TaskSpec
 from surgery.tensorfile import tensor_to_bytes
 from tests.conftest import TinyModel, digest_folder
+from tests.failing import failing_at
 from tests.tiny import FAMILIES, sample_inputs
 from tests.trained import make_adapter
 
@@ -522,18 +523,6 @@ def test_what_is_read_is_never_overwritten(tiny_model: TinyModel, tmp_path: Path
     with pytest.raises(RequestError, match="would be replaced"):
         undo(merged, merged)
     assert digest_folder(tmp_path / "work") == before
-
-
-def failing_at(number: int, real: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
-    """A function that fails on its `number`-th call as a full disk would."""
-
-    def call(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == number:
-            raise OSError(28, "No space left on device")
-        return real(*args)
-
-    return call
 
 
 @pytest.mark.parametrize("operation", ("fsync", "write_file", "rename"))

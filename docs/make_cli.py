@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
+from pages import write_or_check
 
 from surgery.cli import HELP, cli
 
@@ -36,14 +36,5 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    """Write the page, or say that it is stale."""
-    text = render()
-    if "--check" in sys.argv[1:]:
-        is_fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        sys.exit(0 if is_fresh else f"{PAGE} is stale: run `make docs`")
-    PAGE.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, render())

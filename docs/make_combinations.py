@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+
+from pages import write_or_check
 
 from surgery.combinations import COMBINATIONS, FACTS, Combination
 
@@ -51,14 +52,5 @@ def render() -> str:
     return "\n".join([HEAD, *head, *map(line, COMBINATIONS), "", FACTS_HEAD, *known, ""])
 
 
-def main() -> None:
-    """Write the page, or say that it is stale."""
-    text = render()
-    if "--check" in sys.argv[1:]:
-        is_fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        sys.exit(0 if is_fresh else f"{PAGE} is stale: run `make docs`")
-    PAGE.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, render())

@@ -7,9 +7,7 @@ by rename.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import os
 import sys
@@ -27,100 +25,35 @@ if __name__ == "__main__":
     hush_libraries()  # before transformers' trainer imports them
 
 import torch
-from transformers import PrinterCallback, TrainerState
+from transformers import TrainerState
 
 from surgery import acceleration, trackers
 from surgery.adapter import Adapter, find_base, open_adapter, update_adapter
-from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
-from surgery.combinations import Request, facts, of_section
+from surgery.checkpoint import RECORD_FILE
 from surgery.combinations import require as require_together
-from surgery.compat import fall_silent, keep_no_cache
-from surgery.data import DataSpec, Prepared, inspect_labels, prepare, prepare_images
+from surgery.compat import fall_silent
 from surgery.delta import ADAPTER_FILE, Delta
-from surgery.errors import (
-    DataError,
-    InterruptedRunError,
-    RecipeError,
-    RequestError,
-    UnsupportedError,
-    closest,
-    counted,
-)
+from surgery.errors import DataError, InterruptedRunError, counted
 from surgery.experts import require_layers
-from surgery.features import ROW, FeatureCache, numbered, open_cache
-from surgery.images import TASK as IMAGES
-from surgery.images import folder_digest, read_processor
 from surgery.lookup import backend_of, resolve
-from surgery.metrics import metric_names, metrics_for, preprocess_for
-from surgery.operate import attach_plan, collect, load_base_model, replanned
-from surgery.plan import SurgeryPlan
-from surgery.ranks import (
-    adopt_slurm,
-    count,
-    from_main,
-    is_launched,
-    is_main,
-    joined,
-    require_own,
-    require_places,
-)
+from surgery.operate import collect
+from surgery.ranks import adopt_slurm, count, from_main, is_launched, is_main, joined, require_own, require_places
 from surgery.recipe import DataSection, TrainSection
-from surgery.runs import (
-    BEFORE_FILE,
-    CHECKPOINTS,
-    LOG_FILE,
-    RUN_FILE,
-    latest_checkpoint,
-    open_run,
-    step_of,
-    this_process,
-)
+from surgery.runs import CHECKPOINTS, latest_checkpoint
 from surgery.sharding import shard
-from surgery.survey import TASKS, TaskSpec
-from surgery.tensorfile import file_sha256
-from surgery.tokens import read_tokenizer
-from surgery.trainer import (
-    TRAINER_FILE,
-    Interruption,
-    KeepFrozenInputs,
-    LogFile,
-    Progress,
-    Resample,
-    StopEarly,
-    StopWhenAsked,
-    StopWhenDiverged,
-    SurgeryCheckpoints,
-    interruptible,
-    read_state,
-    remove_leftovers,
-    remove_whole,
-)
-from surgery.writing import replace_file, require_disk
-from surgery.zero import STAGES, require_deepspeed
+from surgery.survey import TaskSpec
+from surgery.trainer import TRAINER_FILE, Interruption, interruptible, read_state, remove_leftovers, remove_whole
+from surgery.training.checks import asked_of_run, known_of, require_evaluation, require_zero
+from surgery.training.evaluation import first_evaluation, last_evaluation
+from surgery.training.job import Job, make_trainer, open_features
+from surgery.training.model import load_for_training
+from surgery.training.resuming import FINISHED, RunNote, began_lean, is_complete, when_started, where_to_start
+from surgery.training.task import for_task, plan_anew, prepare_data
+from surgery.writing import require_disk
+from surgery.zero import STAGES
 from surgery.zero import prepare as cut
 
-# Settings that change neither the result (but for rounding) nor the schedule: a resumed run may have others.
-FREE_SETTINGS = (
-    "logging_steps",
-    "save_total_limit",
-    "eval_batch_size",
-    "threads",
-    "device",
-    "tf32",
-    "attention",
-    "compile",
-    "liger",
-    "lean",
-    "hpu_mode",
-    "hpu_warmup_steps",
-    "cache_features",
-    "cache_bytes",
-    "strategy",
-    "cpu_offload",
-    "report_to",
-)
-GAUDI_TIMINGS = ("end_time", "graph_compliation_duration")  # spelt so
-PER_STEP = ("batch_size", "gradient_accumulation")  # these and the number of processes decide what a step sees
+KEPT_PLAIN = "nothing, as the run began; lean=on makes the rest of it lean"
 
 
 @dataclass(frozen=True)
@@ -146,9 +79,6 @@ class TrainResult:
 
 
 _OF_THE_CALL = ("adapter", "lean", "was_finished")  # what a record does not hold: it is not the run's
-
-
-# --- the run
 
 
 def train(
@@ -184,47 +114,25 @@ def train(
         fall_silent()
     with interruptible() as interruption, joined(device):
         adapter = open_adapter(folder)
-        anew = _for_task(adapter, data, task or TaskSpec(), base)
+        anew = for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
         require_together({**asked, **known_of(plan)})
-        run = _Run.describe(adapter, plan, data, settings)
-        checkpoint = from_main(lambda: _where_to_start(adapter, run, resume=resume, overwrite=overwrite))
+        run = RunNote.describe(adapter, plan, data, settings)
+        checkpoint = from_main(lambda: where_to_start(adapter, run, resume=resume, overwrite=overwrite))
         if checkpoint == FINISHED:
             return result_of(adapter)
-        run = replace(run, started=_when_started(adapter, checkpoint), lean=_began_lean(adapter, checkpoint))
-        if (
-            settings.strategy == "zero3"
-        ):  # which puts together what a module holds itself, and experts' columns lie below
+        run = replace(run, started=when_started(adapter, checkpoint), lean=began_lean(adapter, checkpoint))
+        if settings.strategy == "zero3":  # it puts together what a module holds itself; experts' columns lie below
             require_layers(plan, "train.strategy=zero3")
         if settings.strategy in STAGES:
-            _require_zero(checkpoint, settings.strategy)
-        prepared = _prepare(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)
-        _require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
+            require_zero(checkpoint, settings.strategy)
+        prepared = prepare_data(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)
+        require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
         root = find_base(adapter.record, adapter.folder, base)
         if anew:
-            adapter = _replan(adapter, anew)
+            adapter = plan_anew(adapter, anew)
         mirrors = data.horizontal_flip
-        return _run(_Job(adapter, root, prepared, settings, backend, device, checkpoint, run, mirrors), interruption)
-
-
-def _prepare(spec: DataSpec, adapter: Adapter, plan: SurgeryPlan) -> Prepared:
-    if plan.task == IMAGES:
-        return prepare_images(spec, processor=read_processor(adapter.folder), labels=_labels(plan))
-    return prepare(spec, task=plan.task, tokenizer=read_tokenizer(adapter.folder), labels=_labels(plan))
-
-
-def asked_of_run(settings: TrainSection, device: str, *, has_launcher: bool) -> Request:
-    """What a run's settings ask for on a device, as the table of combinations has it."""
-    known = {"train.device": device, "launched": "yes" if has_launcher else "no"}
-    return {**of_section("train", settings), **facts(known)}
-
-
-def known_of(plan: SurgeryPlan) -> Request:
-    """What an adapter's plan adds to that. Where processes are several, all know."""
-    held = plan.quantization.kind if plan.quantization else ""
-    processes = count() if count() > 1 else 0
-    known = {"paca.resample": plan.spec.get("resample"), "method": plan.method, "task": plan.task}
-    return facts({**known, "held": held, "processes": processes})
+        return _run(Job(adapter, root, prepared, settings, backend, device, checkpoint, run, mirrors), interruption)
 
 
 def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
@@ -241,64 +149,7 @@ def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
     return int(backend.launch(arguments, nproc))
 
 
-def _require_zero(checkpoint: str, strategy: str) -> None:
-    """DeepSpeed is there, and nothing is resumed: transformers lets it read its own checkpoints only.
-
-    Raises: UnsupportedError.
-    """
-    require_deepspeed()
-    if checkpoint:
-        found, fix = f"{strategy} on the way from {Path(checkpoint).name}", "Go on with strategy fsdp2 or ddp"
-        raise UnsupportedError("train.strategy", found, expected="a strategy that resumes", fix=fix)
-
-
-def _replan(adapter: Adapter, anew: Delta) -> Adapter:
-    """The adapter with its state planned anew, on every rank."""
-    from_main(lambda: bool(update_adapter(adapter, anew, adapter.record.manifest)))
-    return open_adapter(adapter.folder)
-
-
-def _require_evaluation(settings: TrainSection, task: str, *, has_eval: bool) -> None:
-    """Early stopping has data to evaluate on, a metric that the task has, and a checkpoint of each evaluation.
-
-    Raises: RecipeError.
-    """
-    if not settings.early_stopping_patience:
-        return
-    if not has_eval:
-        raise RecipeError("train.early_stopping_patience", "no evaluation data", expected="data.eval or eval_fraction")
-    known, found = ("loss", *metric_names(task)), settings.metric_for_best
-    if found not in known:
-        fix = closest(found, known)
-        raise RecipeError("train.metric_for_best", repr(found), expected=f"one of {', '.join(known)}", fix=fix)
-    if settings.save_steps and settings.eval_steps and settings.save_steps != settings.eval_steps:
-        raise RecipeError(
-            "train.save_steps",
-            f"{settings.save_steps} with early stopping, which keeps a checkpoint of each evaluation",
-            expected=f"{settings.eval_steps}, as train.eval_steps",
-            fix="Leave train.save_steps out",
-        )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything a run needs. `checkpoint`: the folder to go on from, or empty; `mirrors`: images at random."""
-
-    adapter: Adapter
-    root: Path
-    prepared: Prepared
-    settings: TrainSection
-    backend: Any
-    device: str
-    checkpoint: str
-    run: _Run
-    mirrors: bool = False
-
-
-KEPT_PLAIN = "nothing, as the run began; lean=on makes the rest of it lean"
-
-
-def _settle_lean(job: _Job, model: Any) -> tuple[_Job, str]:
+def _settle_lean(job: Job, model: Any) -> tuple[Job, str]:
     """What `auto` means, by name, and a note: a run that goes on keeps the blocks that it began with, bit for bit."""
     settings, began, note = job.settings, job.run.lean, ""
     is_lean = acceleration.choose_lean(settings, job.device)
@@ -311,11 +162,11 @@ def _settle_lean(job: _Job, model: Any) -> tuple[_Job, str]:
     return replace(job, settings=settings, run=replace(job.run, lean=is_lean)), note
 
 
-def _run(job: _Job, interruption: Interruption) -> TrainResult:
+def _run(job: Job, interruption: Interruption) -> TrainResult:
     adapter, prepared = job.adapter, job.prepared
     started = time.monotonic()
     job.backend.prepare()
-    model, autocast = _load_for_training(adapter, job.root, job.settings, job.device)
+    model, autocast = load_for_training(adapter, job.root, job.settings, job.device)
     job, kept_plain = _settle_lean(job, model)
     settings = job.settings
     kernels = acceleration.prepare(model, settings, device=job.device, autocast=autocast)
@@ -324,14 +175,14 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     arguments = job.backend.training_arguments(
         settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
     )
-    features = _open_features(job, model, autocast)
+    features = open_features(job, model, autocast)
     if settings.strategy == "fsdp2":
         shard(model, device=job.device, cpu_offload=settings.cpu_offload)
     if settings.strategy in STAGES:
         cut(model, settings.strategy)
-    trainer = _trainer(job, model, arguments, interruption, features)
+    trainer = make_trainer(job, model, arguments, interruption, features)
     from_main(lambda: _prepare_folder(job, folder))
-    before = _first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
+    before = first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
     with features or nullcontext():
         loss = _go(trainer, job, steps, interruption)
     if interruption.requested:
@@ -340,7 +191,7 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
         raise InterruptedRunError(
             "train", f"stopped at step {trainer.state.global_step}, {where} is whole", fix="Go on with --resume auto"
         )
-    after = _last_evaluation(trainer, prepared)
+    after = last_evaluation(trainer, prepared)
     result = TrainResult(
         adapter.folder,
         trainer.state.global_step,
@@ -361,7 +212,7 @@ def _run(job: _Job, interruption: Interruption) -> TrainResult:
     return result
 
 
-def _prepare_folder(job: _Job, folder: Path) -> None:
+def _prepare_folder(job: Job, folder: Path) -> None:
     """What killed runs left is gone, and so is an earlier run that is not gone on with; this one's record is there."""
     remove_leftovers(job.adapter.folder)
     if not job.checkpoint:
@@ -369,7 +220,7 @@ def _prepare_folder(job: _Job, folder: Path) -> None:
     job.run.write(folder)
 
 
-def _store(job: _Job, delta: Delta, result: TrainResult, kernels: acceleration.Kernels) -> None:
+def _store(job: Job, delta: Delta, result: TrainResult, kernels: acceleration.Kernels) -> None:
     """Put what was trained, and what the run said, into the adapter folder. Raises: ResourceError."""
     adapter = job.adapter
     figures = {name: value for name, value in asdict(result).items() if name not in _OF_THE_CALL}
@@ -382,9 +233,9 @@ def _store(job: _Job, delta: Delta, result: TrainResult, kernels: acceleration.K
     update_adapter(adapter, delta, replace(adapter.record.manifest, training=training))
 
 
-def _go(trainer: Any, job: _Job, steps: int, interruption: Interruption) -> float:
+def _go(trainer: Any, job: Job, steps: int, interruption: Interruption) -> float:
     """Train to the end, and return the mean loss of the steps done now (of those logged, where none was left)."""
-    if job.checkpoint and _is_complete(Path(job.checkpoint), steps, job.settings.early_stopping_patience):
+    if job.checkpoint and is_complete(Path(job.checkpoint), steps, job.settings.early_stopping_patience):
         trainer.state = TrainerState.load_from_json(str(Path(job.checkpoint) / TRAINER_FILE))
         trainer.surgery_keep_checkpoints()
         read_state(trainer.model, job.adapter.plan, Path(trainer.state.best_model_checkpoint or job.checkpoint))
@@ -394,13 +245,6 @@ def _go(trainer: Any, job: _Job, steps: int, interruption: Interruption) -> floa
     outcome = trainer.train(resume_from_checkpoint=job.checkpoint or None)
     interruption.is_training = False
     return float(outcome.training_loss)
-
-
-def _is_complete(checkpoint: Path, steps: int, patience: int | None) -> bool:
-    """Whether nothing is left to train: the run was stopped between its last step and its end."""
-    stored = read_json(checkpoint / TRAINER_FILE).get("stateful_callbacks", {}).get(StopEarly.__name__)
-    out_of_patience = bool(patience and stored and stored["attributes"][StopEarly.COUNTER] >= patience)
-    return out_of_patience or step_of(checkpoint) >= steps
 
 
 def result_of(adapter: Adapter) -> TrainResult:
@@ -425,243 +269,6 @@ def count_steps(settings: TrainSection, examples: int, *, only_whole_batches: bo
         return settings.max_steps
     batches = examples // batch if only_whole_batches else math.ceil(examples / batch)
     return max(1, math.ceil(math.ceil(batches / settings.gradient_accumulation) * settings.epochs))
-
-
-# --- the task
-
-
-def _for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> Delta | None:
-    """A fresh adapter's state planned anew where the task asks for another head; None where it stays as it is."""
-    plan = adapter.plan
-    name = task.name or plan.task
-    if name == "features":
-        known = ", ".join(known for known in TASKS if known != "features")
-        raise RequestError("--task", f"a {plan.architecture} has no task of its own", expected=f"one of {known}")
-    labels = task.labels or (_labels(plan) if name == plan.task else ()) or inspect_labels(data.spec(), name)
-    if name == plan.task and (not labels or labels == _labels(plan)):
-        return None
-    if adapter.record.manifest.training:
-        raise RequestError(
-            "--task",
-            f"{name} with labels {', '.join(labels) or 'none'}",
-            expected=f"{plan.task} with labels {', '.join(_labels(plan)) or 'none'}, as trained so far",
-            fix="Apply again to train another task",
-        )
-    checkpoint = Checkpoint.open(find_base(adapter.record, adapter.folder, base))
-    return replanned(adapter, checkpoint, TaskSpec(name, labels))
-
-
-def _labels(plan: SurgeryPlan) -> tuple[str, ...]:
-    names = plan.config.get("id2label", {})
-    return () if plan.task == "regression" else tuple(names[key] for key in sorted(names, key=int))
-
-
-def _load_for_training(adapter: Adapter, root: Path, settings: TrainSection, device: str) -> tuple[Any, str]:
-    """The attached model on the CPU and the autocast it trains under (fp32: none).
-
-    Weights keep the checkpoint's dtype, but fp16 on a CPU computes in fp32 (what is trained still rounds to fp16).
-    Heads train in fp32, which beside 16-bit weights needs autocast.
-    """
-    dtype = torch.float32 if device == "cpu" and _is_half(adapter.plan, root) else None
-    model = load_base_model(root, adapter.plan, dtype=dtype)
-    attach_plan(model, adapter.plan, adapter.delta)
-    keep_no_cache(model)
-    autocast = acceleration.choose_autocast(settings.precision, device)
-    if adapter.plan.whole and model.dtype != torch.float32:
-        acceleration.set_heads(model, {name: patch.values.float() for name, patch in adapter.delta.whole.items()})
-        has_bf16 = device != "cuda" or acceleration.has_bf16()
-        autocast = "bf16" if model.dtype == torch.bfloat16 and has_bf16 else "fp16"
-    return model, autocast
-
-
-def _is_half(plan: SurgeryPlan, root: Path) -> bool:
-    """Whether what trains, or the backbone that a side network reads, has fp16 weights."""
-    weights = plan.targets or Checkpoint.open(root).values()
-    return any(weight.dtype == "F16" for weight in weights)
-
-
-# --- resuming, or not
-
-FINISHED = "finished"
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a run is: its plan, its settings, its data. Two runs with the same digest give the same result.
-
-    `start`, the digest of the adapter file it began with, and `started`, when it did, are no part of what the run is:
-    they tell a second run with the same settings from the first. Nor is `lean`, whether its blocks are to be so (None:
-    it has not begun), which changes how sums are rounded.
-    """
-
-    plan: str
-    settings: Mapping[str, Any]
-    data: Mapping[str, Any]
-    start: str = ""
-    started: str = ""
-    lean: bool | None = None
-
-    @classmethod
-    def describe(cls, adapter: Adapter, plan: SurgeryPlan, data: DataSection, settings: TrainSection) -> _Run:
-        kept = {k: v for k, v in settings.model_dump().items() if k not in (*FREE_SETTINGS, *PER_STEP)}
-        kept["examples_per_step"] = settings.batch_size * settings.gradient_accumulation * count()
-        names = [name for name in (*data.train, *data.eval) if Path(name).exists()]
-        files = {n: file_sha256(Path(n)) if Path(n).is_file() else folder_digest(Path(n)) for n in names}
-        start = adapter.record.manifest.files[ADAPTER_FILE]
-        return cls(plan.id, kept, {**data.model_dump(), "sha256": files}, start)
-
-    @property
-    def digest(self) -> str:
-        parts = asdict(replace(self, start=""))
-        del parts["started"], parts["lean"]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def write(self, folder: Path, *, finished: bool = False) -> None:
-        folder.mkdir(exist_ok=True)
-        document = {"digest": self.digest, "finished": finished, "process": this_process(), **asdict(self)}
-        replace_file(folder / RUN_FILE, json.dumps(document, indent=2) + "\n")
-
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """The settings in which an earlier run was different, by name."""
-        ours: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        flat = [("plan", ours["plan"], other.get("plan"))]
-        for part in ("settings", "data"):
-            theirs = other.get(part, {})
-            flat += [(f"{part}.{key}", value, theirs.get(key)) for key, value in ours[part].items()]
-        return [name for name, mine, theirs in flat if mine != theirs]
-
-
-def _when_started(adapter: Adapter, checkpoint: str) -> str:
-    """Now, in UTC; of a run that is resumed, as its note has it. A name for folders: no colons."""
-    noted = open_run(adapter).get("started", "") if checkpoint else ""
-    return noted or datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-
-
-def _began_lean(adapter: Adapter, checkpoint: str) -> bool | None:
-    """Whether a run that is resumed began with lean blocks; without a word of it, as of old, it did not."""
-    return bool(open_run(adapter).get("lean", False)) if checkpoint else None
-
-
-def _where_to_start(adapter: Adapter, run: _Run, *, resume: str, overwrite: bool) -> str:
-    """The checkpoint to go on from, FINISHED, or the empty string for a fresh start."""
-    folder = adapter.folder / CHECKPOINTS
-    if resume not in ("auto", "no"):
-        raise RequestError("--resume", repr(resume), expected="auto or no")
-    earlier = open_run(adapter)
-    if resume == "auto" and adapter.record.manifest.training.get("run") == run.digest and not earlier:
-        return FINISHED
-    if earlier and not overwrite:
-        if resume == "no":
-            raise RequestError(
-                str(folder),
-                "an interrupted run",
-                expected="a decision",
-                fix="Go on with --resume auto, or drop its checkpoints with --overwrite",
-            )
-        if earlier.get("digest") != run.digest:
-            changed = ", ".join(run.differences(earlier)) or "settings"
-            raise RequestError(
-                str(folder),
-                f"an interrupted run with other {changed}",
-                expected="the same settings",
-                fix="Give the settings it was started with, or drop it with --overwrite",
-            )
-        last = latest_checkpoint(folder)
-        return str(last) if last else ""
-    return ""
-
-
-# --- the trainer
-
-
-def _open_features(job: _Job, model: Any, autocast: str) -> FeatureCache | None:
-    section = job.settings
-    if section.cache_features is None:
-        return None
-    return open_cache(
-        job.adapter.plan,
-        job.prepared.train,
-        model,
-        section.cache_features,
-        limit=section.cache_bytes,
-        precision=autocast,
-        left_pad=job.prepared.pad_token_id if job.prepared.pads_left else None,
-    )
-
-
-def _trainer(job: _Job, model: Any, arguments: Any, interruption: Interruption, features: FeatureCache | None) -> Any:
-    adapter, prepared, settings = job.adapter, job.prepared, job.settings
-    rows = prepared.train
-    if features or job.mirrors:
-        rows = rows.add_column(ROW, list(range(len(rows))))
-    if features or adapter.plan.task == IMAGES:
-        arguments.remove_unused_columns = False  # the trainer would take the numbers away, or the images
-    trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
-    callbacks: list[Any] = [Progress(), LogFile(adapter.folder / LOG_FILE)] if is_main() else []
-    if is_main():
-        step = step_of(Path(job.checkpoint)) + 1 if job.checkpoint else 0
-        tracked = trackers.Tracked(adapter.folder, job.run.started, step)
-        callbacks += trackers.callbacks(settings.report_to, tracked, arguments)
-    callbacks += [StopWhenDiverged(), StopWhenAsked(interruption)]
-    if adapter.plan.spec.get("resample"):
-        callbacks.append(Resample(adapter.plan))
-    if settings.gradient_checkpointing:
-        callbacks.append(KeepFrozenInputs())
-    if settings.early_stopping_patience:
-        callbacks.append(StopEarly(settings.early_stopping_patience))
-    task = adapter.plan.task
-    trainer: Any = trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=prepared.eval,
-        data_collator=numbered(prepared.collator),
-        compute_metrics=metrics_for(task),
-        preprocess_logits_for_metrics=preprocess_for(task),
-        callbacks=callbacks,
-    )
-    # Where a batch is accumulated, the trainer believes that a forward with **kwargs divides its loss by the whole
-    # batch's labels. Of transformers' classes those of language models do; the others give the mean of their part.
-    trainer.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs and task == "causal-lm"
-    trainer.remove_callback(PrinterCallback)
-    trainer.surgery_plan, trainer.surgery_keep = adapter.plan, settings.save_total_limit
-    trainer.surgery_features = features
-    trainer.surgery_mirrors = settings.seed if job.mirrors else None
-    if settings.strategy == "fsdp2":
-        trainer.surgery_take_sharded()
-    return trainer
-
-
-def _first_evaluation(
-    trainer: Any, folder: Path, settings: TrainSection, prepared: Prepared, *, resumed: bool
-) -> dict[str, float]:
-    """The metrics before the first step, kept in a file so that a resumed run still knows them."""
-    path = folder / BEFORE_FILE
-    if resumed and path.is_file():
-        return {name: float(value) for name, value in read_json(path).items()}
-    if prepared.eval is None or not settings.eval_on_start or settings.strategy in STAGES:
-        return {}  # DeepSpeed's engine is there from the first step on
-    metrics = _metrics(trainer.evaluate())
-    if is_main():
-        replace_file(path, json.dumps(metrics) + "\n")
-    return metrics
-
-
-def _last_evaluation(trainer: Any, prepared: Prepared) -> dict[str, float]:
-    """The metrics of the state that is kept; as a rule it has been evaluated already."""
-    if prepared.eval is None:
-        return {}
-    state = trainer.state
-    kept = state.best_global_step if state.best_model_checkpoint else state.global_step
-    done = [entry for entry in state.log_history if entry["step"] == kept and "eval_loss" in entry]
-    return _metrics(done[-1] if done else trainer.evaluate())
-
-
-def _metrics(raw: Mapping[str, float]) -> dict[str, float]:
-    """The metrics without the trainer's timings (and a device's memory) and without its prefix."""
-    timings = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *GAUDI_TIMINGS)
-    named = {name.removeprefix("eval_"): float(value) for name, value in raw.items() if name.startswith("eval_")}
-    return {name: value for name, value in named.items() if name not in timings}
 
 
 if __name__ == "__main__":  # what launchers start: `torchrun -m surgery.train ADAPTER ..`

@@ -16,7 +16,8 @@ from surgery.backends.local import BACKEND
 from surgery.data import prepare
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec, class_for, read_config
-from surgery.train import read_tokenizer, train
+from surgery.tokens import read_tokenizer
+from surgery.train import train
 from surgery.trainer import SurgeryCheckpoints
 
 

@@ -21,7 +21,7 @@ from surgery.errors import SurgeryError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
 from surgery.quantized import KINDS
 from surgery.recipe import Recipe, TrainSection, asked_of, known_keys, read_recipe
-from surgery.train import asked_of_run, known_of
+from surgery.training.checks import asked_of_run, known_of
 from tests.console import Command
 
 ASKED = {  # a value of each setting that stands in the table without one

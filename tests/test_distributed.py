@@ -29,10 +29,12 @@ from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection, parse_yaml, qualified, read_recipe
+from surgery.runs import CHECKPOINTS, RUN_FILE
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
-from surgery.train import CHECKPOINTS, RUN_FILE, _require_zero, train
+from surgery.train import train
 from surgery.trainer import STATE_FILE
+from surgery.training.checks import require_zero
 from surgery.verify import verify
 from surgery.zero import require_deepspeed
 from tests.conftest import PROJECT, TinyModel, digest_folder
@@ -469,9 +471,9 @@ def test_without_deepspeed_its_strategies_say_what_is_missing(monkeypatch: pytes
 def test_deepspeed_resumes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it did not save, it cannot read; a fresh run is not refused."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    _require_zero("", "zero2")
+    require_zero("", "zero2")
     with pytest.raises(UnsupportedError, match=r"zero2 on the way from checkpoint-3, expected a strategy that resumes"):
-        _require_zero("a/checkpoint-3", "zero2")
+        require_zero("a/checkpoint-3", "zero2")
 
 
 # --- launchers

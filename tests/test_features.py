@@ -38,9 +38,9 @@ from surgery.errors import (
 from surgery.features import FeatureCache, open_cache
 from surgery.operate import state_of
 from surgery.recipe import DataSection
-from surgery.runs import CHECKPOINTS
+from surgery.runs import CHECKPOINTS, LOG_FILE
 from surgery.survey import TASKS, TaskSpec
-from surgery.train import LOG_FILE, TrainResult, train
+from surgery.train import TrainResult, train
 from surgery.writing import replace_file
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import CASES, LABELLED, Case, fast

@@ -25,7 +25,7 @@ from surgery.operate import apply, attach
 from surgery.recipe import DataSection, TrainSection
 from surgery.saved import LiveBytes, Step, saved_by, saved_by_all, temporary
 from surgery.survey import TaskSpec
-from surgery.train import _load_for_training
+from surgery.training.model import load_for_training
 from tests.conftest import TinyModel
 from tests.examples import LABELLED, QUESTIONS, TEXTS, fast, mostly_long, write_rows
 from tests.measured import Measured, measure_ours, measure_theirs
@@ -238,7 +238,7 @@ def test_rules_of_precision(tiny_model: TinyModel, tmp_path: Path) -> None:
     for family, dtype, task in (("bert", torch.bfloat16, "sequence-classification"), ("llama", torch.float16, "")):
         base, folder = tiny_model(family, dtype=dtype), tmp_path / family
         adapter = apply(base, folder, SPECS["paca"], task=spec_of(task) if task else None)
-        model, autocast = _load_for_training(open_adapter(folder), base, TrainSection(), "cpu")
+        model, autocast = load_for_training(open_adapter(folder), base, TrainSection(), "cpu")
         subject = open_planned(base, adapter.plan, Run())
         assert subject.autocast == autocast
         dtypes = {name: parameter.dtype for name, parameter in subject.dry.model.named_parameters()}

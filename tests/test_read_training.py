@@ -26,10 +26,10 @@ from surgery.errors import InterruptedRunError, OutputExistsError, RecipeError, 
 from surgery.manifest import REMOTE_CODE
 from surgery.methods.read import draw_state
 from surgery.recipe import DataSection, read_recipe
-from surgery.runs import CHECKPOINTS
+from surgery.runs import CHECKPOINTS, LOG_FILE
 from surgery.side import NAME
 from surgery.survey import TASKS, TaskSpec
-from surgery.train import LOG_FILE, TrainResult, train
+from surgery.train import TrainResult, train
 from surgery.trainer import STATE_FILE
 from surgery.workflow import run
 from tests.conftest import TinyModel, digest_folder

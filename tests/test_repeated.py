@@ -22,7 +22,7 @@ from surgery.recipe import TrainSection
 from surgery.repeated import echoing
 from surgery.saved import Step, saved_by, saved_by_all, temporary
 from surgery.survey import TaskSpec
-from surgery.train import _load_for_training
+from surgery.training.model import load_for_training
 from tests.conftest import TinyModel
 
 DEEP: Mapping[str, Mapping[str, int]] = {
@@ -74,7 +74,7 @@ def test_echoes_stand_for_all(
 def test_no_cache_is_kept(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Neither here nor in training: it would hold the keys and values of all of T5's layers until the loss."""
     apply(tiny_model("t5"), tmp_path / "adapter", ReadSpec(hidden=8))
-    trained, _ = _load_for_training(open_adapter(tmp_path / "adapter"), tiny_model("t5"), TrainSection(), "cpu")
+    trained, _ = load_for_training(open_adapter(tmp_path / "adapter"), tiny_model("t5"), TrainSection(), "cpu")
     for model in (trained, subject_of("t5", ReadSpec(hidden=8), tiny_model).dry.model):
         configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
         assert len({id(config) for config in configs}) == 3

@@ -40,9 +40,10 @@ from surgery.inspection import inspect
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, load
 from surgery.recipe import DataSection, TrainSection
+from surgery.runs import CHECKPOINTS, LOG_FILE, RUN_FILE
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile
-from surgery.train import CHECKPOINTS, KEPT_PLAIN, LOG_FILE, RUN_FILE, TrainResult, train
+from surgery.train import KEPT_PLAIN, TrainResult, train
 from surgery.trainer import STATE_FILE, Interruption, Progress, StopWhenAsked
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel, digest_folder

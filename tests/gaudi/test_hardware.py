@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgery.train import LOG_FILE
+from surgery.runs import LOG_FILE
 from tests.conftest import TinyModel
 from tests.gaudi.runs import case_of, largest_difference, run_on
 

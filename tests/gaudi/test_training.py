@@ -21,8 +21,9 @@ from surgery.delta import ADAPTER_FILE
 from surgery.errors import DataError, InterruptedRunError, UnsupportedError
 from surgery.paca_layers import SharedGather, open_layer
 from surgery.recipe import DataSection, TrainSection
+from surgery.runs import LOG_FILE
 from surgery.survey import TaskSpec
-from surgery.train import LOG_FILE, train
+from surgery.train import train
 from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.examples import QUESTIONS

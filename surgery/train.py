@@ -30,11 +30,11 @@ from transformers import TrainerState
 from surgery import acceleration, trackers
 from surgery.adapter import Adapter, find_base, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE
+from surgery.combinations import Request
 from surgery.combinations import require as require_together
 from surgery.compat import fall_silent
 from surgery.delta import ADAPTER_FILE, Delta
 from surgery.errors import DataError, InterruptedRunError, counted
-from surgery.experts import require_layers
 from surgery.lookup import backend_of, resolve
 from surgery.operate import collect
 from surgery.ranks import adopt_slurm, count, from_main, is_launched, is_main, joined, require_own, require_places
@@ -43,7 +43,7 @@ from surgery.runs import CHECKPOINTS, latest_checkpoint
 from surgery.sharding import shard
 from surgery.survey import TaskSpec
 from surgery.trainer import TRAINER_FILE, Interruption, interruptible, read_state, remove_leftovers, remove_whole
-from surgery.training.checks import asked_of_run, known_of, require_evaluation, require_zero
+from surgery.training.checks import asked_of_run, known_of, require_evaluation, require_strategy
 from surgery.training.evaluation import first_evaluation, last_evaluation
 from surgery.training.job import Job, make_trainer, open_features
 from surgery.training.model import load_for_training
@@ -100,6 +100,29 @@ def train(
     Raises: DataError, RecipeError, RequestError, DamagedError, BaseMismatchError, InterruptedRunError.
     """
     settings = settings or TrainSection()
+    backend, device, asked = _begin(settings)
+    with interruptible() as interruption, joined(device):
+        adapter = open_adapter(folder)
+        anew = for_task(adapter, data, task or TaskSpec(), base)
+        plan = anew.plan if anew else adapter.plan
+        require_together({**asked, **known_of(plan)})
+        run = RunNote.describe(adapter, plan, data, settings)
+        checkpoint = from_main(lambda: where_to_start(adapter, run, resume=resume, overwrite=overwrite))
+        if checkpoint == FINISHED:
+            return result_of(adapter)
+        run = replace(run, started=when_started(adapter, checkpoint), lean=began_lean(adapter, checkpoint))
+        require_strategy(plan, settings.strategy, checkpoint)
+        prepared = prepare_data(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)
+        require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
+        root = find_base(adapter.record, adapter.folder, base)
+        if anew:
+            adapter = plan_anew(adapter, anew)
+        mirrors = data.horizontal_flip
+        return _run(Job(adapter, root, prepared, settings, backend, device, checkpoint, run, mirrors), interruption)
+
+
+def _begin(settings: TrainSection) -> tuple[Any, str, Request]:
+    """The backend and the device that settings mean, and what they ask for. Raises where that cannot be had."""
     adopt_slurm(os.environ)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -112,27 +135,7 @@ def train(
     require_own(settings.strategy)
     if not is_main():
         fall_silent()
-    with interruptible() as interruption, joined(device):
-        adapter = open_adapter(folder)
-        anew = for_task(adapter, data, task or TaskSpec(), base)
-        plan = anew.plan if anew else adapter.plan
-        require_together({**asked, **known_of(plan)})
-        run = RunNote.describe(adapter, plan, data, settings)
-        checkpoint = from_main(lambda: where_to_start(adapter, run, resume=resume, overwrite=overwrite))
-        if checkpoint == FINISHED:
-            return result_of(adapter)
-        run = replace(run, started=when_started(adapter, checkpoint), lean=began_lean(adapter, checkpoint))
-        if settings.strategy == "zero3":  # it puts together what a module holds itself; experts' columns lie below
-            require_layers(plan, "train.strategy=zero3")
-        if settings.strategy in STAGES:
-            require_zero(checkpoint, settings.strategy)
-        prepared = prepare_data(replace(data.spec(), static_shapes=backend.static_shapes), adapter, plan)
-        require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
-        root = find_base(adapter.record, adapter.folder, base)
-        if anew:
-            adapter = plan_anew(adapter, anew)
-        mirrors = data.horizontal_flip
-        return _run(Job(adapter, root, prepared, settings, backend, device, checkpoint, run, mirrors), interruption)
+    return backend, device, asked
 
 
 def launch(arguments: Sequence[str], settings: TrainSection, nproc: int) -> int:
@@ -168,29 +171,16 @@ def _run(job: Job, interruption: Interruption) -> TrainResult:
     job.backend.prepare()
     model, autocast = load_for_training(adapter, job.root, job.settings, job.device)
     job, kept_plain = _settle_lean(job, model)
-    settings = job.settings
-    kernels = acceleration.prepare(model, settings, device=job.device, autocast=autocast)
+    kernels = acceleration.prepare(model, job.settings, device=job.device, autocast=autocast)
     folder = adapter.folder / CHECKPOINTS
-    steps = count_steps(settings, len(prepared.train), only_whole_batches=job.backend.static_shapes)
-    arguments = job.backend.training_arguments(
-        settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=prepared.eval is not None
-    )
-    features = open_features(job, model, autocast)
-    if settings.strategy == "fsdp2":
-        shard(model, device=job.device, cpu_offload=settings.cpu_offload)
-    if settings.strategy in STAGES:
-        cut(model, settings.strategy)
-    trainer = make_trainer(job, model, arguments, interruption, features)
+    steps = count_steps(job.settings, len(prepared.train), only_whole_batches=job.backend.static_shapes)
+    trainer = _build(job, model, autocast, interruption, folder=folder, steps=steps)
     from_main(lambda: _prepare_folder(job, folder))
-    before = first_evaluation(trainer, folder, settings, prepared, resumed=bool(job.checkpoint))
-    with features or nullcontext():
+    before = first_evaluation(trainer, folder, job.settings, prepared, resumed=bool(job.checkpoint))
+    with trainer.surgery_features or nullcontext():
         loss = _go(trainer, job, steps, interruption)
     if interruption.requested:
-        last = latest_checkpoint(folder)
-        where = last.name if last else "no checkpoint"
-        raise InterruptedRunError(
-            "train", f"stopped at step {trainer.state.global_step}, {where} is whole", fix="Go on with --resume auto"
-        )
+        raise _interrupted(folder, trainer.state.global_step)
     after = last_evaluation(trainer, prepared)
     result = TrainResult(
         adapter.folder,
@@ -210,6 +200,26 @@ def _run(job: Job, interruption: Interruption) -> TrainResult:
         _store(job, delta, result, kernels)
         job.run.write(folder, finished=True)
     return result
+
+
+def _build(job: Job, model: Any, autocast: str, interruption: Interruption, *, folder: Path, steps: int) -> Any:
+    """The Trainer, and the model as the strategy divides it among the devices."""
+    settings, has_eval = job.settings, job.prepared.eval is not None
+    arguments = job.backend.training_arguments(
+        settings, folder=folder, device=job.device, autocast=autocast, steps=steps, has_eval=has_eval
+    )
+    features = open_features(job, model, autocast)
+    if settings.strategy == "fsdp2":
+        shard(model, device=job.device, cpu_offload=settings.cpu_offload)
+    if settings.strategy in STAGES:
+        cut(model, settings.strategy)
+    return make_trainer(job, model, arguments, interruption, features)
+
+
+def _interrupted(folder: Path, step: int) -> InterruptedRunError:
+    last = latest_checkpoint(folder)
+    where = last.name if last else "no checkpoint"
+    return InterruptedRunError("train", f"stopped at step {step}, {where} is whole", fix="Go on with --resume auto")
 
 
 def _prepare_folder(job: Job, folder: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from surgery.combinations import Request, facts, of_section
 from surgery.errors import RecipeError, UnsupportedError, closest
+from surgery.experts import require_layers
 from surgery.metrics import metric_names
 from surgery.plan import SurgeryPlan
 from surgery.ranks import count
 from surgery.recipe import TrainSection
-from surgery.zero import require_deepspeed
+from surgery.zero import STAGES, require_deepspeed
 
 
 def asked_of_run(settings: TrainSection, device: str, *, has_launcher: bool) -> Request:
@@ -36,6 +37,14 @@ def require_zero(checkpoint: str, strategy: str) -> None:
     if checkpoint:
         found, fix = f"{strategy} on the way from {Path(checkpoint).name}", "Go on with strategy fsdp2 or ddp"
         raise UnsupportedError("train.strategy", found, expected="a strategy that resumes", fix=fix)
+
+
+def require_strategy(plan: SurgeryPlan, strategy: str, checkpoint: str) -> None:
+    """A strategy can train what the plan has, and go on from where it is to. Raises: UnsupportedError."""
+    if strategy == "zero3":  # it puts together what a module holds itself, and experts' columns lie below
+        require_layers(plan, "train.strategy=zero3")
+    if strategy in STAGES:
+        require_zero(checkpoint, strategy)
 
 
 def require_evaluation(settings: TrainSection, task: str, *, has_eval: bool) -> None:

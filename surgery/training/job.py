@@ -73,18 +73,6 @@ def make_trainer(
     if features or adapter.plan.task == IMAGES:
         arguments.remove_unused_columns = False  # the trainer would take the numbers away, or the images
     trainer_class = type("SurgeryTrainer", (SurgeryCheckpoints, job.backend.trainer_class()), {})
-    callbacks: list[Any] = [Progress(), LogFile(adapter.folder / LOG_FILE)] if is_main() else []
-    if is_main():
-        step = step_of(Path(job.checkpoint)) + 1 if job.checkpoint else 0
-        tracked = trackers.Tracked(adapter.folder, job.run.started, step)
-        callbacks += trackers.callbacks(settings.report_to, tracked, arguments)
-    callbacks += [StopWhenDiverged(), StopWhenAsked(interruption)]
-    if adapter.plan.spec.get("resample"):
-        callbacks.append(Resample(adapter.plan))
-    if settings.gradient_checkpointing:
-        callbacks.append(KeepFrozenInputs())
-    if settings.early_stopping_patience:
-        callbacks.append(StopEarly(settings.early_stopping_patience))
     task = adapter.plan.task
     trainer: Any = trainer_class(
         model=model,
@@ -94,7 +82,7 @@ def make_trainer(
         data_collator=numbered(prepared.collator),
         compute_metrics=metrics_for(task),
         preprocess_logits_for_metrics=preprocess_for(task),
-        callbacks=callbacks,
+        callbacks=_callbacks(job, arguments, interruption),
     )
     # Where a batch is accumulated, the trainer believes that a forward with **kwargs divides its loss by the whole
     # batch's labels. Of transformers' classes those of language models do; the others give the mean of their part.
@@ -106,3 +94,21 @@ def make_trainer(
     if settings.strategy == "fsdp2":
         trainer.surgery_take_sharded()
     return trainer
+
+
+def _callbacks(job: Job, arguments: Any, interruption: Interruption) -> list[Any]:
+    """What is done at a run's events, in this order."""
+    plan, settings = job.adapter.plan, job.settings
+    callbacks: list[Any] = [Progress(), LogFile(job.adapter.folder / LOG_FILE)] if is_main() else []
+    if is_main():
+        step = step_of(Path(job.checkpoint)) + 1 if job.checkpoint else 0
+        tracked = trackers.Tracked(job.adapter.folder, job.run.started, step)
+        callbacks += trackers.callbacks(settings.report_to, tracked, arguments)
+    callbacks += [StopWhenDiverged(), StopWhenAsked(interruption)]
+    if plan.spec.get("resample"):
+        callbacks.append(Resample(plan))
+    if settings.gradient_checkpointing:
+        callbacks.append(KeepFrozenInputs())
+    if settings.early_stopping_patience:
+        callbacks.append(StopEarly(settings.early_stopping_patience))
+    return callbacks

@@ -32,7 +32,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from surgery.checkpoint import DECODER_FILE, ENCODER_FILE, MODEL_FILE
 from surgery.compat import TRANSFORMERS_5, memory_names, pixels_config, quiet_loading
 from surgery.errors import UnsupportedError, shorten
-from surgery.side import NAME, Memory, SideNetwork
+from surgery.side.memory import Memory
+from surgery.side.network import SideNetwork
+from surgery.side.settings import NAME
 from surgery.survey import class_for, own_task
 
 FOLDED_VALUES = 4096  # constants up to so many values are computed at export

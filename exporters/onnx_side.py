@@ -12,7 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from surgery.side import EPSILON, NAME, Direction, Memory, SideNetwork, SideStack
+from surgery.side.memory import Memory
+from surgery.side.network import SideNetwork
+from surgery.side.recurrence import Direction, SideStack
+from surgery.side.settings import NAME
+from surgery.side.steps import EPSILON
 
 _NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {  # ONNX's node, its order of the gates, attributes
     "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1}),

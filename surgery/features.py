@@ -30,7 +30,7 @@ from surgery.checkpoint import read_json
 from surgery.delta import bits
 from surgery.errors import BaseMismatchError, DamagedError, RecipeError, RequestError, ResourceError
 from surgery.plan import SurgeryPlan
-from surgery.side import Stack
+from surgery.side.settings import Stack
 from surgery.stacks import DECODER, output_lengths
 from surgery.survey import TASKS
 from surgery.table import size_text

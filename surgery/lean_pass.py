@@ -19,7 +19,7 @@ from surgery import lean_head
 from surgery.errors import CheckError, RequestError, UnsupportedError
 from surgery.lean_blocks import Lean, LeanActivation, Prober, become, looks_gated, looks_like_norm, unbecome
 from surgery.lean_kernels import OURS, Kernels
-from surgery.side import SideNetwork
+from surgery.side.network import SideNetwork
 
 
 @dataclass(frozen=True)

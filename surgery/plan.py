@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from surgery.errors import DamagedError, RequestError
-from surgery.side import Stack
+from surgery.side.settings import Stack
 from surgery.tensorfile import FLOAT_DTYPES
 
 SCHEMA = 1

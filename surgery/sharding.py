@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from surgery.errors import UnsupportedError
 from surgery.paca_layers import PacaLayer, layers
 from surgery.ranks import count
-from surgery.side import SideNetwork
+from surgery.side.network import SideNetwork
 from surgery.zero import gather_parts, is_in_parts
 
 

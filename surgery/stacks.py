@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery.errors import UnsupportedError
-from surgery.side import Stack
+from surgery.side.settings import Stack
 from surgery.survey import dry_run, meta_twin
 
 BACKBONE, ENCODER, DECODER = "backbone", "encoder", "decoder"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import surgery
 from surgery import ReadSpec
 from surgery.columns import generator_seed
-from surgery.side import NAME
+from surgery.side.settings import NAME
 from tests.tiny import FAMILIES, build_model, draw_parameters
 
 WIDTH = 7  # of side networks: no multiple of it is a width of a tiny model

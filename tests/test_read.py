@@ -22,7 +22,8 @@ import surgery
 from surgery import ReadSpec
 from surgery.errors import RequestError, UnsupportedError
 from surgery.methods.read import side_of
-from surgery.side import NAME, SideStack
+from surgery.side.recurrence import SideStack
+from surgery.side.settings import NAME
 from tests.reading import (
     SPEC,
     WIDTH,

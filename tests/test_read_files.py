@@ -27,14 +27,14 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedError,
 )
+from surgery.verify import own_class
 from surgery.manifest import REMOTE_CODE, read_record
 from surgery.methods.read import choose_layers, draw_state, modeling_source, side_of
 from surgery.operate import state_of
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
-from surgery.side import NAME
+from surgery.side.settings import NAME
 from surgery.tensorfile import file_sha256
-from surgery.verify import own_class
 from tests.conftest import TinyModel
 from tests.console import Console
 from tests.reading import SPEC, WIDTH, depth_of, keeping, move, side_gradients

@@ -27,7 +27,7 @@ from surgery.manifest import REMOTE_CODE
 from surgery.methods.read import draw_state
 from surgery.recipe import DataSection, read_recipe
 from surgery.runs import CHECKPOINTS, LOG_FILE
-from surgery.side import NAME
+from surgery.side.settings import NAME
 from surgery.survey import TASKS, TaskSpec
 from surgery.train import TrainResult, train
 from surgery.trainer import STATE_FILE

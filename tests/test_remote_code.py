@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 import surgery
-from surgery import PacaSpec, ReadSpec, TaskSpec, side, workflow
+from surgery import PacaSpec, ReadSpec, TaskSpec, workflow
 from surgery.adapter import Adapter
 from surgery.checkpoint import INDEX_FILE, RECORD_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.errors import (
@@ -32,11 +32,13 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedError,
 )
+from surgery.verify import own_class
 from surgery.inspection import inspect
 from surgery.manifest import ONNX, REMOTE_CODE, read_record
 from surgery.methods.read import MODELING_FILE
 from surgery.operate import align
-from surgery.verify import own_class
+from surgery.side.settings import NAME
+from surgery.side.source import PARTS, side_source
 from surgery.workflow import default_export_folder
 from tests.conftest import TinyModel, digest_folder
 from tests.console import Command
@@ -183,7 +185,7 @@ def test_the_side_network_is_never_16_bit(exported: Exported) -> None:
     """fp32 beside 16 bits, also where a user asks for a dtype; fp64 beside fp64; all else is as in the base."""
     wanted = torch.float64 if exported.kind.dtype == torch.float64 else torch.float32
     state = remote(exported).state_dict()
-    names = {name for name in state if name.startswith(f"{side.NAME}.")}
+    names = {name for name in state if name.startswith(f"{NAME}.")}
     assert {state[name].dtype for name in names} == {wanted}
     assert {state[name].dtype for name in state.keys() - names if state[name].is_floating_point()} == {
         exported.kind.dtype
@@ -221,15 +223,18 @@ def test_the_base_lies_in_it_untouched(exported: Exported) -> None:
 
 
 def test_the_modeling_file_is_the_project_s_module(exported: Exported) -> None:
-    """It begins with surgery/side.py as it stands, needs nothing of ours, and ends with one small class."""
+    """It begins with the side network's modules as they stand, needs nothing of ours, and ends with one small class."""
     text = (exported.folder / MODELING_FILE).read_text()
-    source = Path(introspection.getsourcefile(side) or "").read_text()
-    assert text.startswith(source)
-    rest = text.removeprefix(source)
+    assert text.startswith(side_source())
+    for part in PARTS:
+        assert introspection.getsource(part).split("\n\n\n", 1)[1].strip() in text
+    rest = text.removeprefix(side_source())
     assert len(rest.splitlines()) < 20
     assert f"class Read{exported.adapter.plan.architecture}({exported.adapter.plan.architecture}):" in rest
     assert "import surgery" not in text
     assert "from surgery" not in text
+    names = re.findall(r"^(?:def |class |)(\w+)(?= ?[=(:])", text, re.MULTILINE)
+    assert len(names) == len(set(names)), "two modules of the side network define one name"
 
 
 def test_an_index_names_every_tensor(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -332,7 +337,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
     safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
 
 
-SIDE = f"{side.NAME}.stacks.backbone.output.weight"
+SIDE = f"{NAME}.stacks.backbone.output.weight"
 
 
 def test_a_flipped_bit_is_found(copied: Exported) -> None:

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import side
-from surgery.side import EPSILON, GATES, Joiner, Memory, ReadLayer, SideSettings, SideStack, Stack
+from surgery.side.memory import Memory
+from surgery.side.network import SideNetwork
+from surgery.side.recurrence import Joiner, SideStack
+from surgery.side.settings import GATES, SideSettings, Stack
+from surgery.side.steps import EPSILON, GruStep, LstmStep, ReadLayer, RnnStep, _product_dtype, exact
 from tests.reading import keeping
 
 WIDTH, HIDDEN, LAYERS, TOKENS = 6, 3, 4, 5
@@ -193,7 +196,7 @@ def test_a_step_s_gradient_is_exact(cell: str) -> None:
     gates = GATES[cell] * HIDDEN
     states = [leaf(TOKENS, HIDDEN, seed=10 + n) for n in range(2 if cell == "lstm" else 1)]
     rest = (leaf(gates, HIDDEN, seed=20), leaf(gates, seed=21), leaf(gates, seed=22))
-    step: Any = {"gru": side.GruStep, "lstm": side.LstmStep, "rnn": side.RnnStep}[cell]
+    step: Any = {"gru": GruStep, "lstm": LstmStep, "rnn": RnnStep}[cell]
     assert torch.autograd.gradcheck(lambda g, *others: step.apply(g.clone(), *others),
                                     (leaf(TOKENS, gates, seed=0), *states, *rest))  # fmt: skip
 
@@ -230,7 +233,7 @@ def test_states_of_low_precision_are_read_in_fp32(dtype: torch.dtype) -> None:
 def test_fp16_states_are_multiplied_in_fp32() -> None:
     """On every device; bf16 states, whose range is that of fp32, are multiplied as they are where that is fast."""
     found = {
-        (device, dtype): side._product_dtype(torch.empty(1, dtype=dtype, device=device), torch.empty(1))
+        (device, dtype): _product_dtype(torch.empty(1, dtype=dtype, device=device), torch.empty(1))
         for device in ("cpu", "meta")
         for dtype in (torch.float16, torch.bfloat16, torch.float32)
     }
@@ -264,7 +267,7 @@ def test_autocast_changes_nothing_in_the_recurrence(cell: str, joiner: str) -> N
 
     results = []
     for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), side._exact(states[0]):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), exact(states[0]):
             results.append(corrected(stack, states, memory))
     assert torch.equal(*results)
     plain, mixed = (gradients(result, dict(stack.named_parameters())) for result in results)
@@ -391,7 +394,7 @@ def test_a_gru_has_as_many_values_as_the_paper_s(depth: int) -> None:
     h, d = 5, 32
     described = Stack("backbone", "model.layers", "model.norm", depth, d, tuple(range(depth)))
     with torch.device("meta"):
-        network = side.SideNetwork(SideSettings(hidden=h), [described])
+        network = SideNetwork(SideSettings(hidden=h), [described])
     assert sum(p.numel() for p in network.parameters()) == 3 * h * (d + h) + 6 * h + h * d + 2 * d
 
 

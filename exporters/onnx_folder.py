@@ -24,12 +24,13 @@ from surgery.adapter import Adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint, read_json
 from surgery.delta import SideDelta, require_side
 from surgery.errors import CheckError, RequestError, counted, shorten
+from surgery.exported import load_merged
 from surgery.manifest import ONNX, Check, Record, parse_record, read_document
 from surgery.operate import attach_plan, load_base_model
 from surgery.plan import SurgeryPlan
 from surgery.survey import own_task, read_config
 from surgery.tensorfile import TensorInfo, file_sha256, header_sha256, read_header, torch_dtype
-from surgery.verify import bits_of, load_merged
+from surgery.verify_bytes import bits_of
 from surgery.writing import replace_file, write_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

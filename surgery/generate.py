@@ -383,9 +383,9 @@ def open_model(folder: Path, *, base: str | None = None) -> TorchModel:
     Raises: NotAModelError, DamagedError, BaseMismatchError, ResourceError, RequestError; UnsupportedError where the
     model neither writes text nor classifies it.
     """
+    from surgery.exported import load_merged, own_class
     from surgery.manifest import ADAPTER, MERGED, REMOTE_CODE, read_record
     from surgery.operate import load, require_memory
-    from surgery.verify import load_merged, own_class
 
     is_ours = (folder / RECORD_FILE).is_file()
     record = read_record(folder, ADAPTER, MERGED, REMOTE_CODE) if is_ours else None

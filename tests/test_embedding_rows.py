@@ -13,11 +13,12 @@ import surgery
 from exporters import dense, undo
 from surgery.checkpoint import Checkpoint
 from surgery.errors import RequestError, SelectorError, SurgeryError, UnsupportedError
+from surgery.exported import load_merged
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load
 from surgery.paca_layers import layers
 from surgery.planning import plan_checkpoint
-from surgery.verify import load_merged, verify
+from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.test_paca import OPTIMIZERS, bits, built, logits_of, loss_of, merged_model, trainable
 from tests.tiny import sample_inputs

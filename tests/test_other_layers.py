@@ -315,7 +315,7 @@ def test_a_graph_of_the_base_is_patched(convnext: Path, moved: Path, tmp_path: P
     import transformers
 
     from exporters.onnx_patch import patch
-    from surgery.verify import load_merged
+    from surgery.exported import load_merged
     from tests.graphs import Graph
 
     model = transformers.ConvNextForImageClassification.from_pretrained(convnext).eval()

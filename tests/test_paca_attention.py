@@ -14,11 +14,12 @@ import surgery
 from exporters import dense, undo
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
+from surgery.exported import load_merged, run_model
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load
 from surgery.paca_layers import layers, read_columns
 from surgery.planning import plan_checkpoint
-from surgery.verify import load_merged, run_model, verify
+from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.test_paca import bits, trainable
 from tests.tiny import sample_inputs

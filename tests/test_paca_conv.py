@@ -21,6 +21,7 @@ from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE, require_columns
 from surgery.errors import SelectorError, UnsupportedError
+from surgery.exported import load_merged
 from surgery.images import PROCESSOR_FILE, TASK
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load, save
@@ -32,7 +33,7 @@ from surgery.survey import TaskSpec
 from surgery.tiny import image_settings
 from surgery.train import train as run_training
 from surgery.trainer import SurgeryCheckpoints
-from surgery.verify import load_merged, verify
+from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.test_images import write_folder
 from tests.test_paca import OPTIMIZERS, logits_of, loss_of, train_steps, trainable

@@ -27,7 +27,7 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedError,
 )
-from surgery.verify import own_class
+from surgery.exported import own_class
 from surgery.manifest import REMOTE_CODE, read_record
 from surgery.methods.read import choose_layers, draw_state, modeling_source, side_of
 from surgery.operate import state_of

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from surgery.data import DataSpec, prepare
+from surgery.exported import load_merged
 from surgery.generate import GenerateSpec
 from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
@@ -18,7 +19,6 @@ from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
 from surgery.train import TrainResult, train
-from surgery.verify import load_merged
 from surgery.workflow import export
 from tests.graphs import Graph, greedy
 

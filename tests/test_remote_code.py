@@ -32,7 +32,7 @@ from surgery.errors import (
     SurgeryError,
     UnsupportedError,
 )
-from surgery.verify import own_class
+from surgery.exported import own_class
 from surgery.inspection import inspect
 from surgery.manifest import ONNX, REMOTE_CODE, read_record
 from surgery.methods.read import MODELING_FILE

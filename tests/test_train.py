@@ -36,6 +36,7 @@ from surgery.errors import (
     RequestError,
     UnsupportedError,
 )
+from surgery.exported import load_merged
 from surgery.inspection import inspect
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, load
@@ -45,7 +46,7 @@ from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.train import KEPT_PLAIN, TrainResult, train
 from surgery.trainer import STATE_FILE, Interruption, Progress, StopWhenAsked
-from surgery.verify import load_merged, verify
+from surgery.verify import verify
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import ANIMALS, CASES, LABELLED, SCORED, Case, fast, write_rows
 

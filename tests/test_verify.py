@@ -21,12 +21,13 @@ from surgery.adapter import Adapter, open_adapter, update_adapter
 from surgery.checkpoint import RECORD_FILE, WEIGHTS_FILE, Checkpoint
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import BaseMismatchError, CheckError, DamagedError, NotAModelError, ResourceError, SurgeryError
+from surgery.exported import load_merged
 from surgery.manifest import UNDO_FILE
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import load
 from surgery.survey import TaskSpec
 from surgery.tensorfile import CHUNK_BYTES, TensorFile
-from surgery.verify import load_merged, verify
+from surgery.verify import verify
 from tests.conftest import TinyModel, digest_folder
 from tests.trained import make_adapter
 

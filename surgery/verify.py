@@ -1,4 +1,7 @@
-"""Is the export what was trained? By bytes against the base and the adapter, and by running both; the outcome goes into its record."""
+"""Is the export what was trained? By bytes against the base and the adapter, and by running both.
+
+The outcome goes into the export's record.
+"""
 
 from __future__ import annotations
 

@@ -27,9 +27,11 @@ import surgery
 from surgery.bench.measure import saved_bytes
 from surgery.compat import keep_inputs_frozen, set_checkpointing
 from surgery.lean_pass import rewrite
-from surgery.memory import Run, open_subject, predict
+from surgery.memory.live import LiveBytes
+from surgery.memory.predict import predict
+from surgery.memory.run import Run
+from surgery.memory.subject import open_subject
 from surgery.methods.read import ReadSpec
-from surgery.saved import LiveBytes
 from surgery.survey import TaskSpec
 
 LAYER = {**SHAPES["llama-8b"], "num_hidden_layers": 2, "vocab_size": 256}

@@ -213,7 +213,8 @@ def quiet_loading() -> Iterator[None]:
 def reading_values() -> Iterator[None]:
     """transformers asks tensors without values what it asks others: whether a mask is all ones.
 
-    transformers 5 would otherwise build a mask for every such tensor. Who runs a model so answers (`surgery.saved`).
+    transformers 5 would otherwise build a mask for every such tensor. Who runs a model so answers
+    (`surgery.memory.step`).
     """
     from transformers.utils import import_utils
 

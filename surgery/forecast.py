@@ -17,7 +17,10 @@ from surgery.data import is_packed
 from surgery.errors import BaseMismatchError, NotAModelError, RequestError, UnsupportedError, require_known, shorten
 from surgery.images import TASK as IMAGES
 from surgery.manifest import ADAPTER, parse_record, read_document
-from surgery.memory import FULL, LORA, METHODS, Prediction, Run, Subject, open_planned, open_subject, predict
+from surgery.memory.predict import predict
+from surgery.memory.prediction import Prediction
+from surgery.memory.run import Run
+from surgery.memory.subject import FULL, LORA, METHODS, Subject, open_planned, open_subject
 from surgery.plan import SurgeryPlan
 from surgery.planning import make_spec
 from surgery.recipe import Recipe, TrainSection, apply_override, check, read_recipe

@@ -9,7 +9,7 @@ from typing import Any
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.forecast import forecast_plan
-from surgery.memory import brief_line
+from surgery.memory.prediction import brief_line
 from surgery.plan import SurgeryPlan
 from surgery.quantized import KINDS
 from surgery.table import size_text

@@ -22,8 +22,8 @@ from surgery.bench.sizes import count_values, nearest, settle
 from surgery.bench.spec import parse_methods, read_spec, split_methods
 from surgery.bench.subject import DTYPES, Contender, Feed, build, draw, enter, open_feed, open_subject, set_dropout
 from surgery.errors import RequestError, SurgeryError, UnsupportedError
-from surgery.memory import predict
-from surgery.saved import LiveBytes
+from surgery.memory.live import LiveBytes
+from surgery.memory.predict import predict
 from surgery.survey import TaskSpec, survey
 from tests.benches import CLASSES, contender_of, little, subject_of, text_data
 from tests.conftest import TinyModel

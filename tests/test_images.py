@@ -26,7 +26,9 @@ from surgery.delta import ADAPTER_FILE
 from surgery.errors import DataError, RecipeError, RequestError, UnsupportedError
 from surgery.forecast import Question, forecast
 from surgery.images import PROCESSOR_FILE, TASK, mirrored, read_processor
-from surgery.memory import Run, open_subject, predict
+from surgery.memory.predict import predict
+from surgery.memory.run import Run
+from surgery.memory.subject import open_subject
 from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply

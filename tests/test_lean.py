@@ -29,12 +29,14 @@ from surgery.lean_blocks import Lean
 from surgery.lean_functions import ACTIVATIONS, IGNORED, Logits, Norm, activate, linear_cross_entropy, rms_norm
 from surgery.lean_kernels import OURS, choose_kernels
 from surgery.lean_pass import LEAN, is_lean, restore, rewrite
-from surgery.memory import Run, open_subject, predict
+from surgery.memory.live import LiveBytes
+from surgery.memory.predict import predict
+from surgery.memory.run import Run
+from surgery.memory.subject import open_subject
 from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply, attach, detach
 from surgery.recipe import DataSection, TrainSection
-from surgery.saved import LiveBytes
 from surgery.survey import TaskSpec
 from tests.conftest import TinyModel
 from tests.console import Command

@@ -18,12 +18,16 @@ from surgery.checkpoint import CONFIG_FILE
 from surgery.compat import keep_inputs_frozen, set_checkpointing
 from surgery.cuda_kernels import as_on_cuda
 from surgery.errors import RequestError, UnsupportedError
-from surgery.memory import SHARDINGS, Run, Subject, Tensor, _gathered, _state, open_planned, open_subject, predict
+from surgery.memory.live import LiveBytes
+from surgery.memory.predict import _gathered, _state, predict
+from surgery.memory.run import SHARDINGS, Run
+from surgery.memory.saved import saved_by, saved_by_all, temporary
+from surgery.memory.step import Step
+from surgery.memory.subject import Subject, Tensor, open_planned, open_subject
 from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply, attach
 from surgery.recipe import DataSection, TrainSection
-from surgery.saved import LiveBytes, Step, saved_by, saved_by_all, temporary
 from surgery.survey import TaskSpec
 from surgery.training.model import load_for_training
 from tests.conftest import TinyModel

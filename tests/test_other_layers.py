@@ -26,7 +26,9 @@ from exporters import dense
 from surgery.compare import compare
 from surgery.images import PROCESSOR_FILE, TASK
 from surgery.inspection import inspect
-from surgery.memory import Run, open_subject, predict
+from surgery.memory.predict import predict
+from surgery.memory.run import Run
+from surgery.memory.subject import open_subject
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach
 from surgery.paca_layers import SharedGather, layers, read_columns

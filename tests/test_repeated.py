@@ -13,14 +13,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from surgery import saved
 from surgery.adapter import open_adapter
-from surgery.memory import Run, Subject, open_subject
+from surgery.memory import saved
+from surgery.memory.run import Run
+from surgery.memory.saved import saved_by, saved_by_all, temporary
+from surgery.memory.step import Step
+from surgery.memory.subject import Subject, open_subject
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.recipe import TrainSection
 from surgery.repeated import echoing
-from surgery.saved import Step, saved_by, saved_by_all, temporary
 from surgery.survey import TaskSpec
 from surgery.training.model import load_for_training
 from tests.conftest import TinyModel

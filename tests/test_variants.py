@@ -15,7 +15,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.cli import main
 from surgery.errors import RecipeError, RequestError, SurgeryError
 from surgery.forecast import Question, forecast
-from surgery.memory import Run, open_subject
+from surgery.memory.run import Run
+from surgery.memory.subject import open_subject
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.recipe import Recipe, TrainSection, read_recipe

@@ -19,7 +19,9 @@ from surgery.bench.subject import DTYPES, Subject, draw, enter, set_dropout
 from surgery.compat import config_dtype
 from surgery.errors import SurgeryError, UnsupportedError, shorten
 from surgery.generate import max_positions
-from surgery.memory import Run, open_attached, open_subject, predict
+from surgery.memory.predict import predict
+from surgery.memory.run import Run
+from surgery.memory.subject import open_attached, open_subject
 from surgery.methods.paca_spec import PacaSpec
 from surgery.planning import make_spec
 from surgery.survey import TaskSpec, survey

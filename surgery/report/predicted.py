@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from surgery.checkpoint import read_json
 from surgery.errors import SurgeryError
 from surgery.forecast import Question, forecast
-from surgery.memory import ADDED, Prediction
+from surgery.memory.prediction import ADDED, Prediction
 from surgery.report import charts
 from surgery.report.parts import NOTHING, Figure, Table, Text, size
 from surgery.report.reading import Run

@@ -244,13 +244,11 @@ def _as_option(fix: str) -> str:
 
 
 def _prepare(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> Prepared:
-    names = plan.config.get("id2label", {})
-    labels = () if plan.task == "regression" else tuple(names[key] for key in sorted(names, key=int))
     data = DataSpec(train=spec.calibration_data, columns=spec.calibration_columns)
     if plan.task == IMAGES:
-        return prepare_images(data, processor=read_processor(root), labels=labels)
+        return prepare_images(data, processor=read_processor(root), labels=plan.labels)
     data = replace(data, max_length=spec.calibration_length)
-    return prepare(data, task=plan.task, tokenizer=read_tokenizer(root), labels=labels)
+    return prepare(data, task=plan.task, tokenizer=read_tokenizer(root), labels=plan.labels)
 
 
 def draw_batches(prepared: Prepared, *, rows: int, select: str, seed: int) -> list[Batch]:

@@ -233,6 +233,12 @@ class SurgeryPlan:
     def trained_values(self) -> int:
         return sum(sum(t.trained_values for t in kind) for kind in (self.targets, self.side, self.whole))
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The class names in id order; empty where the task has none."""
+        names = self.config.get("id2label", {})
+        return () if self.task == "regression" else tuple(names[key] for key in sorted(names, key=int))
+
     def merged_name(self, base_name: str) -> str:
         """What a tensor of the base is called in the merged checkpoint; a head stands outside the prefix."""
         is_head = any(head.weight == head.parameter == base_name for head in self.whole)

@@ -48,7 +48,7 @@ from surgery.training.evaluation import first_evaluation, last_evaluation
 from surgery.training.job import Job, make_trainer, open_features
 from surgery.training.model import load_for_training
 from surgery.training.resuming import FINISHED, RunNote, began_lean, is_complete, when_started, where_to_start
-from surgery.training.task import for_task, plan_anew, prepare_data
+from surgery.training.task import plan_for_task, prepare_data, store_anew
 from surgery.writing import require_disk
 from surgery.zero import STAGES
 from surgery.zero import prepare as cut
@@ -103,7 +103,7 @@ def train(
     backend, device, asked = _begin(settings)
     with interruptible() as interruption, joined(device):
         adapter = open_adapter(folder)
-        anew = for_task(adapter, data, task or TaskSpec(), base)
+        anew = plan_for_task(adapter, data, task or TaskSpec(), base)
         plan = anew.plan if anew else adapter.plan
         require_together({**asked, **known_of(plan)})
         run = RunNote.describe(adapter, plan, data, settings)
@@ -116,7 +116,7 @@ def train(
         require_evaluation(settings, plan.task, has_eval=prepared.eval is not None)
         root = find_base(adapter.record, adapter.folder, base)
         if anew:
-            adapter = plan_anew(adapter, anew)
+            adapter = store_anew(adapter, anew)
         mirrors = data.horizontal_flip
         return _run(Job(adapter, root, prepared, settings, backend, device, checkpoint, run, mirrors), interruption)
 

@@ -78,8 +78,7 @@ class Subject:
     @property
     def labels(self) -> tuple[str, ...]:
         """The classes of a task that has them."""
-        names = self.plan.config.get("id2label") or {}
-        return () if self.seen.task == "regression" else tuple(names[key] for key in sorted(names, key=int))
+        return self.plan.labels
 
     def computing(self) -> AbstractContextManager[Any]:
         """Autocast, where there is any."""

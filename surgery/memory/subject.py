@@ -85,10 +85,7 @@ def open_subject(root: Path, method: str, spec: Any, task: TaskSpec, run: Run) -
 
 def open_planned(root: Path, plan: SurgeryPlan, run: Run) -> Subject:
     """The same for a plan that exists: an adapter's. Raises: as `open_subject`."""
-    labels = plan.config.get("id2label", {})
-    names = tuple(labels[key] for key in sorted(labels, key=int))
-    task = TaskSpec(plan.task, () if plan.task == "regression" else names)
-    seen = survey(root, task, takes_4bit=plan.quantization is not None)
+    seen = survey(root, TaskSpec(plan.task, plan.labels), takes_4bit=plan.quantization is not None)
     return _subject(seen, plan, plan.method, _weight_dtype(root, seen, run), run)
 
 

@@ -49,10 +49,9 @@ def _apply_options(plan: SurgeryPlan) -> Iterable[str]:
         else:
             yield flag if value is True else f"{flag}={value}"
     if plan.whole:
-        labels = plan.config.get("id2label", {})
         yield f"--task={plan.task}"
-        if labels and plan.task != "regression":
-            yield f"--labels={','.join(labels[key] for key in sorted(labels, key=int))}"
+        if plan.labels:
+            yield f"--labels={','.join(plan.labels)}"
 
 
 def _train_options(run: Run) -> Iterable[str]:

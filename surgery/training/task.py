@@ -22,38 +22,32 @@ from surgery.tokens import read_tokenizer
 def prepare_data(spec: DataSpec, adapter: Adapter, plan: SurgeryPlan) -> Prepared:
     """The sets that a run trains and evaluates on. Raises: DataError."""
     if plan.task == IMAGES:
-        return prepare_images(spec, processor=read_processor(adapter.folder), labels=labels_of(plan))
-    return prepare(spec, task=plan.task, tokenizer=read_tokenizer(adapter.folder), labels=labels_of(plan))
+        return prepare_images(spec, processor=read_processor(adapter.folder), labels=plan.labels)
+    return prepare(spec, task=plan.task, tokenizer=read_tokenizer(adapter.folder), labels=plan.labels)
 
 
-def plan_anew(adapter: Adapter, anew: Delta) -> Adapter:
+def store_anew(adapter: Adapter, anew: Delta) -> Adapter:
     """The adapter with its state planned anew, on every rank."""
     from_main(lambda: bool(update_adapter(adapter, anew, adapter.record.manifest)))
     return open_adapter(adapter.folder)
 
 
-def for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> Delta | None:
+def plan_for_task(adapter: Adapter, data: DataSection, task: TaskSpec, base: str | Path | None) -> Delta | None:
     """A fresh adapter's state planned anew where the task asks for another head; None where it stays as it is."""
     plan = adapter.plan
     name = task.name or plan.task
     if name == "features":
         known = ", ".join(known for known in TASKS if known != "features")
         raise RequestError("--task", f"a {plan.architecture} has no task of its own", expected=f"one of {known}")
-    labels = task.labels or (labels_of(plan) if name == plan.task else ()) or inspect_labels(data.spec(), name)
-    if name == plan.task and (not labels or labels == labels_of(plan)):
+    labels = task.labels or (plan.labels if name == plan.task else ()) or inspect_labels(data.spec(), name)
+    if name == plan.task and (not labels or labels == plan.labels):
         return None
     if adapter.record.manifest.training:
         raise RequestError(
             "--task",
             f"{name} with labels {', '.join(labels) or 'none'}",
-            expected=f"{plan.task} with labels {', '.join(labels_of(plan)) or 'none'}, as trained so far",
+            expected=f"{plan.task} with labels {', '.join(plan.labels) or 'none'}, as trained so far",
             fix="Apply again to train another task",
         )
     checkpoint = Checkpoint.open(find_base(adapter.record, adapter.folder, base))
     return replanned(adapter, checkpoint, TaskSpec(name, labels))
-
-
-def labels_of(plan: SurgeryPlan) -> tuple[str, ...]:
-    """The class names of a plan in id order; empty where its task has none."""
-    names = plan.config.get("id2label", {})
-    return () if plan.task == "regression" else tuple(names[key] for key in sorted(names, key=int))

@@ -29,7 +29,7 @@ from surgery.bench.results import RESULTS_FILE, Results, read_results, step_rati
 from surgery.bench.run import run
 from surgery.bench.show import lines
 from surgery.bench.spec import BenchSpec, make_spec
-from surgery.recipe import parse_yaml
+from surgery.strict_yaml import parse_yaml
 from surgery.writing import write_file
 
 STUDY = Path(__file__).with_suffix(".yaml")

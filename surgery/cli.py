@@ -180,12 +180,12 @@ def run(recipe: str, settings: tuple[str, ...], *, nproc: int | None, overwrite:
     surgery run papers/paca-mmlu variant=llama3-8b smoke=true
     """
     from surgery import library, workflow
-    from surgery import recipe as recipes
     from surgery import show as showing
+    from surgery.recipe_file import read_recipe
     from surgery.report.curve import draw_curve
 
     path, outputs = library.locate(recipe)
-    wanted = recipes.read_recipe(path, settings, outputs=outputs)
+    wanted = read_recipe(path, settings, outputs=outputs)
     enter_environment(wanted.train)
     result = workflow.run(wanted, overwrite=overwrite, nproc=nproc, say=say)
     show([*showing.run_lines(result), draw_curve(result.adapter)], result, as_json=as_json)
@@ -213,9 +213,9 @@ def settings(*, as_json: bool) -> None:
     \b
     surgery settings
     """
-    from surgery import recipe as recipes
+    from surgery.recipe_keys import describe_keys
 
-    rows = recipes.describe_keys()
+    rows = describe_keys()
     width = max(len(key) for key, _, _ in rows)
     value_width = max(len(default) for _, default, _ in rows)
     lines = [f"{key:{width}}  {default:{value_width}}  {text}".rstrip() for key, default, text in rows]

@@ -71,21 +71,24 @@ def read_settings(adapter: Path, texts: Sequence[str], config: Path | None, flag
 
     Raises: RecipeError.
     """
-    from surgery import recipe as recipes
+    from surgery.recipe import Recipe
+    from surgery.recipe_file import read_recipe
+    from surgery.recipe_keys import apply_override, check
+    from surgery.recipe_variants import split_switches
 
     document: dict[str, Any] = {"model": str(adapter)}
     own = list(texts)
     if config:
-        switches, own = recipes.split_switches(texts)
-        loaded = recipes.read_recipe(config, [f"{key}={value}" for key, value in switches.items()])
+        switches, own = split_switches(texts)
+        loaded = read_recipe(config, [f"{key}={value}" for key, value in switches.items()])
         document |= loaded.model_dump(include={"data", "train", "task", "labels"})
     for key, value in flags.items():
         if value not in (None, []):
             section, name = key.split(".")
             document.setdefault(section, {})[name] = value
     for text in own:
-        recipes.apply_override(document, text)
-    return recipes.check(recipes.Recipe, document, "settings")
+        apply_override(document, text)
+    return check(Recipe, document, "settings")
 
 
 @click.command("train")

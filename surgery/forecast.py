@@ -23,7 +23,9 @@ from surgery.memory.run import Run
 from surgery.memory.subject import FULL, LORA, METHODS, Subject, open_planned, open_subject
 from surgery.plan import SurgeryPlan
 from surgery.planning import make_spec
-from surgery.recipe import Recipe, TrainSection, apply_override, check, read_recipe
+from surgery.recipe import Recipe, TrainSection
+from surgery.recipe_file import read_recipe
+from surgery.recipe_keys import apply_override, check
 
 DEFAULT_METHOD = "paca"
 

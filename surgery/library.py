@@ -11,7 +11,8 @@ from pathlib import Path
 
 from surgery.checkpoint import RECIPE_ENDINGS
 from surgery.errors import RequestError, closest
-from surgery.recipe import VARIANTS, parse_yaml
+from surgery.recipe_variants import VARIANTS
+from surgery.strict_yaml import parse_yaml
 
 FOLDER = Path(__file__).with_name("recipes")
 

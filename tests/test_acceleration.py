@@ -23,7 +23,8 @@ from surgery.errors import RecipeError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply, attach
-from surgery.recipe import Recipe, TrainSection, apply_override, check
+from surgery.recipe import Recipe, TrainSection
+from surgery.recipe_keys import apply_override, check
 from surgery.train import train
 from tests.conftest import TinyModel
 from tests.examples import CASES

@@ -27,7 +27,8 @@ from surgery.operate import apply, attach, collect, detach, load_base_model
 from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
-from surgery.recipe import DataSection, TrainSection, read_recipe
+from surgery.recipe import DataSection, TrainSection
+from surgery.recipe_file import read_recipe
 from surgery.survey import TaskSpec
 from surgery.table import plan_lines
 from surgery.train import train

@@ -20,7 +20,9 @@ from surgery.combinations import COMBINATIONS, FACTS, Combination, facts, holds,
 from surgery.errors import SurgeryError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
 from surgery.quantized import KINDS
-from surgery.recipe import Recipe, TrainSection, asked_of, known_keys, read_recipe
+from surgery.recipe import Recipe, TrainSection, asked_of
+from surgery.recipe_file import read_recipe
+from surgery.recipe_keys import known_keys
 from surgery.training.checks import asked_of_run, known_of
 from tests.console import Command
 

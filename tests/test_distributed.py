@@ -28,8 +28,11 @@ from surgery.errors import RequestError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
 from surgery.operate import apply
-from surgery.recipe import DataSection, TrainSection, parse_yaml, qualified, read_recipe
+from surgery.recipe import DataSection, TrainSection
+from surgery.recipe_file import read_recipe
+from surgery.recipe_keys import qualified
 from surgery.runs import CHECKPOINTS, RUN_FILE
+from surgery.strict_yaml import parse_yaml
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.train import train

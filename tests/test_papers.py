@@ -11,8 +11,10 @@ import yaml
 
 from surgery import library
 from surgery.manifest import read_document
-from surgery.recipe import Recipe, parse_yaml, read_recipe
+from surgery.recipe import Recipe
+from surgery.recipe_file import read_recipe
 from surgery.rows import read_rows
+from surgery.strict_yaml import parse_yaml
 from surgery.workflow import run
 from tests.console import Console
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from surgery.checkpoint import Checkpoint
-from surgery.recipe import read_recipe
+from surgery.recipe_file import read_recipe
 
 MAX_MODEL_BYTES = 3_000_000
 

@@ -25,7 +25,8 @@ from surgery.delta import ADAPTER_FILE, require_side
 from surgery.errors import InterruptedRunError, OutputExistsError, RecipeError, RequestError, UnsupportedError
 from surgery.manifest import REMOTE_CODE
 from surgery.methods.read import draw_state
-from surgery.recipe import DataSection, read_recipe
+from surgery.recipe import DataSection
+from surgery.recipe_file import read_recipe
 from surgery.runs import CHECKPOINTS, LOG_FILE
 from surgery.side.settings import NAME
 from surgery.survey import TASKS, TaskSpec

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from surgery.cli import cli
-from surgery.recipe import Recipe, apply_override, check
+from surgery.recipe import Recipe
+from surgery.recipe_keys import apply_override, check
 from tests.conftest import TinyModel
 
 

@@ -28,7 +28,10 @@ from surgery.errors import (
 from surgery.lookup import METHODS
 from surgery.methods.paca_spec import PacaSpec
 from surgery.methods.read import ReadSpec
-from surgery.recipe import Recipe, check, describe_keys, known_keys, parse_yaml, read_recipe
+from surgery.recipe import Recipe
+from surgery.recipe_file import read_recipe
+from surgery.recipe_keys import check, describe_keys, known_keys
+from surgery.strict_yaml import parse_yaml
 from surgery.workflow import METHOD_EXPORTS, RunResult, run
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import LABELLED, TEXTS, write_rows

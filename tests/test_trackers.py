@@ -20,7 +20,8 @@ from surgery.cli import main
 from surgery.errors import InterruptedRunError, RecipeError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
-from surgery.recipe import DataSection, Recipe, TrainSection, check
+from surgery.recipe import DataSection, Recipe, TrainSection
+from surgery.recipe_keys import check
 from surgery.report.curves import read_entries
 from surgery.runs import CHECKPOINTS, LOG_FILE
 from surgery.train import train

@@ -19,7 +19,8 @@ from surgery.memory.run import Run
 from surgery.memory.subject import open_subject
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
-from surgery.recipe import Recipe, TrainSection, read_recipe
+from surgery.recipe import Recipe, TrainSection
+from surgery.recipe_file import read_recipe
 from surgery.survey import TaskSpec
 from surgery.tiny import FAMILIES, write_tiny
 from surgery.workflow import run

@@ -26,7 +26,8 @@ from transformers.utils import logging
 import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError
-from surgery.recipe import Recipe, read_recipe
+from surgery.recipe import Recipe
+from surgery.recipe_file import read_recipe
 from surgery.train import TrainResult
 
 HERE = Path(__file__).resolve().parent

@@ -20,7 +20,9 @@ from surgery.bench.methods import VARIANTS, Variant, require_peft
 from surgery.checkpoint import RECIPE_ENDINGS
 from surgery.errors import RecipeError, RequestError, closest, require_known, shorten
 from surgery.metrics import metric_names
-from surgery.recipe import DataSection, apply_override, check, parse_yaml
+from surgery.recipe import DataSection
+from surgery.recipe_keys import apply_override, check
+from surgery.strict_yaml import parse_yaml
 from surgery.writing import parse_size
 
 DEFAULT_METHODS = ("floor", "paca", "read", "lora", "full")

@@ -33,7 +33,8 @@ from surgery.columns import (
     takes_data,
     top_columns,
 )
-from surgery.data import DataSpec, Prepared, prepare, prepare_images
+from surgery.data import Prepared, prepare, prepare_images
+from surgery.data_spec import DataSpec
 from surgery.delta import ColumnDelta
 from surgery.errors import DataError, RequestError, UnsupportedError
 from surgery.expert_scores import ExpertSite

@@ -1,8 +1,7 @@
 """Data sets to token batches.
 
 `inspect_labels` reads the class names (the head's size, before there is a model), `prepare` gives the tokenized sets
-and the collator. Files are read by rows.py, understood by formats.py,
-tokenized by tokens.py.
+and the collator. Files are read by rows.py, understood by formats.py, and become token rows in data_tokens.py.
 
 Nothing is cached: an edited file is always read anew. Tokenized sets live as long as they are used (arrow.py).
 """
@@ -11,129 +10,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from surgery import arrow
+from surgery.data_report import Counts, Report, share_of
+from surgery.data_spec import DataSpec
+from surgery.data_tokens import Tokenizing
 from surgery.errors import DataError, closest, counted, shorten
-from surgery.examples import Document, Example, Labelled, Pictured, PromptCompletion, Tagged, class_name, class_order
-from surgery.formats import TASKS, TEXT, Format, Shape, check_task, recognise
+from surgery.examples import Document, Example, Labelled, Pictured, Tagged, class_name, class_order
+from surgery.formats import TEXT, Format, Shape, check_task, recognise
 from surgery.images import TASK as IMAGES
-from surgery.images import encode_pictured, image_collator
+from surgery.images import image_collator
 from surgery.rows import Row, is_stream, read_rows, read_stream
-from surgery.tokens import (
-    IGNORED,
-    CausalEncoder,
-    CausalTokens,
-    TokenRow,
-    batches,
-    class_id,
-    collator_of,
-    encode_labelled,
-    encode_tagged,
-    encode_target,
-    pack,
-    padder_of,
-)
+from surgery.tokens import collator_of, padder_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["TASKS", "Counts", "DataSpec", "Prepared", "Report", "inspect_labels", "is_packed", "prepare"]
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Which data, and how they become batches.
-
-    `train`, `eval`: files, or ids of the hub (`org/name`, `org/name/config`, `org/name:split`).
-    `eval_fraction`: the part of the training rows held out when `eval` is empty, drawn by `seed`; of plain text files
-    it is the last blocks. `columns`: role -> column, or a number from 0 where a CSV or TSV has no header.
-    `max_length`: tokens; a smaller limit of the tokenizer wins. `packing`: text is joined and cut to blocks of exactly
-    `max_length`; `pack_examples` does the same to prompts with completions and conversations, which then share blocks
-    and see each other. `max_rows`: only the first rows of the training and of the evaluation set.
-    `horizontal_flip`: who trains mirrors images of the training set at random.
-    `static_shapes`: every batch is padded to `max_length` (Gaudi), otherwise to its longest row.
-    Raises: DataError: a value out of range, or two that exclude each other.
-    """
-
-    train: tuple[str, ...]
-    eval: tuple[str, ...] = ()
-    eval_fraction: float = 0.0
-    format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    max_length: int = 1024
-    packing: bool = True
-    pack_examples: bool = False
-    max_rows: int | None = None
-    horizontal_flip: bool = False
-    seed: int = 0
-    static_shapes: bool = False
-    pad_to_multiple_of: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.train:
-            raise DataError("data.train", "found no file", expected="at least one file or dataset id")
-        if not 0.0 <= self.eval_fraction < 1.0:
-            raise DataError("data.eval_fraction", f"found {self.eval_fraction}", expected="0 up to, not including, 1")
-        if self.eval and self.eval_fraction:
-            raise DataError("data.eval_fraction", "found an evaluation set as well", expected="one of the two")
-        if self.max_length < 2:
-            raise DataError("data.max_length", f"found {self.max_length}", expected="2 tokens or more")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise DataError("data.max_rows", f"found {self.max_rows}", expected="1 or more")
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise DataError("data.pad_to_multiple_of", f"found {self.pad_to_multiple_of}", expected="1 or more")
-        if self.static_shapes and self.pad_to_multiple_of is not None:
-            raise DataError("data.pad_to_multiple_of", "found static_shapes as well", expected="one of the two")
-
-
-@dataclass
-class Counts:
-    """What became of one set. `loss_tokens` are labelled rows where a row has one label."""
-
-    rows: int = 0
-    examples: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-    truncated_rows: int = 0
-    dropped_rows: int = 0
-    tail_tokens: int = 0
-
-
-def _counted(counts: Counts) -> str:
-    parts = [counted(counts.rows, "row"), counted(counts.examples, "example")]
-    parts += [counted(counts.tokens, "token")] if counts.tokens else []
-    parts.append(f"{counts.loss_tokens} {'carries' if counts.loss_tokens == 1 else 'carry'} loss")
-    special = {"cut": counts.truncated_rows, "dropped without loss": counts.dropped_rows}
-    parts += [f"{number} {what}" for what, number in special.items() if number]
-    return ", ".join(parts + ([f"{counted(counts.tail_tokens, 'token')} left over"] if counts.tail_tokens else []))
-
-
-def _share(counts: Counts, examples: int) -> Counts:
-    """The part of `counts` that `examples` equal blocks are; what was left over stays with neither."""
-    part = [number * examples // counts.examples for number in (counts.tokens, counts.loss_tokens)]
-    return Counts(rows=counts.rows, examples=examples, tokens=part[0], loss_tokens=part[1])
-
-
-@dataclass(frozen=True)
-class Report:
-    """For printing: the format recognised, the length that held, and the counts."""
-
-    format: str
-    packed: bool
-    max_length: int
-    train: Counts
-    eval: Counts | None
-
-    def lines(self) -> list[str]:
-        how = f"packed to {self.max_length} tokens" if self.packed else f"up to {self.max_length} tokens"
-        how = how if self.max_length else "decoded batch by batch"
-        sets = [("train", self.train)] + ([("eval", self.eval)] if self.eval else [])
-        return [f"format {self.format}, {how}", *(f"{name}: {_counted(counts)}" for name, counts in sets)]
 
 
 @dataclass(frozen=True)
@@ -179,7 +75,7 @@ def prepare(spec: DataSpec, *, task: str, tokenizer: PreTrainedTokenizerBase, la
     names = labels or inspect_labels(spec, task)
     source = replace(source, classes=names)
     padder = padder_of(tokenizer)
-    tokenizing = _Tokenizing.of(source, tokenizer, names)
+    tokenizing = Tokenizing.of(spec, task=task, packed=_packs(spec, source.format), tokenizer=tokenizer, names=names)
     train, held = _train_and_eval(source, tokenizing)
     report = Report(
         source.format.name, tokenizing.packed, tokenizing.max_length, train.counts, held.counts if held else None
@@ -207,7 +103,7 @@ def prepare_images(spec: DataSpec, *, processor: Any, labels: tuple[str, ...] = 
     _check_for_images(spec)
     names = labels or inspect_labels(spec, IMAGES)
     source = replace(_Source.of(spec, IMAGES), classes=names)
-    reading = _Tokenizing(IMAGES, None, {name: index for index, name in enumerate(names)}, max_length=0, packed=False)
+    reading = Tokenizing(IMAGES, None, {name: index for index, name in enumerate(names)}, max_length=0, packed=False)
     train, held = _train_and_eval(source, reading)
     report = Report(source.format.name, False, 0, train.counts, held.counts if held else None)  # noqa: FBT003
     return Prepared(
@@ -330,89 +226,6 @@ def _stream(reference: str) -> Iterator[Example]:
         yield Document(reference, piece.text, begins=piece.first, ends=piece.last)
 
 
-# --- rows to tokens ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Tokenizing:
-    """How the examples of one run become token rows; those of images, which have no tokenizer, rows with bytes."""
-
-    task: str
-    tokenizer: PreTrainedTokenizerBase
-    class_ids: Mapping[str, int]
-    max_length: int
-    packed: bool
-
-    @staticmethod
-    def of(source: _Source, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> _Tokenizing:
-        spec = source.spec
-        packed = _packs(spec, source.format)
-        max_length = min(spec.max_length, tokenizer.model_max_length)
-        ids = {name: index for index, name in enumerate(names)}
-        return _Tokenizing(source.task, tokenizer, ids, max_length, packed)
-
-    def rows(self, examples: Iterator[Example], counts: Counts) -> Iterator[TokenRow]:
-        """Token rows with `labels`; `counts` is complete when they are used up."""
-        if self.task == "causal-lm":
-            yield from self._causal(examples, counts)
-            return
-        encoders = {"token-classification": self._tagged, "seq2seq": self._targets, IMAGES: self._pictured}
-        encode = encoders.get(self.task, self._labelled)
-        for batch in batches(examples):
-            for row, cut in encode(batch):
-                labels = row["labels"]
-                counts.rows += 1
-                counts.examples += 1
-                counts.truncated_rows += cut
-                counts.tokens += len(row.get("input_ids", ()))
-                counts.loss_tokens += sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
-                yield row
-
-    def _labelled(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
-        examples = cast("list[Labelled]", batch)
-        return encode_labelled(self.tokenizer, examples, ids=self.class_ids, max_length=self.max_length)
-
-    def _tagged(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
-        for example in cast("list[Tagged]", batch):
-            yield encode_tagged(self.tokenizer, example, ids=self.class_ids, max_length=self.max_length)
-
-    def _pictured(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
-        for example in cast("list[Pictured]", batch):
-            label = class_id(example.label, ids=self.class_ids, place=example.place)
-            yield encode_pictured(example, label=label), False
-
-    def _targets(self, batch: list[Example]) -> Iterable[tuple[TokenRow, bool]]:
-        for example in cast("list[PromptCompletion]", batch):
-            yield encode_target(self.tokenizer, example, max_length=self.max_length)
-
-    def _causal(self, examples: Iterator[Example], counts: Counts) -> Iterator[TokenRow]:
-        encoded = self._encoded(examples, counts)
-        for example in pack(encoded, block=self.max_length) if self.packed else self._cut(encoded, counts):
-            loss_tokens = example.carries_loss()
-            counts.tail_tokens -= len(example) if self.packed else 0
-            if not loss_tokens:  # a batch of nothing else would give a loss of NaN
-                counts.dropped_rows += 1
-                continue
-            counts.examples += 1
-            counts.tokens += len(example)
-            counts.loss_tokens += loss_tokens
-            yield {"input_ids": example.ids, "labels": example.labels}
-
-    def _encoded(self, examples: Iterator[Example], counts: Counts) -> Iterator[CausalTokens]:
-        encoder = CausalEncoder(self.tokenizer)
-        for batch in batches(examples):
-            for example, tokens in zip(batch, encoder.encode(batch), strict=True):
-                counts.rows += example.begins if isinstance(example, Document) else 1
-                counts.tail_tokens += len(tokens) if self.packed else 0
-                yield tokens
-
-    def _cut(self, encoded: Iterator[CausalTokens], counts: Counts) -> Iterator[CausalTokens]:
-        for tokens in encoded:
-            short = tokens.cut(self.max_length)
-            counts.truncated_rows += len(tokens) > self.max_length and short.carries_loss() > 0
-            yield short
-
-
 # --- the two sets -----------------------------------------------------------------------------------------------------
 
 
@@ -424,7 +237,7 @@ class _Stored:
     counts: Counts
 
 
-def _train_and_eval(source: _Source, tokenizing: _Tokenizing) -> tuple[_Stored, _Stored | None]:
+def _train_and_eval(source: _Source, tokenizing: Tokenizing) -> tuple[_Stored, _Stored | None]:
     spec = source.spec
     if spec.eval:
         train = _store("data.train", source.train(), tokenizing)
@@ -452,7 +265,7 @@ def _held_count(rows: int, *, fraction: float) -> int:
     return count
 
 
-def _store(where: str, examples: Iterator[Example], tokenizing: _Tokenizing) -> _Stored:
+def _store(where: str, examples: Iterator[Example], tokenizing: Tokenizing) -> _Stored:
     counts = Counts()
     file = arrow.write(tokenizing.rows(examples, counts))
     if not counts.loss_tokens:
@@ -461,16 +274,16 @@ def _store(where: str, examples: Iterator[Example], tokenizing: _Tokenizing) -> 
     return _Stored(arrow.open_set(file), counts)
 
 
-def _split_blocks(source: _Source, tokenizing: _Tokenizing) -> tuple[_Stored, _Stored]:
+def _split_blocks(source: _Source, tokenizing: Tokenizing) -> tuple[_Stored, _Stored]:
     """The last blocks of a stream are held out: neighbours in a text are too alike to draw at random."""
     whole = _store("data.train", source.train(), tokenizing)
     total = whole.counts
     held = _held_count(total.examples, fraction=source.spec.eval_fraction)
     first, last = arrow.split(Path(whole.rows.cache_files[0]["filename"]), at=total.examples - held)
-    return _Stored(first, _share(total, total.examples - held)), _Stored(last, _share(total, held))
+    return _Stored(first, share_of(total, total.examples - held)), _Stored(last, share_of(total, held))
 
 
-def _no_loss(where: str, counts: Counts, tokenizing: _Tokenizing) -> DataError:
+def _no_loss(where: str, counts: Counts, tokenizing: Tokenizing) -> DataError:
     length = tokenizing.max_length
     if tokenizing.packed and counts.tail_tokens and not counts.dropped_rows:
         found = f"found {counted(counts.tail_tokens, 'token')}, fewer than one block"

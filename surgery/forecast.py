@@ -19,8 +19,8 @@ from surgery.images import TASK as IMAGES
 from surgery.manifest import ADAPTER, parse_record, read_document
 from surgery.memory.predict import predict
 from surgery.memory.prediction import Prediction
-from surgery.memory.run import Run
-from surgery.memory.subject import FULL, LORA, METHODS, Subject, open_planned, open_subject
+from surgery.memory.run import FULL, LORA, METHODS, Run
+from surgery.memory.subject import Subject, open_planned, open_subject
 from surgery.plan import SurgeryPlan
 from surgery.planning import make_spec
 from surgery.recipe import Recipe, TrainSection

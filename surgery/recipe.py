@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from surgery.columns import FILE, STRATEGIES, takes_data
 from surgery.combinations import Request, Said, facts, of_section
-from surgery.data import DataSpec
+from surgery.data_spec import DataSpec
 from surgery.errors import RecipeError
 from surgery.lookup import METHODS
 from surgery.lookup import load as lookup

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from surgery import arrow
-from surgery import data as data_module
-from surgery.data import DataSpec, Prepared, inspect_labels, prepare
+from surgery.data import Prepared, inspect_labels, prepare
+from surgery.data_spec import DataSpec
 from surgery.errors import DataError, RequestError
 from surgery.tokens import IGNORED
 from tests.tiny import BOS, EOS, PAD, build_tokenizer
@@ -460,11 +460,6 @@ def test_the_report_can_be_printed(tmp_path: Path) -> None:
         "format prompt-completion, up to 32 tokens",
         "train: 2 rows, 1 example, 32 tokens, 30 carry loss, 1 cut, 1 dropped without loss",
     ]
-
-
-def test_tasks_are_those_of_the_formats() -> None:
-    """`surgery.data.TASKS` is what recipes and the command line list."""
-    assert data_module.TASKS[0] == "causal-lm"
 
 
 # --- real data

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from surgery.data import DataSpec, inspect_labels, prepare
+from surgery.data import inspect_labels, prepare
+from surgery.data_spec import DataSpec
 from surgery.errors import DataError
 from surgery.examples import Conversation, Example, Labelled, PromptCompletion
 from surgery.formats import recognise

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 import surgery
 from surgery import images, rows, trainer
 from surgery.adapter import open_adapter
-from surgery.data import DataSpec, inspect_labels, prepare_images
+from surgery.data import inspect_labels, prepare_images
+from surgery.data_spec import DataSpec
 from surgery.delta import ADAPTER_FILE
 from surgery.errors import DataError, RecipeError, RequestError, UnsupportedError
 from surgery.forecast import Question, forecast

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from surgery.data import DataSpec, prepare
+from surgery.data import prepare
+from surgery.data_spec import DataSpec
 from surgery.exported import load_merged
 from surgery.generate import GenerateSpec
 from surgery.methods.paca_spec import PacaSpec

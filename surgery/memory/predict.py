@@ -10,10 +10,10 @@ from surgery.errors import RequestError
 from surgery.images import TASK as IMAGES
 from surgery.memory.longest import longest_that_fits
 from surgery.memory.prediction import Prediction
-from surgery.memory.run import SHARDINGS, Run, Sharding
+from surgery.memory.run import FULL, SHARDINGS, Run, Sharding
 from surgery.memory.saved import saved_by_all, temporary
 from surgery.memory.step import Step
-from surgery.memory.subject import FULL, Subject, Tensor
+from surgery.memory.subject import Subject, Tensor
 
 MOMENTS = 2  # of AdamW, in the dtype of what trains
 STEP_BYTES = 4  # of AdamW's count of steps, a tensor for each parameter

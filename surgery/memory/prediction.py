@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from surgery.errors import counted
-from surgery.memory.run import Run
-from surgery.memory.subject import FULL, LORA
+from surgery.memory.run import FULL, LORA, Run
 from surgery.table import align, size_text
 
 ADDED = {"paca": "columns", "read": "side network", LORA: "adapters", FULL: "added"}

@@ -9,6 +9,9 @@ from surgery.combinations import require as require_together
 from surgery.errors import RequestError, require_known
 from surgery.memory.step import DTYPES
 
+FULL, LORA = "full", "lora"
+METHODS = ("paca", "read", LORA, FULL)
+
 
 @dataclass(frozen=True)
 class Sharding:

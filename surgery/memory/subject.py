@@ -21,7 +21,7 @@ from surgery.generate import max_positions
 from surgery.lean_pass import rewrite
 from surgery.memory.dry import DryModel, dry_model, without_values
 from surgery.memory.lora import LoraLayer, attach_lora
-from surgery.memory.run import Run
+from surgery.memory.run import FULL, LORA, METHODS, Run
 from surgery.memory.step import DTYPES
 from surgery.operate import attach_plan
 from surgery.paca_layers import layers as paca_layers
@@ -31,9 +31,6 @@ from surgery.quantized import quantize
 from surgery.survey import Survey, TaskSpec, own_task, read_config, survey
 from surgery.table import held_text
 from surgery.tensorfile import FLOAT_DTYPES, TORCH_NAMES, dtype_name
-
-FULL, LORA = "full", "lora"
-METHODS = ("paca", "read", LORA, FULL)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from surgery.adapter import Adapter, find_base, open_adapter, update_adapter
 from surgery.checkpoint import Checkpoint
-from surgery.data import DataSpec, Prepared, inspect_labels, prepare, prepare_images
+from surgery.data import Prepared, inspect_labels, prepare, prepare_images
+from surgery.data_spec import DataSpec
 from surgery.delta import Delta
 from surgery.errors import RequestError
 from surgery.images import TASK as IMAGES

@@ -34,6 +34,7 @@ from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.console import Command
 from tests.examples import CASES, fast
+from tests.interrupting import Killed, stop_at
 from tests.test_merge import tensors_of, weights
 from tests.test_paca import (
     OPTIMIZERS,
@@ -46,7 +47,6 @@ from tests.test_paca import (
     train_steps,
     trainable,
 )
-from tests.test_train import Killed, stop_at
 from tests.tiny import EXPERTS, build_model, sample_inputs
 from tests.trained import make_adapter
 

@@ -44,8 +44,8 @@ from surgery.train import TrainResult, train
 from surgery.writing import replace_file
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import CASES, LABELLED, Case, fast
+from tests.interrupting import Killed, same_adapter, stop_at
 from tests.reading import SPEC, attached
-from tests.test_train import Killed, same_adapter, stop_at
 from tests.tiny import PAD, sample_inputs
 
 DROPOUT: Mapping[str, object] = {"hidden_dropout_prob": 0.2}

@@ -36,8 +36,8 @@ from surgery.workflow import run
 from tests.conftest import TinyModel, digest_folder
 from tests.console import Console
 from tests.examples import CASES, LABELLED, Case, fast, write_rows
+from tests.interrupting import Killed, same_adapter, stop_at
 from tests.reading import SPEC
-from tests.test_train import Killed, same_adapter, stop_at
 
 _BY_NAME = {case.name: case for case in CASES}
 POOLED = replace(SPEC, pooling="mean")

@@ -1,9 +1,8 @@
-"""Training runs on tiny models: every task, what a run leaves behind, resuming, and what a run refuses."""
+"""Training runs on tiny models: every task, what a run leaves behind, and what it refuses."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -20,8 +19,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from exporters.dense import export
-from surgery import acceleration
-from surgery.adapter import Adapter, open_adapter, update_adapter
+from surgery.adapter import Adapter, open_adapter
 from surgery.backends.local import training_arguments
 from surgery.checkpoint import Checkpoint
 from surgery.compat import checkpointing_name
@@ -29,7 +27,6 @@ from surgery.delta import ADAPTER_FILE, adapter_names
 from surgery.errors import (
     BaseMismatchError,
     CheckError,
-    DamagedError,
     DataError,
     InterruptedRunError,
     RecipeError,
@@ -37,18 +34,18 @@ from surgery.errors import (
     UnsupportedError,
 )
 from surgery.exported import load_merged
-from surgery.inspection import inspect
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, load
 from surgery.recipe import DataSection, TrainSection
 from surgery.runs import CHECKPOINTS, LOG_FILE, RUN_FILE
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile
-from surgery.train import KEPT_PLAIN, TrainResult, train
+from surgery.train import TrainResult, train
 from surgery.trainer import STATE_FILE, Interruption, Progress, StopWhenAsked
 from surgery.verify import verify
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import ANIMALS, CASES, LABELLED, SCORED, Case, fast, write_rows
+from tests.interrupting import LABELS, STEPS, VARIANTS, Setting, make_setting, same_adapter, stop_at
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,12 @@ def trained(request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_fact
     apply(base, root / "adapter", PacaSpec(rank=4))
     result = train(root / "adapter", data, case.train_section(), task=case.spec())
     return Trained(case, base, data, root / "adapter", result)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """The plain variant, for what does not depend on how one trains."""
+    return make_setting(VARIANTS[0], tiny_model, tmp_path_factory.mktemp("plain"))
 
 
 # --- every task
@@ -210,407 +213,6 @@ def test_a_finished_run_is_left_alone_with_resume_auto(trained: Trained) -> None
     assert "was_finished" not in trained.adapter().record.manifest.training
 
 
-# --- resuming (property 14)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to train whose resumption must not show."""
-
-    name: str
-    case: Case
-    settings: dict[str, Any]
-    overrides: dict[str, object]
-
-
-_TEXT, _LABELS = CASES[0], CASES[6]
-_STEPS: dict[str, Any] = {"save_steps": 3, "batch_size": 3, "max_steps": 9}
-VARIANTS = (
-    Variant("plain", _TEXT, _STEPS, {}),
-    Variant("accumulation", _TEXT, {**_STEPS, "gradient_accumulation": 2}, {}),
-    Variant("recomputation", _TEXT, {**_STEPS, "gradient_checkpointing": True}, {"attention_dropout": 0.2}),
-    Variant("dropout", _LABELS, _STEPS, {"hidden_dropout_prob": 0.2}),
-    Variant("evaluation", _LABELS, {**_STEPS, "eval_steps": 2}, {"hidden_dropout_prob": 0.2}),
-    Variant(
-        "early-stopping",
-        _LABELS,
-        {"batch_size": 3, "eval_steps": 1, "early_stopping_patience": 3, "learning_rate": 0.05, "max_steps": 30},
-        {"hidden_dropout_prob": 0.2},
-    ),
-)
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing handles it, nothing is saved."""
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, *, how: str) -> None:
-    """End the run at the end of a step: by a real signal, or as abruptly as an exception can."""
-    original = Progress.on_step_end
-
-    def on_step_end(self: Progress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            if how == "kill":
-                raise Killed
-            os.kill(os.getpid(), signal.Signals[how])
-
-    monkeypatch.setattr(Progress, "on_step_end", on_step_end)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A variant, ready to be trained in any number of copies, and how it ends without interruption."""
-
-    variant: Variant
-    fresh: Path
-    data: DataSection
-    whole: Path
-    result: TrainResult
-
-    def run(self, folder: Path, **options: Any) -> TrainResult:
-        settings = fast(**self.variant.settings)
-        return train(folder, self.data, settings, task=self.variant.case.spec(), **options)
-
-    def copy(self, tmp_path: Path) -> Path:
-        return Path(shutil.copytree(self.fresh, tmp_path / "adapter"))
-
-
-def make_setting(variant: Variant, tiny_model: TinyModel, root: Path) -> Setting:
-    """Adapters here name their base by an absolute path, so that copies of them find it."""
-    base = tiny_model(variant.case.family, overrides=variant.overrides)
-    (root / "model").symlink_to(base, target_is_directory=True)
-    data = variant.case.write(root)
-    apply(root / "model", root / "fresh" / "adapter", PacaSpec(rank=4))
-    record = root / "fresh" / "adapter" / "surgery.json"
-    document = json.loads(record.read_text())
-    document["manifest"]["base"]["path"] = str(base)
-    record.write_text(json.dumps(document))
-    shutil.copytree(root / "fresh" / "adapter", root / "whole")
-    setting = Setting(variant, root / "fresh" / "adapter", data, root / "whole", None)  # type: ignore[arg-type]
-    result = setting.run(root / "whole")
-    return Setting(variant, root / "fresh" / "adapter", data, root / "whole", result)
-
-
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
-def setting(request: pytest.FixtureRequest, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """Each variant, with its uninterrupted run."""
-    return make_setting(request.param, tiny_model, tmp_path_factory.mktemp("setting"))
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """The plain variant, for what does not depend on how one trains."""
-    return make_setting(VARIANTS[0], tiny_model, tmp_path_factory.mktemp("plain"))
-
-
-def same_adapter(a: Path, b: Path) -> bool:
-    """Whether two folders hold the same trained values, bit for bit."""
-    return (a / ADAPTER_FILE).read_bytes() == (b / ADAPTER_FILE).read_bytes()
-
-
-def log_keys(folder: Path) -> list[tuple[int, str]]:
-    """(step, what) of every line of the log, timings aside."""
-    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    kinds = ("loss", "eval_loss", "train_loss")
-    return [(line["step"], next(kind for kind in kinds if kind in line)) for line in lines]
-
-
-@pytest.mark.parametrize(("step", "how"), ((2, "SIGTERM"), (4, "SIGINT"), (5, "kill"), (6, "SIGTERM")))
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    step: int, how: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit: the adapter file, the number of steps and the metrics; and the log has each line once."""
-    folder = setting.copy(tmp_path)
-    with monkeypatch.context() as patch:
-        stop_at(patch, step, how=how)
-        with pytest.raises((InterruptedRunError, Killed)):
-            setting.run(folder)
-    assert same_adapter(folder, setting.fresh) or setting.variant.case.task != "causal-lm", "the adapter was touched"
-    resumed = setting.run(folder, resume="auto")
-    assert same_adapter(folder, setting.whole)
-    assert resumed.steps == setting.result.steps
-    assert (resumed.before, resumed.after) == (setting.result.before, setting.result.after)
-    not_waited_for = set() if how == "kill" or setting.variant.name == "early-stopping" else {(step, "eval_loss")}
-    assert log_keys(folder) == [line for line in log_keys(setting.whole) if line not in not_waited_for]
-
-
-def test_a_run_interrupted_twice_and_moved_resumes(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The adapter folder may be moved between; the best checkpoint is found where it went."""
-    folder = setting.copy(tmp_path)
-    for step, how in ((4, "SIGTERM"), (5, "kill")):
-        with monkeypatch.context() as patch:
-            stop_at(patch, step, how=how)
-            with pytest.raises((InterruptedRunError, Killed)):
-                setting.run(folder, resume="auto")
-        folder = folder.rename(tmp_path / f"moved-{step}")
-    setting.run(folder, resume="auto")
-    assert same_adapter(folder, setting.whole)
-
-
-def test_a_run_that_began_with_plain_blocks_ends_with_them(
-    plain: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the last bit, and it is said; `lean=on` makes the rest lean. A note of old has no word of blocks."""
-    monkeypatch.setattr(acceleration, "LEAN_VALUES", 1)
-
-    def run(folder: Path, lean: str, resume: str = "no") -> TrainResult:
-        settings = fast(**plain.variant.settings, lean=lean)
-        return train(folder, plain.data, settings, task=plain.variant.case.spec(), resume=resume)
-
-    whole, begun = (Path(shutil.copytree(plain.fresh, tmp_path / name)) for name in ("whole", "begun"))
-    assert run(whole, "off").lean == ""
-    assert same_adapter(whole, plain.whole), "so small a run is plain by itself"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4, how="SIGTERM")
-        with pytest.raises(InterruptedRunError):
-            run(begun, "off")
-    note = begun / CHECKPOINTS / RUN_FILE
-    document = json.loads(note.read_text())
-    assert document.pop("lean") is False
-    note.write_text(json.dumps(document))
-    other = Path(shutil.copytree(begun, tmp_path / "other"))
-    assert run(begun, "auto", "auto").lean == KEPT_PLAIN
-    assert same_adapter(begun, whole)
-    training = open_adapter(begun).record.manifest.training
-    assert (training["settings"]["lean"], training["kernels"]["lean"]) == ("off", "")
-    assert run(other, "on", "auto").lean == "5 norms, 2 gated MLPs, the loss"
-    assert not same_adapter(other, whole), "lean blocks round as plain ones do here"
-
-
-def test_a_run_that_began_with_lean_blocks_ends_with_them(
-    plain: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where `auto` would no longer choose them: of smaller batches, of which more are accumulated."""
-
-    def run(folder: Path, resume: str = "no", **settings: Any) -> TrainResult:
-        section = fast(**{**plain.variant.settings, "batch_size": 4, **settings})
-        return train(folder, plain.data, section, task=plain.variant.case.spec(), resume=resume)
-
-    folder = plain.copy(tmp_path)
-    monkeypatch.setattr(acceleration, "LEAN_VALUES", 1)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4, how="SIGTERM")
-        with pytest.raises(InterruptedRunError):
-            run(folder)
-    monkeypatch.setattr(acceleration, "LEAN_VALUES", 1 << 30)
-    assert run(folder, "auto", batch_size=2, gradient_accumulation=2).lean == "5 norms, 2 gated MLPs, the loss"
-
-
-def test_the_trained_runs_differ(setting: Setting) -> None:
-    """What the equalities above compare is not the fresh adapter."""
-    assert not same_adapter(setting.fresh, setting.whole)
-
-
-def test_a_signal_in_the_last_step_loses_nothing(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run says it was interrupted, its last checkpoint is the end, and resuming finishes without a step."""
-    folder = setting.copy(tmp_path)
-    with monkeypatch.context() as patch:
-        stop_at(patch, setting.result.steps, how="SIGTERM")
-        with pytest.raises(InterruptedRunError, match=f"checkpoint-{setting.result.steps} is whole"):
-            setting.run(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "on_train_begin", _killed)
-        resumed = setting.run(folder, resume="auto")
-    assert (resumed.steps, resumed.after) == (setting.result.steps, setting.result.after)
-    assert resumed.loss > 0
-    assert same_adapter(folder, setting.whole)
-
-
-def _killed(*_: Any, **__: Any) -> None:
-    raise Killed
-
-
-def interrupted(plain: Setting, tmp_path: Path, *, step: int = 4) -> Path:
-    """An adapter folder whose run was stopped."""
-    folder = plain.copy(tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, step, how="SIGTERM")
-        with pytest.raises(InterruptedRunError) as caught:
-            plain.run(folder)
-    assert caught.value.exit_code == 130
-    assert f"checkpoint-{step} is whole" in str(caught.value)
-    return folder
-
-
-def test_an_interrupted_run_asks_for_a_decision(plain: Setting, tmp_path: Path) -> None:
-    """Without --resume it is neither continued nor thrown away; --overwrite throws it away."""
-    folder = interrupted(plain, tmp_path)
-    before = digest_folder(folder)
-    with pytest.raises(RequestError, match=r"an interrupted run.*--resume auto.*--overwrite") as caught:
-        plain.run(folder)
-    assert caught.value.exit_code == 2
-    assert "is going on now; its last whole checkpoint is of step 4" in described(folder)
-    assert digest_folder(folder) == before
-    plain.run(folder, overwrite=True)
-    assert same_adapter(folder, plain.whole)
-    assert "is going on" not in described(folder)
-
-
-def described(folder: Path) -> str:
-    """What `surgery inspect` says."""
-    return "\n".join(inspect(folder).lines())
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    (
-        ({"learning_rate": 0.5}, "settings.learning_rate"),
-        ({"max_steps": 12, "seed": 3}, "settings.max_steps, settings.seed"),
-        ({"lr_scheduler": "cosine"}, "settings.lr_scheduler"),
-        ({"batch_size": 2}, "settings.examples_per_step"),
-        ({"gradient_accumulation": 2}, "settings.examples_per_step"),
-        ({"weight_decay": 0.5}, "settings.weight_decay"),
-    ),
-)
-def test_other_settings_are_no_resumption(change: dict[str, Any], named: str, plain: Setting, tmp_path: Path) -> None:
-    """The error names each setting that differs, and nothing is lost by it."""
-    folder = interrupted(plain, tmp_path)
-    before = digest_folder(folder)
-    with pytest.raises(RequestError, match=f"other {named}, expected the same"):
-        train(folder, plain.data, fast(**{**_STEPS, **change}), resume="auto")
-    assert digest_folder(folder) == before
-
-
-def test_settings_that_change_no_result_may_change(plain: Setting, tmp_path: Path) -> None:
-    """How often it logs, how many checkpoints it keeps, how many rows it evaluates at once."""
-    folder = interrupted(plain, tmp_path)
-    free = {"logging_steps": 1, "save_total_limit": 1, "eval_batch_size": 2, "device": "cpu"}
-    train(folder, plain.data, fast(**{**_STEPS, **free}), resume="auto")
-    assert same_adapter(folder, plain.whole)
-    assert [path.name for path in (folder / CHECKPOINTS).glob("checkpoint-*")] == ["checkpoint-9"]
-
-
-def test_other_data_is_no_resumption(plain: Setting, tmp_path: Path) -> None:
-    """Another limit of length, another file, or another content of the same file."""
-    folder = interrupted(plain, tmp_path)
-    source = Path(plain.data.train[0])
-    other = tmp_path / "other.txt"
-    other.write_text(source.read_text())
-    moved = plain.data.model_copy(update={"train": [str(other)]})
-    for data, named in ((plain.data.model_copy(update={"max_length": 32}), "data.max_length"), (moved, "data.train")):
-        with pytest.raises(RequestError, match=f"other {named}"):
-            train(folder, data, fast(**_STEPS), resume="auto")
-    text = source.read_text()
-    source.write_text(text.replace("fox", "cow"))
-    try:
-        with pytest.raises(RequestError, match=r"other data\.sha256"):
-            plain.run(folder, resume="auto")
-    finally:
-        source.write_text(text)
-    plain.run(folder, resume="auto")
-    assert same_adapter(folder, plain.whole)
-
-
-def test_other_evaluation_data_are_no_resumption(plain: Setting, tmp_path: Path) -> None:
-    """Their content counts as that of the training data does: `after` would be of other rows than `before`."""
-    held = tmp_path / "held.txt"
-    held.write_text(Path(plain.data.train[0]).read_text())
-    other = replace(plain, data=plain.data.model_copy(update={"eval": [str(held)]}))
-    folder = interrupted(other, tmp_path)
-    held.write_text(held.read_text().replace("fox", "cow"))
-    with pytest.raises(RequestError, match=r"other data\.sha256"):
-        other.run(folder, resume="auto")
-
-
-def test_another_plan_is_no_resumption(plain: Setting, tmp_path: Path) -> None:
-    """Checkpoints of one plan are no start for another's adapter."""
-    folder = interrupted(plain, tmp_path)
-    base = open_adapter(folder).record.manifest.base.path
-    apply(base, tmp_path / "second" / "adapter", PacaSpec(rank=2))
-    shutil.copytree(folder / CHECKPOINTS, tmp_path / "second" / "adapter" / CHECKPOINTS)
-    with pytest.raises(RequestError, match="other plan"):
-        plain.run(tmp_path / "second" / "adapter", resume="auto")
-
-
-@pytest.mark.parametrize("damage", ("no state", "other tensors", "truncated"))
-def test_a_damaged_checkpoint_is_refused(damage: str, plain: Setting, tmp_path: Path) -> None:
-    """Each is the documented error; the adapter keeps its state."""
-    folder = interrupted(plain, tmp_path)
-    path = folder / CHECKPOINTS / "checkpoint-4" / STATE_FILE
-    if damage == "no state":
-        path.unlink()
-    elif damage == "other tensors":
-        plan = open_adapter(folder).plan.id
-        path.write_bytes(safetensors.torch.save({"x": torch.zeros(2)}, {"plan": plan}))
-    else:
-        path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DamagedError):
-        plain.run(folder, resume="auto")
-    assert same_adapter(folder, plain.fresh)
-
-
-def test_resume_auto_without_a_run_starts_one(plain: Setting, tmp_path: Path) -> None:
-    """So that a script may always give it."""
-    folder = plain.copy(tmp_path)
-    plain.run(folder, resume="auto")
-    assert same_adapter(folder, plain.whole)
-
-
-def test_resume_takes_auto_or_no(plain: Setting, tmp_path: Path) -> None:
-    """Anything else is a wrong request."""
-    with pytest.raises(RequestError, match=r"'yes'.*auto or no"):
-        plain.run(plain.copy(tmp_path), resume="yes")
-
-
-# --- a second training
-
-
-def test_a_second_training_goes_on_from_the_first(plain: Setting, tmp_path: Path) -> None:
-    """It starts where the first ended: its first evaluation equals the first run's last one."""
-    folder = plain.copy(tmp_path)
-    first = plain.run(folder)
-    second = plain.run(folder)
-    assert second.before == first.after
-    assert second.after["loss"] < first.after["loss"]
-    assert not same_adapter(folder, plain.whole)
-
-
-def test_an_interrupted_second_training_is_not_taken_for_the_first(plain: Setting, tmp_path: Path) -> None:
-    """With the very settings of the finished first run, --resume auto finishes the second."""
-    folder, reference = plain.copy(tmp_path), tmp_path / "reference"
-    plain.run(folder)
-    shutil.copytree(folder, reference)
-    plain.run(reference)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 5, how="SIGTERM")
-        with pytest.raises(InterruptedRunError):
-            plain.run(folder)
-    plain.run(folder, resume="auto")
-    assert same_adapter(folder, reference)
-    before = digest_folder(folder)
-    plain.run(folder, resume="auto")
-    assert digest_folder(folder) == before
-
-
-def test_a_run_killed_after_its_last_write_is_finished(
-    plain: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The adapter is written, the run's own note of it is not: --resume auto does not train again."""
-    folder = plain.copy(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[train.__module__], "update_adapter", _then_killed(update_adapter))
-        with pytest.raises(Killed):
-            plain.run(folder)
-    assert same_adapter(folder, plain.whole)
-    assert "is going on" not in described(folder)
-    before = digest_folder(folder)
-    plain.run(folder, resume="auto")
-    assert digest_folder(folder) == before
-
-
-def _then_killed(function: Any) -> Any:
-    def call(*args: Any) -> None:
-        function(*args)
-        raise Killed
-
-    return call
-
-
 # --- labels
 
 
@@ -720,10 +322,10 @@ def test_a_base_of_mixed_dtypes_trains_and_merges(tiny_model: TinyModel, tmp_pat
 
 def test_early_stopping_keeps_the_best_state(tiny_model: TinyModel, tmp_path: Path) -> None:
     """The run ends early, and what the adapter holds is the evaluation with the smallest loss, not the last."""
-    data = _LABELS.write(tmp_path)
+    data = LABELS.write(tmp_path)
     apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
     settings = fast(max_steps=40, eval_steps=1, early_stopping_patience=2, learning_rate=0.3)
-    result = train(tmp_path / "adapter", data, settings, task=_LABELS.spec())
+    result = train(tmp_path / "adapter", data, settings, task=LABELS.spec())
     lines = [json.loads(line) for line in (tmp_path / "adapter" / LOG_FILE).read_text().splitlines()]
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert result.steps < 40
@@ -759,27 +361,27 @@ def test_a_checkpoint_interval_of_its_own_is_refused_beside_early_stopping(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     """It would be ignored: what is kept in the end is a checkpoint of an evaluation. The same interval is none."""
-    data = _LABELS.write(tmp_path)
+    data = LABELS.write(tmp_path)
     apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
     stopping: dict[str, Any] = {"early_stopping_patience": 9, "max_steps": 6, "eval_on_start": False}
     wanted = r"train\.save_steps: 4 with early stopping.*expected 2, as train\.eval_steps\. Leave train\.save_steps out"
     with pytest.raises(RecipeError, match=wanted) as caught:
-        train(tmp_path / "adapter", data, fast(**stopping, save_steps=4, eval_steps=2), task=_LABELS.spec())
+        train(tmp_path / "adapter", data, fast(**stopping, save_steps=4, eval_steps=2), task=LABELS.spec())
     assert caught.value.exit_code == 2
     assert not (tmp_path / "adapter" / CHECKPOINTS).exists()
     for given in ({"save_steps": 2, "eval_steps": 2}, {"save_steps": 2}, {"eval_steps": 2}):
-        train(tmp_path / "adapter", data, fast(**stopping, **given), task=_LABELS.spec())
+        train(tmp_path / "adapter", data, fast(**stopping, **given), task=LABELS.spec())
         lines = [json.loads(line) for line in (tmp_path / "adapter" / LOG_FILE).read_text().splitlines()]
         assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]
 
 
 def test_a_metric_that_the_task_has_not_is_refused_before_training(tiny_model: TinyModel, tmp_path: Path) -> None:
     """With the nearest one; nothing was trained for it."""
-    data = _LABELS.write(tmp_path)
+    data = LABELS.write(tmp_path)
     apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
     settings = fast(early_stopping_patience=2, metric_for_best="acuracy", eval_on_start=False)
     with pytest.raises(RecipeError, match=r"train\.metric_for_best.*'acuracy'.*'accuracy'"):
-        train(tmp_path / "adapter", data, settings, task=_LABELS.spec())
+        train(tmp_path / "adapter", data, settings, task=LABELS.spec())
     assert not (tmp_path / "adapter" / CHECKPOINTS).exists()
 
 
@@ -792,7 +394,7 @@ def test_what_is_evaluated_is_the_evaluation_data(tiny_model: TinyModel, tmp_pat
     for held in (rows, turned):
         apply(tiny_model("bert"), tmp_path / held.stem, PacaSpec(rank=4))
         data = DataSection(train=[str(rows)], eval=[str(held)], max_length=64)
-        found.append(train(tmp_path / held.stem, data, fast(), task=_LABELS.spec()).after["accuracy"])
+        found.append(train(tmp_path / held.stem, data, fast(), task=LABELS.spec()).after["accuracy"])
     assert found[0] > 0.5
     assert sum(found) == pytest.approx(1)
 
@@ -802,7 +404,7 @@ def test_held_out_rows_are_evaluated(tiny_model: TinyModel, tmp_path: Path) -> N
     path = write_rows(tmp_path / "rows.jsonl", LABELLED)
     apply(tiny_model("bert"), tmp_path / "adapter", PacaSpec(rank=4))
     section = DataSection(train=[str(path)], eval_fraction=0.25)
-    task = _LABELS.spec()
+    task = LABELS.spec()
     result = train(tmp_path / "adapter", section, fast(eval_on_start=False), task=task)
     assert result.before == {}
     assert set(result.after) == {"loss", "accuracy", "f1", "matthews_correlation"}
@@ -961,7 +563,7 @@ def test_the_same_run_twice_gives_the_same_bytes(plain: Setting, tmp_path: Path)
     plain.run(folder)
     assert same_adapter(folder, plain.whole)
     shutil.rmtree(folder)
-    train(plain.copy(tmp_path), plain.data, fast(**_STEPS, seed=1))
+    train(plain.copy(tmp_path), plain.data, fast(**STEPS, seed=1))
     assert not same_adapter(folder, plain.whole)
 
 

@@ -28,7 +28,7 @@ from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.examples import QUESTIONS
 from tests.gaudi.runs import NO_DROPOUT, Run, case_of, gaudi_base, largest_difference, rows_of, run_on, settings_of
-from tests.test_train import stop_at
+from tests.interrupting import stop_at
 
 TEXT = ("causal-lm", "text.txt")
 ANSWERS = ("causal-lm", "prompts.csv")

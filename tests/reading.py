@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 import surgery
 from surgery import ReadSpec
 from surgery.columns import generator_seed
+from surgery.runs import LOG_FILE
 from surgery.side.settings import NAME
 from tests.tiny import FAMILIES, build_model, draw_parameters
 
@@ -87,6 +90,19 @@ def side_gradients(model: nn.Module) -> dict[str, Tensor]:
     missing = [name for name, gradient in found.items() if gradient is None]
     assert not missing, missing
     return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+@torch.no_grad()
+def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits without gradients, in the mode the model is in."""
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def losses_of(folder: Path) -> list[float]:
+    """The loss of each logged step of an adapter's run, in order."""
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 class Kept:

@@ -38,14 +38,14 @@ from surgery.errors import (
 from surgery.features import FeatureCache, open_cache
 from surgery.operate import state_of
 from surgery.recipe import DataSection
-from surgery.runs import CHECKPOINTS, LOG_FILE
+from surgery.runs import CHECKPOINTS
 from surgery.survey import TASKS, TaskSpec
 from surgery.train import TrainResult, train
 from surgery.writing import replace_file
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import CASES, LABELLED, Case, fast
 from tests.interrupting import Killed, same_adapter, stop_at
-from tests.reading import SPEC, attached
+from tests.reading import SPEC, attached, losses_of
 from tests.tiny import PAD, sample_inputs
 
 DROPOUT: Mapping[str, object] = {"hidden_dropout_prob": 0.2}
@@ -86,12 +86,6 @@ VARIANTS = (
     Variant("bart", BART),
     Variant("bart-classifier", Case("bart", "sequence-classification", "labelled.jsonl", LABELLED)),
 )  # fmt: skip
-
-
-def losses_of(folder: Path) -> list[float]:
-    """The loss of each step, in order."""
-    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @dataclass(frozen=True)

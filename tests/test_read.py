@@ -34,6 +34,7 @@ from tests.reading import (
     depth_of,
     dropout_of,
     keeping,
+    logits_of,
     move,
     side_gradients,
     twins,
@@ -43,13 +44,6 @@ from tests.tiny import EOS, FAMILIES, PAD, build_model, sample_inputs
 PAIRS = ("t5", "bart")
 ORDERS = tuple(itertools.product(PAIRS, (("both", "attention"), ("both", "mean"), ("encoder", "attention"),
                                          ("encoder", "mean"), ("decoder", "none"))))  # fmt: skip
-
-
-def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits without gradients, in the mode the model is in."""
-    with torch.no_grad():
-        logits: Tensor = model(**inputs).logits
-    return logits
 
 
 def loss_of(model: Any, inputs: dict[str, Tensor]) -> Any:

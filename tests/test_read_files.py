@@ -37,7 +37,7 @@ from surgery.side.settings import NAME
 from surgery.tensorfile import file_sha256
 from tests.conftest import TinyModel
 from tests.console import Console
-from tests.reading import SPEC, WIDTH, depth_of, keeping, move, side_gradients
+from tests.reading import SPEC, WIDTH, depth_of, keeping, logits_of, move, side_gradients
 from tests.tiny import FAMILIES, build_model, sample_inputs
 
 FULL = ReadSpec(cell="lstm", hidden=WIDTH, recurrent_layers=2, bidirectional=True, initial="embedding", reduce="mean",
@@ -48,13 +48,6 @@ SPECS = {"llama": SPEC, "bert": replace(FULL, joiner="auto"), "t5": FULL, "bart"
 def built(folder: Path, family: str, *, dtype: torch.dtype | None = None) -> Any:
     """A family's model from a folder, in eval mode."""
     return getattr(transformers, FAMILIES[family].model).from_pretrained(folder, dtype=dtype or "auto")
-
-
-def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits without gradients."""
-    with torch.no_grad():
-        logits: Tensor = model(**inputs).logits
-    return logits
 
 
 def side_state(model: nn.Module) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from surgery.manifest import REMOTE_CODE
 from surgery.methods.read import draw_state
 from surgery.recipe import DataSection
 from surgery.recipe_file import read_recipe
-from surgery.runs import CHECKPOINTS, LOG_FILE
+from surgery.runs import CHECKPOINTS
 from surgery.side.settings import NAME
 from surgery.survey import TASKS, TaskSpec
 from surgery.train import TrainResult, train
@@ -37,7 +37,7 @@ from tests.conftest import TinyModel, digest_folder
 from tests.console import Console
 from tests.examples import CASES, LABELLED, Case, fast, write_rows
 from tests.interrupting import Killed, same_adapter, stop_at
-from tests.reading import SPEC
+from tests.reading import SPEC, losses_of
 
 _BY_NAME = {case.name: case for case in CASES}
 POOLED = replace(SPEC, pooling="mean")
@@ -255,12 +255,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     setting.run(folder, resume="auto")
     assert same_adapter(folder, setting.whole)
     assert not same_adapter(folder, setting.fresh)
-
-
-def losses_of(folder: Path) -> list[float]:
-    """The logged losses in order."""
-    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ from surgery.side.source import PARTS, side_source
 from surgery.workflow import default_export_folder
 from tests.conftest import TinyModel, digest_folder
 from tests.console import Command
-from tests.reading import SPEC
+from tests.reading import SPEC, logits_of
 from tests.tiny import sample_inputs
 from tests.trained import make_adapter, make_read_adapter
 
@@ -153,13 +153,6 @@ def inputs_of(exported: Exported) -> dict[str, Tensor]:
         inputs["attention_mask"][1, -3:] = 0
         inputs["input_ids"][1, -3:] = 0
     return {name: x.to(exported.kind.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-
-
-@torch.no_grad()
-def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Without gradients."""
-    logits: Tensor = model(**inputs).logits
-    return logits
 
 
 # --- the same model

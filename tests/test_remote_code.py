@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect as introspection
 import json
 import re
@@ -226,7 +227,9 @@ def test_the_modeling_file_is_the_project_s_module(exported: Exported) -> None:
     assert f"class Read{exported.adapter.plan.architecture}({exported.adapter.plan.architecture}):" in rest
     assert "import surgery" not in text
     assert "from surgery" not in text
-    names = re.findall(r"^(?:def |class |)(\w+)(?= ?[=(:])", text, re.MULTILINE)
+    body = ast.parse(text).body
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names += [ast.unparse(node.targets[0]) for node in body if isinstance(node, ast.Assign)]
     assert len(names) == len(set(names)), "two modules of the side network define one name"
 
 

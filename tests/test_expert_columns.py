@@ -21,7 +21,7 @@ from surgery.adapter import open_adapter
 from surgery.calibration import calibrate
 from surgery.checkpoint import Checkpoint
 from surgery.choosing import _sites, _without_data, calibration_batches, settle
-from surgery.columns import STRATEGIES, drawn_columns, random_columns
+from surgery.columns import STRATEGIES, random_columns
 from surgery.delta import require_columns
 from surgery.errors import CheckError, RequestError, SelectorError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
@@ -40,6 +40,7 @@ from surgery.verify import verify
 from surgery.workflow import export
 from tests.conftest import TinyModel
 from tests.console import Command
+from tests.masked import patches_of, require_merge_equals, run_masked
 from tests.test_experts import build
 from tests.test_merge import weights
 from tests.test_resampling import stop_after
@@ -378,30 +379,21 @@ DRAWN = PacaSpec(rank=2, targets=ALL, resample="every:2")
 RATE = 1e-2
 
 
+def loss_of(model: Any, number: int) -> Tensor:
+    """The loss of a batch of its own."""
+    loss: Tensor = model(**batches(number + 1)[number]).loss
+    return loss
+
+
 def step_through(model: Any, steps: int, *, first: int = 0, optimizer: Any = None) -> Any:
     """Adam for so many steps, other columns whenever they are due. Returns the optimizer."""
     optimizer = optimizer or torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
     for number in range(first, first + steps):
-        model(**batches(number + 1)[number]).loss.backward()
+        loss_of(model, number).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         resample(model, optimizer, step=number + 1)
     return optimizer
-
-
-def masks_of(plan: SurgeryPlan, model: Any, draw: int) -> dict[str, Tensor]:
-    """1 where a parameter trains in a draw, by name; columns as the plan's seed draws them, target by target."""
-    masks: dict[str, Tensor] = {}
-    for target in plan.targets:
-        columns = random_columns(target.in_features, target.rank, seed=0, group=target.group)
-        if draw:
-            columns = drawn_columns(target.in_features, target.rank, seed=0, group=target.group, draw=draw)
-        mask = masks.setdefault(target.name, torch.zeros_like(model.get_parameter(target.name)))
-        if target.place:
-            expert, part, parts = target.place
-            mask = mask[expert].chunk(parts)[part]
-        mask.index_fill_(target.input_axis, columns, 1)
-    return masks
 
 
 @pytest.mark.parametrize(("family", "experts", "way"), (
@@ -411,22 +403,12 @@ def masks_of(plan: SurgeryPlan, model: Any, draw: int) -> dict[str, Tensor]:
 def test_a_merge_equals_a_dense_run_that_applied_the_same_updates(family: str, experts: str, way: str) -> None:
     """Full gradients, masked to the columns of the time, and an Adam that knows nothing after each draw."""
     model = build(family, dtype=torch.float64, way=way)
-    plan = attach(model, replace(DRAWN, experts=experts))
+    attach(model, replace(DRAWN, experts=experts))
+    first = patches_of(model)
     step_through(model, 5)
-    merged = detach(model, merge=True).state_dict()
-    dense = build(family, dtype=torch.float64, way="eager").requires_grad_(requires_grad=False)
-    for number in range(5):
-        if number % 2 == 0:
-            masks = masks_of(plan, dense, number // 2)
-            trained = [dense.get_parameter(name).requires_grad_() for name in masks]
-            optimizer = torch.optim.Adam(trained, lr=RATE)
-        dense(**batches(number + 1)[number]).loss.backward()
-        for weight, mask in zip(trained, masks.values(), strict=True):
-            weight.grad *= mask
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, expected in dense.state_dict().items():
-        assert torch.allclose(merged[name], expected, rtol=0, atol=1e-12), name
+    dense = build(family, dtype=torch.float64, way="eager")
+    run_masked(dense, first, loss_of, steps=5, every=2, rate=RATE)
+    require_merge_equals(detach(model, merge=True).state_dict(), dense)
 
 
 @pytest.mark.parametrize("experts", (SHARED, OWN))

@@ -129,7 +129,7 @@ def by_hand(model: Mixed, batches: list[dict[str, Tensor]]) -> dict[str, dict[st
             gradient, module = weight.grad, modules[name]
             for c in range(weight.shape[1]):
                 found["gradient"][module][c] += float(gradient[:, c].square().sum())
-                found["activation-gradient"][module][c] += float((gradient[:, c] * weight[:, c]).sum()) ** 2
+                found["activation-gradient"][module][c] += float((gradient[:, c] * weight.detach()[:, c]).sum()) ** 2
                 inputs = [x[..., c, :, :] if weight.dim() == 4 else x[..., c] for x in seen[module]]
                 sizes = weight[:, c].numel() / len(inputs)
                 found["activation"][module][c] += sum(float(x.square().sum()) for x in inputs) * sizes

@@ -63,13 +63,14 @@ def photos(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "photos")
 
 
-@pytest.mark.parametrize("family", ("convnext", "efficientnet"))
+@pytest.mark.parametrize(("family", "resampled"), (("convnext", ""), ("convnext", "every:1"), ("efficientnet", "")))
 def test_a_run_trains_is_resumed_and_exported(
-    family: str, tiny_model: TinyModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, resampled: str, tiny_model: TinyModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`surgery train` on images: stopped and resumed it is the uninterrupted run, and its merge is verified.
 
-    Running statistics are the base's all along: no export would hold others.
+    Also where other channels train after each step. Running statistics are the base's all along: no export would hold
+    others.
     """
     base = tmp_path / "base"
     shutil.copytree(tiny_model(family), base)
@@ -79,7 +80,9 @@ def test_a_run_trains_is_resumed_and_exported(
 
     def fit(name: str, resume: str = "no") -> None:
         if not (tmp_path / name).exists():
-            surgery.apply(base, tmp_path / name, PacaSpec(rank=4, targets=targets), task=TaskSpec(TASK))
+            select = "magnitude" if resampled else "random"
+            spec = PacaSpec(rank=4, targets=targets, select=select, resample=resampled)
+            surgery.apply(base, tmp_path / name, spec, task=TaskSpec(TASK))
         settings = TrainSection(
             device="cpu", max_steps=4, batch_size=6, learning_rate=1e-2, save_steps=2, gradient_accumulation=2
         )
@@ -97,6 +100,7 @@ def test_a_run_trains_is_resumed_and_exported(
     assert results["whole"].steps == 4
     adapter = open_adapter(tmp_path / "whole")
     assert adapter.delta.moved == len(adapter.plan.targets)
+    assert (max(require_columns(adapter.delta, "test").widths().values()) > 4) == bool(resampled)
     original = PacaConv2d.column_gradient
     with monkeypatch.context() as patch:
         patch.setattr(

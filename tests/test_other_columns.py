@@ -132,7 +132,7 @@ def by_hand(model: Mixed, batches: list[dict[str, Tensor]]) -> dict[str, dict[st
                 found["activation-gradient"][module][c] += float((gradient[:, c] * weight.detach()[:, c]).sum()) ** 2
                 inputs = [x[..., c, :, :] if weight.dim() == 4 else x[..., c] for x in seen[module]]
                 sizes = weight[:, c].numel() / len(inputs)
-                found["activation"][module][c] += sum(float(x.square().sum()) for x in inputs) * sizes
+                found["activation"][module][c] += sum(float(x.detach().square().sum()) for x in inputs) * sizes
     for handle in handles:
         handle.remove()
     return found

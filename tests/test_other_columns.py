@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,27 +21,22 @@ from surgery.choosing import _sites
 from surgery.columns import STRATEGIES
 from surgery.delta import require_columns
 from surgery.errors import RequestError, UnsupportedError
-from surgery.images import PROCESSOR_FILE, TASK
+from surgery.images import TASK
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, collect, detach, load, plan_in_full, replanned, resample
 from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
-from surgery.resampling import restore_layers, state_of_layers
 from surgery.survey import TaskSpec
-from surgery.tiny import image_settings
 from tests.conftest import TinyModel
 from tests.console import Command
-from tests.masked import patches_of, require_merge_equals, run_masked
-from tests.test_images import COLOURS, write_folder
+from tests.masked import patches_of, require_draws_are_exact, require_merge_equals, run_masked, train_in_turns
+from tests.test_images import COLOURS, with_processor, write_folder
 from tests.test_other_layers import weigh
 from tests.test_paca import trainable
-from tests.test_paca_conv import bits
-from tests.tiny import OTHERS
 
 ROWS = (3, 9)
 EVERY_KIND = PacaSpec(rank=3, targets=("all-conv", "all-linear"), rows=ROWS)
-RATE = 1e-2
 DATA_STRATEGIES = ("activation", "gradient", "activation-gradient")
 
 
@@ -228,7 +222,9 @@ def test_a_budget_is_met_within_one_column(
     root = tiny_model(family)
     every = plan_checkpoint(Checkpoint.open(root), PacaSpec(budget="100%", **settings))
     columns = {target.module: target.in_features for target in every.targets if not target.rows}
-    assert all(target.rank == columns.get(target.module, 2) for target in every.targets), "none is narrow"
+    assert all(target.rank == columns.get(target.module, 2) for target in every.targets)
+    wide = plan_checkpoint(Checkpoint.open(root), PacaSpec(rank=1, **settings))
+    assert [target.module for target in wide.targets] == [target.module for target in every.targets], "none is narrow"
     total = sum(target.out_features * width for target in every.targets for width in [columns.get(target.module, 0)])
     plan = plan_in_full(Checkpoint.open(root), PacaSpec(budget="20%", select=select, **settings), TaskSpec())
     spent = sum(target.trained_values for target in plan.targets if not target.rows)
@@ -242,17 +238,6 @@ def test_a_budget_is_met_within_one_column(
 # --- drawn anew
 
 
-def step_through(model: Any, steps: int, *, first: int = 0, optimizer: Any = None) -> Any:
-    """Adam for so many steps, other columns whenever they are due. Returns the optimizer."""
-    optimizer = optimizer or torch.optim.Adam(trainable(model), lr=RATE)
-    for number in range(first, first + steps):
-        loss_of(model, number).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        resample(model, optimizer, step=number + 1)
-    return optimizer
-
-
 @pytest.mark.parametrize("select", ("random", "gradient"))
 def test_a_merge_equals_a_dense_run_that_applied_the_same_updates(select: str) -> None:
     """Kernels, packed attention, a linear layer; rows train all along, and their Adam forgets nothing."""
@@ -263,37 +248,18 @@ def test_a_merge_equals_a_dense_run_that_applied_the_same_updates(select: str) -
     assert {module for module, patch in first.items() if patch.scores is not None} == (
         set(first) - {"words"} if select == "gradient" else set()
     )
-    step_through(model, 5)
+    train_in_turns(loss_of, model, 5)
     dense = built()
-    run_masked(dense, first, loss_of, steps=5, every=2, rate=RATE)
+    run_masked(dense, first, loss_of, steps=5, every=2)
     require_merge_equals(detach(model, merge=True).state_dict(), dense)
 
 
 def test_draws_change_no_output_and_are_undone() -> None:
     """In bf16: outputs before and after; a state put back into a model that has moved on; the base on closing."""
     model = built(torch.bfloat16)
-    base = bits(model)
     attach(model, replace(EVERY_KIND, resample="every:2"))
-    optimizer = step_through(model, 3)
-    loss_of(model, 3).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    optimizer.zero_grad()
-    before = model(**fed(0)).logits
-    assert resample(model, optimizer, step=4)
-    assert torch.equal(model(**fed(0)).logits, before)
-    known = {name for name, layer in layers(model).items() if layer.paca_delta in optimizer.state}
+    known = require_draws_are_exact(loss_of, model, lambda model: model(**fed(0)).logits)
     assert known == {"words"}, "rows, which nobody drew"
-    assert layers(model)["words"].paca_columns.tolist() == list(ROWS)
-    state = {name: tensor.clone() for name, tensor in state_of_layers(model).items()}
-    deltas = {name: layer.paca_delta.detach().clone() for name, layer in layers(model).items()}
-    step_through(model, 4, first=4, optimizer=optimizer)
-    assert not torch.equal(model(**fed(0)).logits, before)
-    restore_layers(model, state)
-    for name, layer in layers(model).items():
-        layer.paca_delta.data.copy_(deltas[name])
-        layer.refresh()
-    assert torch.equal(model(**fed(0)).logits, before)
-    assert bits(detach(model, merge=False)) == base
 
 
 # --- the whole way
@@ -302,9 +268,7 @@ def test_draws_change_no_output_and_are_undone() -> None:
 @pytest.fixture(scope="module")
 def convnext(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with an image processor, and photos beside it."""
-    base = tmp_path_factory.mktemp("convnext") / "base"
-    shutil.copytree(tiny_model("convnext"), base)
-    (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS["convnext"])))
+    base = with_processor(tiny_model("convnext"), tmp_path_factory.mktemp("convnext") / "base", "convnext")
     write_folder(base.with_name("photos"))
     return base
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import re
-import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import surgery
 from exporters import dense
 from surgery.compare import compare
-from surgery.images import PROCESSOR_FILE, TASK
+from surgery.images import TASK
 from surgery.inspection import inspect
 from surgery.memory import Run, open_subject, predict
 from surgery.methods.paca_spec import PacaSpec
@@ -32,13 +30,12 @@ from surgery.operate import attach, detach
 from surgery.paca_layers import SharedGather, layers, read_columns
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
-from surgery.tiny import image_settings
 from tests.conftest import TinyModel
 from tests.console import Console
 from tests.measured import measure_ours
-from tests.test_images import COLOURS, write_folder
+from tests.test_images import COLOURS, with_processor, write_folder
 from tests.test_paca import OPTIMIZERS, trainable
-from tests.tiny import OTHERS, sample_inputs
+from tests.tiny import sample_inputs
 from tests.trained import make_adapter
 
 ROWS = (3, 9)
@@ -224,10 +221,7 @@ def test_between_compiled_graphs_they_run_as_they_are(kind: str) -> None:
 @pytest.fixture(scope="module")
 def convnext(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with an image processor."""
-    base = tmp_path_factory.mktemp("convnext") / "base"
-    shutil.copytree(tiny_model("convnext"), base)
-    (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS["convnext"])))
-    return base
+    return with_processor(tiny_model("convnext"), tmp_path_factory.mktemp("convnext") / "base", "convnext")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from surgery.adapter import open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE, require_columns
 from surgery.errors import SelectorError, UnsupportedError
-from surgery.images import PROCESSOR_FILE, TASK
+from surgery.images import TASK
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load, save
 from surgery.paca_conv import PacaConv2d
@@ -29,12 +28,11 @@ from surgery.paca_layers import SharedGather, gather, layers, open_layer, read_c
 from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
-from surgery.tiny import image_settings
 from surgery.train import train as run_training
 from surgery.trainer import SurgeryCheckpoints
 from surgery.verify import load_merged, verify
 from tests.conftest import TinyModel
-from tests.test_images import write_folder
+from tests.test_images import with_processor, write_folder
 from tests.test_paca import OPTIMIZERS, logits_of, loss_of, train_steps, trainable
 from tests.tiny import OTHERS, build_model, sample_inputs
 from tests.trained import make_adapter
@@ -72,9 +70,7 @@ def test_a_run_trains_is_resumed_and_exported(
     Also where other channels train after each step. Running statistics are the base's all along: no export would hold
     others.
     """
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model(family), base)
-    (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS[family])))
+    base = with_processor(tiny_model(family), tmp_path / "base", family)
     targets = ("all-conv", "all-linear") if family == "convnext" else ("all-conv",)
     data, results = DataSection(train=[str(photos)]), {}
 

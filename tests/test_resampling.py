@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,10 @@ from surgery.verify import verify
 from surgery.workflow import export
 from tests.conftest import TinyModel
 from tests.console import Command
-from tests.masked import patches_of, require_merge_equals, run_masked
+from tests.masked import patches_of, require_merge_equals, run_masked, train_in_turns
 from tests.tiny import build_model, sample_inputs
 
 SPEC = PacaSpec(rank=2, resample="every:2")
-RATE = 1e-2
 
 
 def loss_of(model: Any, number: int) -> Tensor:
@@ -41,16 +41,7 @@ def loss_of(model: Any, number: int) -> Tensor:
     return loss
 
 
-def train_for(model: Any, steps: int, *, first: int = 0, optimizer: Any = None) -> Any:
-    """Adam for so many steps, other columns whenever they are due. Returns the optimizer."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer or torch.optim.Adam(trained, lr=RATE)
-    for number in range(first, first + steps):
-        loss_of(model, number).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        resample(model, optimizer, step=number + 1)
-    return optimizer
+train_for = partial(train_in_turns, loss_of)
 
 
 def attached(dtype: torch.dtype = torch.float64, spec: PacaSpec = SPEC) -> tuple[Any, Any]:
@@ -66,7 +57,7 @@ def test_a_merge_equals_a_dense_run_that_applied_the_same_updates() -> None:
     assert all(torch.equal(first[t.module].columns, planned_columns(plan, t)) for t in plan.targets)
     train_for(model, 7)
     dense = build_model("llama", dtype=torch.float64)
-    run_masked(dense, first, loss_of, steps=7, every=2, rate=RATE)
+    run_masked(dense, first, loss_of, steps=7, every=2)
     require_merge_equals(detach(model, merge=True).state_dict(), dense)
 
 

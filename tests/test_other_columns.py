@@ -28,6 +28,7 @@ from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from surgery.survey import TaskSpec
+from surgery.trainer import read_state, write_state
 from tests.conftest import TinyModel
 from tests.console import Command
 from tests.masked import patches_of, require_draws_are_exact, require_merge_equals, run_masked, train_in_turns
@@ -298,7 +299,7 @@ def test_chosen_channels_train_in_turns_merge_and_verify(convnext: Path, tmp_pat
 
 
 def test_rows_stand_beside_columns_that_are_chosen_and_drawn(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """They are those named, in a new adapter, under another task, and after draws; a file may name them too."""
+    """They are those named, in a new adapter, under another task, after draws and resumed; a file may name them too."""
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 40)
     spec = PacaSpec(
@@ -320,6 +321,11 @@ def test_rows_stand_beside_columns_that_are_chosen_and_drawn(tiny_model: TinyMod
     assert rows_in(saved) == (7, 9)
     assert rows_in(open_adapter(tmp_path / "moved")) == (7, 9)
     assert max(require_columns(saved.delta, "test").widths().values()) > 2
+    write_state(model, adapter.plan, tmp_path / "state")
+    again: Any = load(tmp_path / "ad", trainable=True)
+    read_state(again, adapter.plan, tmp_path / "state")
+    resumed = surgery.save(again, tmp_path / "resumed", base=tiny_model("llama"))
+    assert resumed.delta.to_bytes() == saved.delta.to_bytes()
     named = PacaSpec(select=f"file:{tmp_path / 'ad'}", rows=(7, 9), targets=spec.targets)
     assert rows_in(surgery.apply(tiny_model("llama"), tmp_path / "again", named)) == (7, 9)
     with pytest.raises(RequestError, match=r"other rows for model\.embed_tokens than --rows names"):

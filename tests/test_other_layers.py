@@ -46,6 +46,7 @@ SPECS = {
     "attention": PacaSpec(rank=3, alpha=6.0),
 }
 IMAGES = PacaSpec(rank=4, targets=("all-conv", "all-linear"))
+TURNS = PacaSpec(targets=("all-conv", "all-linear"), budget="20%", resample="every:1")
 
 
 class Convolutions(nn.Module):
@@ -255,15 +256,21 @@ def test_a_kernel_s_size_is_in_the_table(convnext: Path, moved: Path, console: C
     assert [(row["shape"], row["kernel"]) for row in rows if row["kernel"]] == [((12, 8), (2, 2))]
 
 
-def test_what_a_step_keeps_is_predicted(convnext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`surgery plan` on a ConvNeXt: its bytes are those that a real step keeps, columns and optimizer included."""
+@pytest.mark.parametrize("spec", (IMAGES, TURNS), ids=("rank", "budget"))
+def test_what_a_step_keeps_is_predicted(
+    spec: PacaSpec, convnext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`surgery plan` on a ConvNeXt: its bytes are those that a real step keeps, columns and optimizer included.
+
+    Also under a budget, and where columns will be drawn anew, of which a device holds one set.
+    """
     task = TaskSpec(TASK, tuple(sorted(COLOURS)))
-    surgery.apply(convnext, tmp_path / "adapter", IMAGES, task=task)
+    surgery.apply(convnext, tmp_path / "adapter", spec, task=task)
     data = DataSection(train=[str(write_folder(tmp_path / "photos"))])
     settings = TrainSection(max_steps=1, batch_size=4, device="cpu")
     found = measure_ours(monkeypatch, tmp_path / "adapter", data, settings, task)
     run = Run(batch=4, sequence=1)
-    predicted = predict(open_subject(convnext, "paca", IMAGES, task, run), run)
+    predicted = predict(open_subject(convnext, "paca", spec, task, run), run)
     assert sum(predicted.activations.values()) == found.saved
     assert predicted.activations["gathered columns"] > 0
     assert predicted.parts["optimizer"] == found.optimizer_bytes()

@@ -18,8 +18,8 @@ is applied or planned, and when a run knows its device and its adapter. Nothing 
 Settings are named as in a recipe (`surgery settings` lists them); a setting without a value means any that is not the
 default. Exit code 2: one of the two would be ignored, or says another thing; 5: a combination that is not done.
 
-Refused where layers are known, because it depends on the model: layers that are neither linear nor experts with
-`budget`, `resample` or a `select` other than `random` ([layers.md](layers.md)), grouped convolutions, rows of an
+Refused where layers are known, because it depends on the model: rows of an embedding and nothing else with `budget`,
+`resample` or a `select` other than `random` (exit code 2, [layers.md](layers.md)), grouped convolutions, rows of an
 embedding that is tied, `zero3` or `liger` with experts ([experts.md](experts.md)), `liger` with a head that trains, and
 models in which nothing can be lean.
 """

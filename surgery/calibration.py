@@ -1,8 +1,9 @@
 """What batches say of a model's weights: one number for each input column, summed up layer by layer.
 
-Inputs are seen by hooks on the layers. Gradients are the weights' own, which autograd computes for the chosen layers
-alone; each is reduced and let go as soon as it is there, so that there is one dense gradient at a time. Of a mixture's
-experts `expert_scores` sees both.
+Inputs are seen by hooks on the layers, which are all called while they are looked at: no fast path of torch's runs
+around them. Gradients are the weights' own, which autograd computes for the chosen layers alone; each is reduced and
+let go as soon as it is there, so that there is one dense gradient at a time. Of a mixture's experts `expert_scores`
+sees both.
 
 Sums are kept in float64: the order of the batches changes them in their last digits only.
 """
@@ -12,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.columns import GRADIENTS, STRATEGIES
+from surgery.columns import GRADIENTS, STRATEGIES, as_matrix
 from surgery.errors import CheckError, RequestError, UnsupportedError
 from surgery.expert_scores import ExpertSite, watching_experts
+from surgery.paca_attention import calling_projections
+from surgery.paca_conv import CHANNELS
 from surgery.quantized import is_quantized
 
 Batch = Mapping[str, Any]
@@ -27,12 +30,16 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Site:
-    """A layer to look at: its sizes, which a packed weight does not show, and the weight's axis of its inputs."""
+    """A layer to look at: its sizes, which a packed weight does not show, and the weight's axis of its inputs.
+
+    `out_features` and `parameter` are as a `Target` has them.
+    """
 
     module: str
     out_features: int
     in_features: int
     input_axis: int
+    parameter: str = "weight"
 
 
 def calibrate(
@@ -64,12 +71,14 @@ def calibrate(
 
 
 def _run(model: Any, batch: Batch, strategy: str) -> None:
-    placed = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    device = next(model.parameters()).device
+    placed = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     if STRATEGIES[strategy].looks_at != GRADIENTS:
         with torch.no_grad():
             model(**placed)
         return
-    loss = model(**placed).loss
+    result = model(**placed)
+    loss = result.loss if hasattr(result, "loss") else None
     if loss is None:
         fix = "Give batches with labels, or name the task with --task"
         raise UnsupportedError(f"--select {strategy}", f"{type(model).__name__} gives no loss", expected="one", fix=fix)
@@ -81,8 +90,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, and no gradients but those that are asked for; all as it was in the end.
 
     bitsandbytes' layers stay in training mode, in which they compute the same: in eval mode some CPUs order their
-    weights anew, for good.
+    weights anew, for good. torch's attention and encoder layers have a way of their own in eval mode, in which they
+    read weights and call no layer: not here.
     """
+    was_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
@@ -93,6 +105,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         with torch.enable_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(was_fast)
         for module, was_training in modes:
             module.training = was_training
         for parameter, was_wanted in wanted:
@@ -102,33 +115,49 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _inputs(model: nn.Module, sites: Sequence[Site], strategy: str, scores: Mapping[str, Tensor]) -> Iterator[None]:
     def watch(site: Site) -> Any:
-        def add(_module: Any, args: tuple[Any, ...]) -> None:
-            scores[site.module].add_(STRATEGIES[strategy].score(args[0], out_features=site.out_features).cpu())
+        def add(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+            for x, outputs in _fed(module, args, kwargs, site.out_features):
+                scores[site.module].add_(STRATEGIES[strategy].score(x, out_features=outputs).cpu())
 
         return add
 
-    with ExitStack() as stack:
-        for site in sites:
-            handle = model.get_submodule(site.module).register_forward_pre_hook(watch(site))
+    watched = [model.get_submodule(site.module) for site in sites]
+    with ExitStack() as stack, calling_projections(model, watched):
+        for site, module in zip(sites, watched, strict=True):
+            handle = module.register_forward_pre_hook(watch(site), with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+def _fed(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], out_features: int
+) -> list[tuple[Tensor, int]]:
+    """What a module's weight is multiplied with, channels last, and with how many of its outputs each.
+
+    A third of attention's packed projection sees the queries, one the keys, one the values.
+    """
+    given = [*args, *kwargs.values()]
+    if isinstance(module, nn.MultiheadAttention):
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+        return [(named[name], out_features // 3) for name in ("query", "key", "value")]
+    return [(given[0].movedim(CHANNELS, -1) if isinstance(module, nn.Conv2d) else given[0], out_features)]
 
 
 @contextmanager
 def _gradients(model: nn.Module, sites: Sequence[Site], strategy: str, scores: Mapping[str, Tensor]) -> Iterator[None]:
     def watch(site: Site) -> Any:
         def add(weight: Tensor) -> None:
-            gradient, values = weight.grad, weight
+            gradient = weight.grad
             weight.grad = None  # before the next layer's is computed
             assert gradient is not None  # noqa: S101  the hook runs after it was put there
-            gradient, values = (t if site.input_axis == 1 else t.t() for t in (gradient, values))
-            scores[site.module].add_(STRATEGIES[strategy].score(gradient, values.detach()).cpu())
+            gradient, values = (as_matrix(tensor.detach(), site.input_axis) for tensor in (gradient, weight))
+            scores[site.module].add_(STRATEGIES[strategy].score(gradient, values).cpu())
 
         return add
 
     with ExitStack() as stack:
         for site in sites:
-            weight = cast("Tensor", model.get_submodule(site.module).weight)
+            weight = model.get_parameter(f"{site.module}.{site.parameter}")
             if not weight.is_floating_point() or type(weight.data) is not Tensor:  # torchao has a class of its own
                 found = f"{site.module} has a weight of {weight.dtype}, which has no gradient"
                 raise UnsupportedError(

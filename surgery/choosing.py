@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def _without_data(plan: SurgeryPlan, weight_of: Callable[[Target], Tensor]) -> C
     if is_file(spec.select):
         return plan, _named(plan, spec)
     if STRATEGIES[spec.select].looks_at == WEIGHTS:
-        return settle(plan, _weight_scores(spec, ((target, weight_of(target)) for target in plan.targets)))
+        return settle(plan, _weight_scores(spec, ((target, weight_of(target)) for target in to_choose(plan))))
     return None
 
 
@@ -124,15 +124,25 @@ def carried(adapter: ColumnDelta, planned: SurgeryPlan) -> Chosen:
 
 
 def _named(plan: SurgeryPlan, spec: PacaSpec) -> Choice:
-    return Choice(named_columns(spec.select, plan.targets, {t.module: t.group for t in plan.targets}))
+    groups, chosen = {target.module: target.group for target in plan.targets}, to_choose(plan)
+    return Choice(named_columns(spec.select, chosen, groups, _rows(plan)))
+
+
+def to_choose(plan: SurgeryPlan) -> list[Target]:
+    """The targets whose columns are chosen; of an embedding the rows are named."""
+    return [target for target in plan.targets if not target.rows]
+
+
+def _rows(plan: SurgeryPlan) -> dict[str, Sequence[int]]:
+    return {target.module: target.rows for target in plan.targets if target.rows}
 
 
 def _sites(plan: SurgeryPlan) -> list[Site | ExpertSite]:
     return [
         ExpertSite(t.module, t.in_features, t.holder, t.parameter, t.place)
         if t.holder
-        else Site(t.module, t.out_features, t.in_features, t.input_axis)
-        for t in plan.targets
+        else Site(t.module, t.out_features, t.in_features, t.input_axis, t.parameter)
+        for t in to_choose(plan)
     ]
 
 
@@ -149,21 +159,22 @@ def _weight_scores(spec: PacaSpec, weights: Iterable[tuple[Target, Tensor]]) -> 
 
 
 def settle(plan: SurgeryPlan, scores: Mapping[str, Tensor]) -> Chosen:
-    """The plan and its columns by scores (i,) of its targets, by module.
+    """The plan and its columns by scores (i,) of its targets, by module; rows, which are named, have none.
 
     Of a group the layers' scores are summed. Raises: RequestError for a budget that cannot be met.
     """
     spec = PacaSpec(**plan.spec)
     summed: dict[str, Tensor] = {}
-    for target in plan.targets:
+    for target in to_choose(plan):
         before = summed.get(target.group)
         summed[target.group] = scores[target.module] if before is None else before + scores[target.module]
     if spec.budget:
-        total = sum(target.out_features * target.in_features for target in plan.targets)
+        total = sum(target.out_features * target.in_features for target in to_choose(plan))
         plan = _with_ranks(plan, spread(_budget_scores(spec, plan, summed), budget_values(spec.budget, total)))
-    columns = {t.module: top_columns(summed[t.group], t.rank, seed=spec.seed, group=t.group) for t in plan.targets}
-    kept = {t.module: summed[t.group] for t in plan.targets} if spec.resample else {}
-    return plan, Choice(columns, kept)
+    chosen = to_choose(plan)
+    columns = {t.module: top_columns(summed[t.group], t.rank, seed=spec.seed, group=t.group) for t in chosen}
+    kept = {t.module: summed[t.group] for t in chosen} if spec.resample else {}
+    return plan, Choice(columns | {module: torch.tensor(rows) for module, rows in _rows(plan).items()}, kept)
 
 
 def _budget_scores(spec: PacaSpec, plan: SurgeryPlan, summed: Mapping[str, Tensor]) -> list[GroupScores]:
@@ -173,7 +184,7 @@ def _budget_scores(spec: PacaSpec, plan: SurgeryPlan, summed: Mapping[str, Tenso
     """
     values: dict[str, int] = {}
     groups: dict[str, dict[str, Tensor]] = {}
-    for target in plan.targets:
+    for target in to_choose(plan):
         unit = budget_unit(target, target.group, spec.experts)
         values[unit] = values.get(unit, 0) + target.out_features
         groups.setdefault(unit, {})[target.group] = summed[target.group]
@@ -186,15 +197,17 @@ def _budget_scores(spec: PacaSpec, plan: SurgeryPlan, summed: Mapping[str, Tenso
 
 
 def _with_ranks(plan: SurgeryPlan, ranks: Mapping[str, int]) -> SurgeryPlan:
-    """Ranks by what a budget is spread over; layers of what has none are not touched."""
-    units = {target.module: budget_unit(target, target.group, plan.spec.get("experts", "")) for target in plan.targets}
-    targets = tuple(replace(t, rank=ranks[units[t.module]]) for t in plan.targets if units[t.module] in ranks)
-    dropped = _count_dropped([t for t in plan.targets if units[t.module] not in ranks], "nothing of the budget")
+    """Ranks by what a budget is spread over; layers of what has none are not touched, and rows stay."""
+    experts, chosen = plan.spec.get("experts", ""), to_choose(plan)
+    given = {target.module: ranks.get(budget_unit(target, target.group, experts), 0) for target in chosen}
+    given |= {module: len(rows) for module, rows in _rows(plan).items()}
+    targets = tuple(replace(target, rank=given[target.module]) for target in plan.targets if given[target.module])
+    dropped = _count_dropped([target for target in chosen if not given[target.module]], "nothing of the budget")
     return replace(plan, targets=targets, untouched=(*plan.untouched, *dropped))
 
 
 def _count_dropped(targets: Iterable[Target], reason: str) -> tuple[Untouched, ...]:
-    counts = Counter(fold(f"{target.module}.weight") for target in targets)
+    counts = Counter(fold(target.name if not target.holder else f"{target.module}.weight") for target in targets)
     return tuple(Untouched(name, count, reason) for name, count in counts.items())
 
 

@@ -4,6 +4,9 @@ A strategy chooses for a *group* (layers fed by the same tensor). `random` draws
 alone, so that the choice does not depend on order, device, process or what else is trained. The others give each
 input column a score (the group's layers' scores are summed); equal scores are told apart by the seed and the name.
 
+A column is what a weight holds of one input: of a convolution o x h x w values of an input channel, so that its weight
+and its gradient are looked at as (o x h x w, i).
+
 Shape suffixes: o out_features, i in_features, n inputs (batch and tokens flattened), r chosen columns.
 """
 
@@ -40,6 +43,11 @@ def _generator(seed: int, name: str) -> Any:
 
 
 # --- the strategies
+
+
+def as_matrix(weight: Tensor, input_axis: int) -> Tensor:
+    """A weight, or its gradient, as (o, i): of one that is no matrix o are all axes but the inputs'."""
+    return weight.movedim(input_axis, -1).reshape(-1, weight.shape[input_axis])
 
 
 def random_columns(in_features: int, rank: int, *, seed: int, group: str) -> Tensor:

@@ -279,10 +279,10 @@ class _StoredPatches(Mapping[str, ColumnPatch]):
     def __init__(self, tensors: TensorFile, plan: SurgeryPlan) -> None:
         self._tensors = tensors
         self._targets = {target.module: target for target in plan.targets}
-        self._draws = _draws(plan)
+        self._spec = plan.spec
 
     def __getitem__(self, module: str) -> ColumnPatch:
-        read, draws = self._tensors.read, self._draws
+        read, draws = self._tensors.read, _draws(self._spec, self._targets[module])
         return ColumnPatch(
             self._targets[module],
             read(f"{module}.columns"),
@@ -302,17 +302,20 @@ class _StoredPatches(Mapping[str, ColumnPatch]):
         return len(self._targets)
 
 
-def _draws(plan: SurgeryPlan) -> tuple[str, ...]:
-    """What a patch has beside its columns: where they are drawn anew those that train now, and what is drawn by."""
-    if not plan.spec.get("resample"):
+def _draws(spec: Mapping[str, Any], target: Target) -> tuple[str, ...]:
+    """What a patch has beside its columns: where they are drawn anew those that train now, and what is drawn by.
+
+    Rows, which are named, are never drawn.
+    """
+    if not spec.get("resample") or target.rows:
         return ()
-    return ("active",) if plan.spec["select"] == RANDOM else ("active", "scores")
+    return ("active",) if spec["select"] == RANDOM else ("active", "scores")
 
 
 def adapter_names(plan: SurgeryPlan) -> set[str]:
     """The tensors of a plan's adapter file."""
-    parts = ("columns", "values", "original", *_draws(plan))
-    names = {f"{t.module}.{part}" for t in plan.targets for part in parts}
+    parts = ("columns", "values", "original")
+    names = {f"{t.module}.{part}" for t in plan.targets for part in (*parts, *_draws(plan.spec, t))}
     names |= {t.parameter for t in plan.side} | {f"{w.parameter}.whole" for w in plan.whole}
     return names | {f"{w.parameter}.original" for w in plan.whole if w.sha256}
 

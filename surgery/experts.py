@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.columns import as_matrix
 from surgery.compat import MemoryName, Place, is_experts, usual_parts
 from surgery.errors import DamagedError, RequestError, SelectorError, UnsupportedError
 from surgery.paca_experts import OWN, first_parameter, part_name
@@ -204,9 +205,13 @@ def layer_of(target: Target) -> str:
 
 
 def lane_groups(plan: SurgeryPlan) -> dict[str, str]:
-    """The groups of what changes its columns together, by its name in an attached model: see `resampling.lanes`."""
+    """The groups of what changes its columns together, by its name in an attached model: see `resampling.lanes`.
+
+    Rows are named, and none are drawn.
+    """
     own = {name for name, targets in by_parameter(plan.targets).items() if has_own_columns(targets)}
-    return {f"{layer_of(t)}.{t.place[0]}" if t.name in own else layer_of(t): t.group for t in plan.targets}
+    drawn = [target for target in plan.targets if not target.rows]
+    return {f"{layer_of(t)}.{t.place[0]}" if t.name in own else layer_of(t): t.group for t in drawn}
 
 
 def has_own_columns(targets: Sequence[Target]) -> bool:
@@ -230,7 +235,7 @@ def matrices(target: Target, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"{target.module}.{expert}", own if target.input_axis == 2 else own.t()
         return
     name = f"{target.module}.weight" if target.holder else target.weight  # the same in memory and in a file
-    yield name, weight if target.input_axis == 1 else weight.t()
+    yield name, as_matrix(weight, target.input_axis)
 
 
 def take(values_eor: Tensor, target: Target) -> Tensor:

@@ -90,7 +90,7 @@ def replanned(adapter: Adapter, checkpoint: Checkpoint, task: TaskSpec) -> Delta
     spec = lookup(METHODS, plan.method, "--method").spec_type(**plan.spec)
     if not isinstance(adapter.delta, ColumnDelta) or not looks(plan):
         return fresh_delta(checkpoint, plan_checkpoint(checkpoint, spec, task))
-    layers = PacaSpec(rank=1, targets=spec.targets, exclude=spec.exclude, seed=spec.seed)
+    layers = PacaSpec(rank=1, targets=spec.targets, exclude=spec.exclude, seed=spec.seed, rows=spec.rows)
     return fresh_delta(checkpoint, *carried(adapter.delta, plan_checkpoint(checkpoint, layers, task)))
 
 

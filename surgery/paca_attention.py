@@ -10,6 +10,8 @@ Source: Attention Is All You Need, arXiv 1706.03762, section 3.2; torch.nn.Multi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -187,6 +189,27 @@ def _addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_eagerly(layer: OpenAttention, *args: Any) -> Any:
     return layer.forward(*args)
+
+
+class _SeenAttention(OpenAttention):
+    """Attention as it is, which calls its output projection as a layer, so that hooks on that see its inputs."""
+
+    def trains(self) -> bool:
+        return True
+
+
+@contextmanager
+def calling_projections(model: nn.Module, watched: Sequence[nn.Module]) -> Iterator[None]:
+    """Have torch's own attention call its output projection where that is among `watched`."""
+    ids = {id(module) for module in watched}
+    mine = [m for m in model.modules() if type(m) is nn.MultiheadAttention and id(m.out_proj) in ids]
+    try:
+        for module in mine:
+            module.__class__ = _SeenAttention
+        yield
+    finally:
+        for module in mine:
+            module.__class__ = nn.MultiheadAttention
 
 
 class PacaAttention(PacaLayer, OpenAttention):

@@ -40,6 +40,7 @@ class PacaEmbedding(PacaLayer, nn.Embedding):
 
     input_axis = 0
     plain = nn.Embedding
+    paca_is_named = True
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         return functional.embedding(x, self.weight, self.padding_idx)

@@ -271,6 +271,7 @@ class PacaLayer(nn.Module):
     paca_past: Any = None  # {None: `surgery.resampling.Held`}: columns that trained before and do not now
     paca_scores: Tensor | None = None  # by which later columns are drawn (i,), where not evenly
     paca_is_sharded = False  # True where `surgery.sharding` has given each rank some of the rows
+    paca_is_named = False  # True where a person names what trains, and nothing else is ever drawn in its place
     paca_is_gathered = False  # True where DeepSpeed puts the parameters together anew for each use
     input_axis: int
     plain: ClassVar[type[nn.Module]]  # the class that was opened, and that the layer is of again when it is closed

@@ -96,9 +96,14 @@ def lanes_of(layer: PacaLayer) -> list[Lane]:
 
 
 def lanes(model: nn.Module) -> dict[str, Lane]:
-    """All lanes of a model, by the layer's name; of experts with columns of their own their number follows."""
+    """All lanes of a model, by the layer's name; of experts with columns of their own their number follows.
+
+    An embedding has none: its rows are named, and stay.
+    """
     found: dict[str, Lane] = {}
     for name, layer in layers(model).items():
+        if layer.paca_is_named:
+            continue
         found |= {name if lane.expert is None else f"{name}.{lane.expert}": lane for lane in lanes_of(layer)}
     return found
 
@@ -205,8 +210,8 @@ def resample_model(
             weight.shape[axis], rank, seed=seed, group=groups[name], draw=step // every, weights_i=scores
         )
         swap(lane, known[name], chosen)
-    for layer in opened.values():
-        optimizer.state.pop(layer.paca_delta, None)
+    for lane in drawn.values():
+        optimizer.state.pop(lane.layer.paca_delta, None)
     return True
 
 

@@ -21,17 +21,15 @@ from surgery.adapter import open_adapter
 from surgery.calibration import calibrate
 from surgery.checkpoint import Checkpoint
 from surgery.choosing import _sites, _without_data, calibration_batches, settle
-from surgery.columns import STRATEGIES, drawn_columns, random_columns
+from surgery.columns import STRATEGIES, random_columns
 from surgery.delta import require_columns
 from surgery.errors import CheckError, RequestError, SelectorError, UnsupportedError
 from surgery.methods.paca_spec import PacaSpec
-from surgery.operate import apply, attach, attach_plan, collect, detach, load, load_base_model, resample, save
+from surgery.operate import apply, attach, attach_plan, collect, detach, load, load_base_model, save
 from surgery.paca_experts import OWN, SHARED, WAYS
-from surgery.paca_layers import layers
 from surgery.plan import SurgeryPlan, Target
 from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
-from surgery.resampling import restore_layers, state_of_layers
 from surgery.survey import TaskSpec
 from surgery.table import plan_lines
 from surgery.train import train
@@ -40,6 +38,7 @@ from surgery.verify import verify
 from surgery.workflow import export
 from tests.conftest import TinyModel
 from tests.console import Command
+from tests.masked import patches_of, require_draws_are_exact, require_merge_equals, run_masked, train_in_turns
 from tests.test_experts import build
 from tests.test_merge import weights
 from tests.test_resampling import stop_after
@@ -375,33 +374,12 @@ def test_the_plan_alone_says_what_a_budget_gives(tiny_model: TinyModel, command:
 # --- drawn anew
 
 DRAWN = PacaSpec(rank=2, targets=ALL, resample="every:2")
-RATE = 1e-2
 
 
-def step_through(model: Any, steps: int, *, first: int = 0, optimizer: Any = None) -> Any:
-    """Adam for so many steps, other columns whenever they are due. Returns the optimizer."""
-    optimizer = optimizer or torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    for number in range(first, first + steps):
-        model(**batches(number + 1)[number]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        resample(model, optimizer, step=number + 1)
-    return optimizer
-
-
-def masks_of(plan: SurgeryPlan, model: Any, draw: int) -> dict[str, Tensor]:
-    """1 where a parameter trains in a draw, by name; columns as the plan's seed draws them, target by target."""
-    masks: dict[str, Tensor] = {}
-    for target in plan.targets:
-        columns = random_columns(target.in_features, target.rank, seed=0, group=target.group)
-        if draw:
-            columns = drawn_columns(target.in_features, target.rank, seed=0, group=target.group, draw=draw)
-        mask = masks.setdefault(target.name, torch.zeros_like(model.get_parameter(target.name)))
-        if target.place:
-            expert, part, parts = target.place
-            mask = mask[expert].chunk(parts)[part]
-        mask.index_fill_(target.input_axis, columns, 1)
-    return masks
+def loss_of(model: Any, number: int) -> Tensor:
+    """The loss of a batch of its own."""
+    loss: Tensor = model(**batches(number + 1)[number]).loss
+    return loss
 
 
 @pytest.mark.parametrize(("family", "experts", "way"), (
@@ -411,49 +389,20 @@ def masks_of(plan: SurgeryPlan, model: Any, draw: int) -> dict[str, Tensor]:
 def test_a_merge_equals_a_dense_run_that_applied_the_same_updates(family: str, experts: str, way: str) -> None:
     """Full gradients, masked to the columns of the time, and an Adam that knows nothing after each draw."""
     model = build(family, dtype=torch.float64, way=way)
-    plan = attach(model, replace(DRAWN, experts=experts))
-    step_through(model, 5)
-    merged = detach(model, merge=True).state_dict()
-    dense = build(family, dtype=torch.float64, way="eager").requires_grad_(requires_grad=False)
-    for number in range(5):
-        if number % 2 == 0:
-            masks = masks_of(plan, dense, number // 2)
-            trained = [dense.get_parameter(name).requires_grad_() for name in masks]
-            optimizer = torch.optim.Adam(trained, lr=RATE)
-        dense(**batches(number + 1)[number]).loss.backward()
-        for weight, mask in zip(trained, masks.values(), strict=True):
-            weight.grad *= mask
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, expected in dense.state_dict().items():
-        assert torch.allclose(merged[name], expected, rtol=0, atol=1e-12), name
+    attach(model, replace(DRAWN, experts=experts))
+    first = patches_of(model)
+    train_in_turns(loss_of, model, 5)
+    dense = build(family, dtype=torch.float64, way="eager")
+    run_masked(dense, first, loss_of, steps=5, every=2)
+    require_merge_equals(detach(model, merge=True).state_dict(), dense)
 
 
 @pytest.mark.parametrize("experts", (SHARED, OWN))
 def test_draws_change_no_output_and_are_undone(experts: str) -> None:
     """In bf16: logits before and after; a state put back into a model that has moved on; the base on closing."""
     model = build("mixtral", dtype=torch.bfloat16)
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attach(model, replace(DRAWN, experts=experts))
-    optimizer = step_through(model, 3)
-    model(**batches(1)[0]).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    before = model(**sample_inputs("mixtral")).logits
-    assert resample(model, optimizer, step=4)
-    assert torch.equal(model(**sample_inputs("mixtral")).logits, before)
-    assert not any(layer.paca_delta in optimizer.state for layer in layers(model).values())
-    state = {name: tensor.clone() for name, tensor in state_of_layers(model).items()}
-    deltas = {name: layer.paca_delta.detach().clone() for name, layer in layers(model).items()}
-    step_through(model, 4, first=4, optimizer=optimizer)
-    assert not torch.equal(model(**sample_inputs("mixtral")).logits, before)
-    restore_layers(model, state)
-    for name, layer in layers(model).items():
-        layer.paca_delta.data.copy_(deltas[name])
-    assert torch.equal(model(**sample_inputs("mixtral")).logits, before)
-    assert all(torch.equal(state_of_layers(model)[name], tensor) for name, tensor in state.items())
-    found = detach(model, merge=False).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+    assert not require_draws_are_exact(loss_of, model, lambda model: model(**sample_inputs("mixtral")).logits)
 
 
 @pytest.mark.parametrize(("family", "experts", "select"), (

@@ -35,9 +35,10 @@ from surgery.methods.read import ReadSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
-from surgery.tiny import write_tiny
+from surgery.tiny import image_settings, write_tiny
 from surgery.train import TrainResult, train
 from tests.measured import measure_ours
+from tests.tiny import OTHERS
 
 COLOURS = {"red": (200, 20, 30), "green": (20, 180, 40), "blue": (30, 40, 190)}
 SIZE = 32
@@ -63,6 +64,13 @@ def write_folder(folder: Path, each: int = 6) -> Path:
         (folder / colour).mkdir(parents=True)
         for number in range(each):
             draw(colour, number).save(folder / colour / f"{number}.png")
+    return folder
+
+
+def with_processor(root: Path, folder: Path, family: str) -> Path:
+    """A copy of a checkpoint, and beside its weights the settings of an image processor."""
+    shutil.copytree(root, folder)
+    (folder / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS[family])))
     return folder
 
 

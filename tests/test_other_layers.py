@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import re
-import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import surgery
 from exporters import dense
 from surgery.compare import compare
-from surgery.images import PROCESSOR_FILE, TASK
+from surgery.images import TASK
 from surgery.inspection import inspect
 from surgery.memory.predict import predict
 from surgery.memory.run import Run
@@ -34,13 +32,12 @@ from surgery.operate import attach, detach
 from surgery.paca_layers import SharedGather, layers, read_columns
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
-from surgery.tiny import image_settings
 from tests.conftest import TinyModel
 from tests.console import Console
 from tests.measured import measure_ours
-from tests.test_images import COLOURS, write_folder
+from tests.test_images import COLOURS, with_processor, write_folder
 from tests.test_paca import OPTIMIZERS, trainable
-from tests.tiny import OTHERS, sample_inputs
+from tests.tiny import sample_inputs
 from tests.trained import make_adapter
 
 ROWS = (3, 9)
@@ -51,6 +48,7 @@ SPECS = {
     "attention": PacaSpec(rank=3, alpha=6.0),
 }
 IMAGES = PacaSpec(rank=4, targets=("all-conv", "all-linear"))
+TURNS = PacaSpec(targets=("all-conv", "all-linear"), budget="20%", resample="every:1")
 
 
 class Convolutions(nn.Module):
@@ -226,10 +224,7 @@ def test_between_compiled_graphs_they_run_as_they_are(kind: str) -> None:
 @pytest.fixture(scope="module")
 def convnext(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with an image processor."""
-    base = tmp_path_factory.mktemp("convnext") / "base"
-    shutil.copytree(tiny_model("convnext"), base)
-    (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS["convnext"])))
-    return base
+    return with_processor(tiny_model("convnext"), tmp_path_factory.mktemp("convnext") / "base", "convnext")
 
 
 @pytest.fixture(scope="module")
@@ -263,15 +258,21 @@ def test_a_kernel_s_size_is_in_the_table(convnext: Path, moved: Path, console: C
     assert [(row["shape"], row["kernel"]) for row in rows if row["kernel"]] == [((12, 8), (2, 2))]
 
 
-def test_what_a_step_keeps_is_predicted(convnext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`surgery plan` on a ConvNeXt: its bytes are those that a real step keeps, columns and optimizer included."""
+@pytest.mark.parametrize("spec", (IMAGES, TURNS), ids=("rank", "budget"))
+def test_what_a_step_keeps_is_predicted(
+    spec: PacaSpec, convnext: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`surgery plan` on a ConvNeXt: its bytes are those that a real step keeps, columns and optimizer included.
+
+    Also under a budget, and where columns will be drawn anew, of which a device holds one set.
+    """
     task = TaskSpec(TASK, tuple(sorted(COLOURS)))
-    surgery.apply(convnext, tmp_path / "adapter", IMAGES, task=task)
+    surgery.apply(convnext, tmp_path / "adapter", spec, task=task)
     data = DataSection(train=[str(write_folder(tmp_path / "photos"))])
     settings = TrainSection(max_steps=1, batch_size=4, device="cpu")
     found = measure_ours(monkeypatch, tmp_path / "adapter", data, settings, task)
     run = Run(batch=4, sequence=1)
-    predicted = predict(open_subject(convnext, "paca", IMAGES, task, run), run)
+    predicted = predict(open_subject(convnext, "paca", spec, task, run), run)
     assert sum(predicted.activations.values()) == found.saved
     assert predicted.activations["gathered columns"] > 0
     assert predicted.parts["optimizer"] == found.optimizer_bytes()

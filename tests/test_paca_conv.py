@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE, require_columns
 from surgery.errors import SelectorError, UnsupportedError
 from surgery.exported import load_merged
-from surgery.images import PROCESSOR_FILE, TASK
+from surgery.images import TASK
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load, save
 from surgery.paca_conv import PacaConv2d
@@ -30,12 +29,11 @@ from surgery.paca_layers import SharedGather, gather, layers, open_layer, read_c
 from surgery.planning import plan_checkpoint
 from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
-from surgery.tiny import image_settings
 from surgery.train import train as run_training
 from surgery.trainer import SurgeryCheckpoints
 from surgery.verify import verify
 from tests.conftest import TinyModel
-from tests.test_images import write_folder
+from tests.test_images import with_processor, write_folder
 from tests.test_paca import OPTIMIZERS, logits_of, loss_of, train_steps, trainable
 from tests.tiny import OTHERS, build_model, sample_inputs
 from tests.trained import make_adapter
@@ -64,23 +62,24 @@ def photos(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "photos")
 
 
-@pytest.mark.parametrize("family", ("convnext", "efficientnet"))
+@pytest.mark.parametrize(("family", "resampled"), (("convnext", ""), ("convnext", "every:1"), ("efficientnet", "")))
 def test_a_run_trains_is_resumed_and_exported(
-    family: str, tiny_model: TinyModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, resampled: str, tiny_model: TinyModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`surgery train` on images: stopped and resumed it is the uninterrupted run, and its merge is verified.
 
-    Running statistics are the base's all along: no export would hold others.
+    Also where other channels train after each step. Running statistics are the base's all along: no export would hold
+    others.
     """
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model(family), base)
-    (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS[family])))
+    base = with_processor(tiny_model(family), tmp_path / "base", family)
     targets = ("all-conv", "all-linear") if family == "convnext" else ("all-conv",)
     data, results = DataSection(train=[str(photos)]), {}
 
     def fit(name: str, resume: str = "no") -> None:
         if not (tmp_path / name).exists():
-            surgery.apply(base, tmp_path / name, PacaSpec(rank=4, targets=targets), task=TaskSpec(TASK))
+            select = "magnitude" if resampled else "random"
+            spec = PacaSpec(rank=4, targets=targets, select=select, resample=resampled)
+            surgery.apply(base, tmp_path / name, spec, task=TaskSpec(TASK))
         settings = TrainSection(
             device="cpu", max_steps=4, batch_size=6, learning_rate=1e-2, save_steps=2, gradient_accumulation=2
         )
@@ -98,6 +97,7 @@ def test_a_run_trains_is_resumed_and_exported(
     assert results["whole"].steps == 4
     adapter = open_adapter(tmp_path / "whole")
     assert adapter.delta.moved == len(adapter.plan.targets)
+    assert (max(require_columns(adapter.delta, "test").widths().values()) > 4) == bool(resampled)
     original = PacaConv2d.column_gradient
     with monkeypatch.context() as patch:
         patch.setattr(

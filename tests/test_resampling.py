@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from surgery.methods.paca_plan import planned_columns
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, attach, collect, detach, load, resample
 from surgery.paca_layers import layers
-from surgery.plan import SurgeryPlan, Target
 from surgery.recipe import DataSection, TrainSection
 from surgery.resampling import Lane, held, restore_layers, state_of_layers
 from surgery.train import train
@@ -28,10 +28,10 @@ from surgery.verify import verify
 from surgery.workflow import export
 from tests.conftest import TinyModel
 from tests.console import Command
+from tests.masked import patches_of, require_merge_equals, run_masked, train_in_turns
 from tests.tiny import build_model, sample_inputs
 
 SPEC = PacaSpec(rank=2, resample="every:2")
-RATE = 1e-2
 
 
 def loss_of(model: Any, number: int) -> Tensor:
@@ -41,16 +41,7 @@ def loss_of(model: Any, number: int) -> Tensor:
     return loss
 
 
-def train_for(model: Any, steps: int, *, first: int = 0, optimizer: Any = None) -> Any:
-    """Adam for so many steps, other columns whenever they are due. Returns the optimizer."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer or torch.optim.Adam(trained, lr=RATE)
-    for number in range(first, first + steps):
-        loss_of(model, number).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        resample(model, optimizer, step=number + 1)
-    return optimizer
+train_for = partial(train_in_turns, loss_of)
 
 
 def attached(dtype: torch.dtype = torch.float64, spec: PacaSpec = SPEC) -> tuple[Any, Any]:
@@ -62,33 +53,12 @@ def attached(dtype: torch.dtype = torch.float64, spec: PacaSpec = SPEC) -> tuple
 def test_a_merge_equals_a_dense_run_that_applied_the_same_updates() -> None:
     """Full gradients, masked to the columns of the time, and an Adam that knows nothing after each draw."""
     model, plan = attached()
+    first = patches_of(model)
+    assert all(torch.equal(first[t.module].columns, planned_columns(plan, t)) for t in plan.targets)
     train_for(model, 7)
-    merged = detach(model, merge=True).state_dict()
-
-    dense = build_model("llama", dtype=torch.float64).requires_grad_(requires_grad=False)
-    optimizer: Any = None
-    for number in range(7):
-        if number % 2 == 0:
-            masks = {t.module: mask_of(plan, t, number // 2) for t in plan.targets}
-            weights = {t.module: dense.get_submodule(t.module).weight for t in plan.targets}
-            optimizer = torch.optim.Adam([w.requires_grad_() for w in weights.values()], lr=RATE)
-        loss_of(dense, number).backward()  # type: ignore[no-untyped-call]
-        for module, weight in weights.items():
-            weight.grad *= masks[module]
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, expected in dense.state_dict().items():
-        assert torch.allclose(merged[name], expected, rtol=0, atol=1e-12), name
-
-
-def mask_of(plan: SurgeryPlan, target: Target, draw: int) -> Tensor:
-    """1 where a target trains in a draw: (1, in)."""
-    columns = planned_columns(plan, target)
-    if draw:
-        columns = drawn_columns(target.in_features, target.rank, seed=0, group=target.group, draw=draw)
-    mask = torch.zeros(1, target.in_features, dtype=torch.float64)
-    mask[:, columns] = 1
-    return mask
+    dense = build_model("llama", dtype=torch.float64)
+    run_masked(dense, first, loss_of, steps=7, every=2)
+    require_merge_equals(detach(model, merge=True).state_dict(), dense)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

@@ -206,7 +206,7 @@ def collect(
         if target.holder:
             continue
         layer = opened[target.module]
-        if plan.spec.get("resample"):
+        if plan.spec.get("resample") and not target.rows:
             patches |= _collect_all(Lane(layer), [target])
             continue
         held = gathered(layer.paca_original)

@@ -55,7 +55,7 @@ def _unmoved(
     plan: SurgeryPlan, target: Target, columns: Tensor, original: Tensor, choice: Choice | None
 ) -> ColumnPatch:
     master = torch.float64 if original.dtype == torch.float64 else torch.float32
-    active = columns if plan.spec.get("resample") else None
+    active = columns if plan.spec.get("resample") and not target.rows else None
     scores = choice.scores.get(target.module) if choice else None
     return ColumnPatch(target, columns, original.to(master, copy=True), original, active, scores)
 

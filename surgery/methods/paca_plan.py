@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ from surgery.select import (
     CONVOLUTION,
     EMBEDDING,
     EXPERTS,
-    LINEAR,
     LinearSite,
     asked_rank,
     ranks_of,
@@ -85,9 +84,10 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     everything = [*candidates, *(site for site, _ in experts)]
     selectors = without_embedding(spec.targets, everything, sites, embedding)
     chosen = resolve(everything, selectors, exclude=spec.exclude) if selectors or not embedding else ()
-    _require_layers_alone(spec, [*chosen, *([embedding] if embedding else [])])
+    _require_layers_to_choose_for(spec, chosen)
+    rows = {embedding.module: require_rows(embedding, spec.rows, model)} if embedding else {}
     _settle_experts(spec, chosen, [site for site, _ in experts], groups)
-    ranks = _ranks(spec, chosen, groups)
+    ranks = _ranks(spec, chosen, groups, rows)
     unpaid = {site.name: "nothing of the budget" for site in chosen if site.module not in ranks}
     chosen = tuple(site for site in chosen if site.module in ranks)
     _require_trainable_experts(request, chosen)
@@ -95,9 +95,9 @@ def plan(spec: PacaSpec, request: PlanRequest) -> dict[str, Any]:
     places = {site.module: stored[site.name] for site in candidates} | {s.module: place for s, place in experts}
     targets = tuple(_target(site, places[site.module], ranks[site.module], groups) for site in chosen)
     if embedding:
-        rows = require_rows(embedding, spec.rows, model)
-        target = _target(embedding, stored[embedding.name], len(rows), groups)
-        targets = tuple(sorted((*targets, replace(target, rows=rows)), key=lambda target: target.module))
+        numbers = rows[embedding.module]
+        target = _target(embedding, stored[embedding.name], len(numbers), groups)
+        targets = tuple(sorted((*targets, replace(target, rows=numbers)), key=lambda target: target.module))
     touched = {target.name: target for target in targets} | whole
     reasons = dict(request.converted) | {site.name: "output head" for site in sites if site.is_head}
     reasons |= {site.name: f"tied with {site.tied_with}" for site in sites if site.tied_with and site.kind != EMBEDDING}
@@ -135,7 +135,12 @@ def _quantization(spec: PacaSpec, request: PlanRequest, sites: Sequence[LinearSi
 
 
 def _sized(spec: PacaSpec, site: LinearSite) -> LinearSite:
-    """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is."""
+    """A convolution with fewer channels than the rank asked for it is narrow: all-conv leaves it as it is.
+
+    Where a budget or a file says how many columns there are no rank is asked for, and none is narrow.
+    """
+    if spec.budget or is_file(spec.select):
+        return site
     asked = asked_rank(site, spec.rank, spec.rank_pattern)
     return replace(site, is_narrow=site.kind == CONVOLUTION and asked > site.in_features)
 
@@ -172,27 +177,25 @@ def _require_dense_where_looked_at(spec: PacaSpec, request: PlanRequest, chosen:
         raise UnsupportedError(f"--select {spec.select}", found, expected="dense weights to look at", fix=fix)
 
 
-def _require_layers_alone(spec: PacaSpec, chosen: Sequence[LinearSite]) -> None:
-    """Layers that are neither linear nor experts have columns that the seed decides, or rows that are named.
-
-    Raises: UnsupportedError.
-    """
-    other = next((site for site in chosen if site.kind != LINEAR), None)
+def _require_layers_to_choose_for(spec: PacaSpec, chosen: Collection[LinearSite]) -> None:
+    """Where rows alone train, which are named, nothing is left for these settings to decide. Raises: RequestError."""
     settings = {"--select": spec.select != RANDOM, "--budget": spec.budget, "--resample": spec.resample}
     given = next((name for name, is_given in settings.items() if is_given), "")
-    if other and given:
-        fix = f"Leave out {given}, or {other.module} among the --targets"
-        found = f"{other.kind} layers train ({other.module})"
-        raise UnsupportedError(given, found, expected="linear layers and experts alone", fix=fix)
+    if given and not chosen:
+        fix = f"Leave {given} out, or add layers to --targets, such as {ALL_LINEAR}"
+        raise RequestError(given, "rows alone train, which --rows names", expected="columns to choose", fix=fix)
 
 
-def _ranks(spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, str]) -> dict[str, int]:
+def _ranks(
+    spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, str], rows: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
     """How many columns of each layer train, by module; a budget may leave some out.
 
     Raises: RequestError, SelectorError.
     """
     if is_file(spec.select):
-        ranks = {module: len(columns) for module, columns in named_columns(spec.select, chosen, groups).items()}
+        named = named_columns(spec.select, chosen, groups, rows)
+        ranks = {module: len(columns) for module, columns in named.items()}
         require_one_rank(chosen, ranks, f"--select {spec.select}", "Name as many columns for each expert")
         return ranks
     if spec.budget:
@@ -202,13 +205,26 @@ def _ranks(spec: PacaSpec, chosen: Sequence[LinearSite], groups: Mapping[str, st
     return ranks
 
 
-def named_columns(select: str, sites: Sequence[LinearSite | Target], groups: Mapping[str, str]) -> dict[str, Tensor]:
-    """The columns that a file names for each layer, or for the group that it is in. Raises: RequestError."""
+def named_columns(
+    select: str,
+    sites: Sequence[LinearSite | Target],
+    groups: Mapping[str, str],
+    rows: Mapping[str, Sequence[int]],
+) -> dict[str, Tensor]:
+    """The columns that a file names for each layer, or for the group that it is in. Raises: RequestError.
+
+    rows: those that are named elsewhere, by module; a file may name them too, such as that of an adapter.
+    """
     named, result = read_columns_file(Path(select.removeprefix(FILE))), {}
+    for module, numbers in rows.items():
+        result[module] = torch.tensor(numbers)
+        if not torch.equal(named.pop(module, result[module]), result[module]):
+            others = f"other rows for {module} than --rows names"
+            raise RequestError(f"--select {select}", others, expected="the same, or none", fix="Name them in one place")
     for site in sites:
         found = named.get(site.module, named.get(groups[site.module]))
         if found is None:
-            hint = closest(site.module, named) or "Name the layers with --targets"
+            hint = closest(site.module, named) or f"Leave it out with --exclude {site.module}"
             raise RequestError(f"--select {select}", f"no columns for {site.module}", expected="some", fix=hint)
         if int(found[-1]) >= site.in_features:
             expected = f"columns below {site.in_features}, its width"

@@ -22,10 +22,10 @@ from surgery import quantized
 from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.delta import require_columns
-from surgery.errors import BaseMismatchError
+from surgery.errors import BaseMismatchError, RequestError
 from surgery.lookup import require_extra
 from surgery.methods.paca_spec import PacaSpec
-from surgery.operate import apply
+from surgery.operate import apply, load
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from tests.conftest import TinyModel
@@ -84,16 +84,33 @@ def test_a_zero_step_merge_is_the_base(kind: str, dtype: torch.dtype, tiny_model
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_twice_is_merging_once_and_can_be_undone(kind: str, tiny_model: TinyModel, tmp_path: Path) -> None:
-    """The same bytes; columns in place of others, never added: a merge is refused as a base; undo gives the base."""
+    """The same bytes, the base's but for what trained; a merge is refused as a base; undo gives the base."""
     family, spec, _ = spec_of(kind)
     base = tiny_model(family, overrides=overrides_of(kind))
     adapter = make_adapter(base, tmp_path / "a", spec)
     once, twice = dense.export(adapter, tmp_path / "once"), dense.export(adapter, tmp_path / "twice")
     assert weights(once) == weights(twice) != weights(base)
+    _require_rest_untouched(adapter, Checkpoint.open(base), Checkpoint.open(once))
     assert (once / "surgery.undo").read_bytes() == (twice / "surgery.undo").read_bytes()
     with pytest.raises(BaseMismatchError):
         dense.export(adapter, tmp_path / "thrice", base=once)
     assert weights(undo(once, tmp_path / "again")) == weights(base)
+
+
+def _require_rest_untouched(adapter: Adapter, base: Checkpoint, merged: Checkpoint) -> None:
+    """Of each tensor of a merge only the planned columns differ from the base's, bit for bit."""
+    patches = require_columns(adapter.delta, "test").patches.values()
+    trained = {patch.target.weight: patch for patch in patches}
+    assert base.keys() == merged.keys()
+    assert len(trained) == len(patches)
+    for name in base:
+        before, after = base.read_tensor(name), merged.read_tensor(name)
+        if name not in trained:
+            assert torch.equal(after, before), name
+            continue
+        columns, axis = trained[name].columns, trained[name].target.input_axis
+        differs = (before != after).movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
+        assert torch.equal(differs, columns), name
 
 
 @pytest.mark.parametrize("kind", HELD)
@@ -132,6 +149,20 @@ def test_a_plan_comes_back_from_its_file(kind: str, tiny_model: TinyModel, tmp_p
     assert (again, again.to_json()) == (plan, plan.to_json())
     written = apply(base, tmp_path / "a", spec)
     assert open_adapter(tmp_path / "a").plan == written.plan
+
+
+def test_a_base_held_in_a_way_that_is_not_known_is_refused_by_name(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """As a later version may have it: with the documented error, and nothing is written."""
+    spec_of("nf4")
+    apply(tiny_model("llama"), tmp_path / "a", PacaSpec(rank=4, quantize="nf4"))
+    path = tmp_path / "a/surgery.json"
+    path.write_text(path.read_text().replace('"nf4"', '"nf3"'))
+    adapter = open_adapter(tmp_path / "a")
+    with pytest.raises(RequestError, match="'nf3', expected one of nf4,"):
+        dense.export(adapter, tmp_path / "out", merge_base=dense.DEQUANTIZED)
+    with pytest.raises(RequestError, match="'nf3', expected one of nf4,"):
+        load(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("merge_base", ("", dense.DEQUANTIZED), ids=("original", "dequantized"))

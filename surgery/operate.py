@@ -28,7 +28,18 @@ from surgery.methods.paca_files import fresh_live
 from surgery.methods.paca_spec import PacaSpec
 from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
-from surgery.quantized import KINDS, hold_layer, hold_live, is_quantized, kind_of, let_live, live_dtypes, quantize
+from surgery.quantized import (
+    KINDS,
+    forbid_saving,
+    hold_layer,
+    hold_live,
+    is_quantized,
+    kind_of,
+    let_live,
+    live_dtypes,
+    permit_saving,
+    quantize,
+)
 from surgery.quantized_base import require_package, stored_weight
 from surgery.resampling import resample_model
 from surgery.sharding import settle, whole
@@ -299,6 +310,8 @@ def attach_plan(model: nn.Module, plan: SurgeryPlan, delta: Delta | None) -> Non
     method.attach(model, plan, delta)
     _open_whole(model, plan, delta)
     setattr(model, STATE, AttachedState(plan, originals, before, columns, hold_live(model, frozen)))
+    if plan.quantization:
+        forbid_saving(model)
     require_contract(model, plan)
 
 
@@ -354,6 +367,7 @@ def detach(model: nn.Module, *, merge: bool) -> nn.Module:
     restore(model)
     lookup(METHODS, state.plan.method, "--method").detach(model, merge=merge)
     let_live(model, state.held)
+    permit_saving(model)
     if merge:
         settle_quantizer(model)
     else:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.paca_layers import PacaLayer, SharedGather, combine, read_columns, write_columns
-from surgery.quantized import dequantize, frozen_product, refuse_to_save, require_eager
+from surgery.quantized import dequantize, frozen_product, require_eager
 
 
 def seen_columns(held_or: Tensor, original_or: Tensor, values_or: Tensor) -> Tensor:
@@ -99,9 +99,6 @@ class QuantizedPacaLinear(PacaLayer, nn.Linear):
 
     def refresh(self) -> None:
         """Nothing to do either."""
-
-    def _save_to_state_dict(self, _destination: object, prefix: str, _keep_vars: object) -> None:
-        refuse_to_save(prefix)
 
 
 def open_quantized(

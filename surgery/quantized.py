@@ -296,14 +296,25 @@ class QuantizedLinear(nn.Linear):
             return frozen_product(x, self)
         return nn.functional.linear(x, self.dense(x), self.bias)
 
-    def _save_to_state_dict(self, _destination: object, prefix: str, _keep_vars: object) -> None:
-        refuse_to_save(prefix)
+
+def forbid_saving(model: nn.Module) -> None:
+    """Let `save_pretrained` of a model with weights that are packed here be an error, until `permit_saving`.
+
+    transformers would write them without their scales. Adapters that PEFT put on it are saved by PEFT's own.
+    """
+    vars(model)["save_pretrained"] = _refuse_to_save
 
 
-def refuse_to_save(prefix: str) -> NoReturn:
-    """A packed weight's name would stand in the file, and its scales would not. Raises: UnsupportedError."""
+def permit_saving(model: nn.Module) -> None:
+    """The inverse of `forbid_saving`, where no weight is packed here any more."""
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        vars(model).pop("save_pretrained", None)
+
+
+def _refuse_to_save(*_args: object, **_settings: object) -> NoReturn:
+    found = "packed weights, whose scales are in memory alone"
     fix = "Save the adapter with surgery.save, and write a checkpoint of it with `surgery export --merge`"
-    raise UnsupportedError(f"{prefix}weight", "its scales are in memory alone", expected="a dense weight", fix=fix)
+    raise UnsupportedError("save_pretrained", found, expected="dense ones", fix=fix)
 
 
 def require_eager() -> None:

@@ -1,6 +1,15 @@
-"""What holds of files for every kind of layer, and for every way to hold a base: DESIGN.md's properties 1, 3, 6, 8, 9.
+"""What holds of files for every kind of layer and every way to hold a base: DESIGN.md's properties 1, 2, 3, 6, 8, 9.
 
-What a kind computes, and what it keeps for backward, is in its own test file.
+What a kind computes (4: right after a step; 5: gradients) and keeps for backward (7) is in its own test file, by tests
+whose names begin so; 1 with `--merge-base dequantized` in test_quantized.
+
+| file | 4 | 5 | 7 |
+|---|---|---|---|
+| test_paca_conv | after_a_step | gradients_are_the_dense, one_image_without | what_backward_keeps |
+| test_embedding_rows | after_a_step | gradients_are_the_dense | backward_keeps |
+| test_paca_attention | after_a_step, an_encoder_layer | it_computes_what_torch_s, one_sequence | what_backward_keeps |
+| test_experts | after_a_step | every_way_gives | backward_keeps, other_ways_keep |
+| test_quantized | after_a_step, frozen_layers_of_a_live | gradients_are_those | backward_keeps, a_dense_weight_lives |
 """
 
 from __future__ import annotations

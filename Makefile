@@ -7,12 +7,13 @@ READY := $(VENV)/.complete
 PASSIVE := OMP_WAIT_POLICY=PASSIVE
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PASSIVE)
 TESTS ?= tests
+TORCHAO_TESTS := tests/test_quantized.py tests/test_kinds.py tests/test_expert_columns.py
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 GAUDI_VENV := .venv-gaudi
 GAUDI_READY := $(GAUDI_VENV)/.complete
 
-.PHONY: help demo test test-long test-fast test-gaudi test-deepspeed lint format docs clean
+.PHONY: help demo test test-long test-fast test-gaudi test-deepspeed test-torchao lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo "make test-fast  the same tests without those marked slow, no lint (TESTS=tests/test_x.py for a part)"
 	@echo "make test-gaudi contract tests of the Gaudi backend in .venv-gaudi, without a Gaudi"
 	@echo "make test-deepspeed  the tests of DeepSpeed's ZeRO on the CPU (installs it into build/deepspeed)"
+	@echo "make test-torchao  the tests of bases that torchao quantizes (installs it into build/torchao)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       write docs/cli.md from the commands' help"
 	@echo "make format     let ruff rewrite what it can"
@@ -74,6 +76,12 @@ test-deepspeed: $(READY)
 	test -d build/deepspeed || $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps \
 	  --target build/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
 	$(ONE_THREAD) PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/test_distributed.py -k deepspeed
+
+# Beside it as well: torchao speaks of other devices wherever transformers finds it. Only the tests that are named by it.
+test-torchao: $(READY)
+	test -d build/torchao || $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps \
+	  --target build/torchao torchao
+	$(ONE_THREAD) PYTHONPATH=build/torchao $(BIN)/python -m pytest $(IN_TWO) $(TORCHAO_TESTS) -k torchao
 
 lint: $(READY)
 	$(BIN)/ruff check .

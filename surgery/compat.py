@@ -7,6 +7,7 @@ both sides agree but for the base model's prefix.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -279,6 +280,27 @@ def forget_quantizer(model: Any) -> None:
     for name in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
         model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)
+
+
+def settle_quantizer(model: Any) -> None:
+    """Let what transformers notes of a live model fit what lies dense in it now: else it would be saved as quantized.
+
+    With no packed layer left it is as if there had never been one; else files say which layers are not.
+    """
+    if "hf_quantizer" not in vars(model):
+        return
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear and _is_dense(module.weight)]
+    if not any(isinstance(m, nn.Linear) for n, m in model.named_modules() if n not in dense):
+        forget_quantizer(model)
+        return
+    settings = copy.copy(model.config.quantization_config)  # who loaded the model may use theirs again
+    key = "llm_int8_skip_modules" if "llm_int8_skip_modules" in vars(settings) else "modules_to_not_convert"
+    setattr(settings, key, dense)
+    model.config.quantization_config = settings
+
+
+def _is_dense(weight: torch.Tensor) -> bool:
+    return type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
 
 
 def fall_silent() -> None:

@@ -16,7 +16,7 @@ from surgery.adapter import Adapter, find_base, find_model, fresh_delta, open_ad
 from surgery.checkpoint import Checkpoint
 from surgery.choosing import carried, choose, choose_live, looks, require_data
 from surgery.columns import resample_steps
-from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading
+from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading, settle_quantizer
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
 from surgery.errors import CheckError, DamagedError, RequestError, ResourceError, UnsupportedError
 from surgery.experts import expert_name, lane_groups, usual_experts
@@ -28,7 +28,18 @@ from surgery.methods.paca_files import fresh_live
 from surgery.methods.paca_spec import PacaSpec
 from surgery.plan import Quantization, Stored, SurgeryPlan
 from surgery.planning import plan_checkpoint, plan_model, trainable_names
-from surgery.quantized import KINDS, hold_layer, is_quantized, kind_of, live_dtype, quantize
+from surgery.quantized import (
+    KINDS,
+    forbid_saving,
+    hold_layer,
+    hold_live,
+    is_quantized,
+    kind_of,
+    let_live,
+    live_dtypes,
+    permit_saving,
+    quantize,
+)
 from surgery.quantized_base import require_package, stored_weight
 from surgery.resampling import resample_model
 from surgery.sharding import settle, whole
@@ -45,13 +56,15 @@ class AttachedState:
     """What an attached model remembers: its plan, the base's values, what was trainable before.
 
     `originals`: of whole tensors, by parameter; `columns`: of trained columns, by module, as the base's file has them
-    (empty without a file) - the model may hold them in another dtype.
+    (empty without a file) - the model may hold them in another dtype; `held`: what layers were that came packed and do
+    not train, by name.
     """
 
     plan: SurgeryPlan
     originals: dict[str, Tensor] = field(default_factory=dict)
     trainable_before: tuple[str, ...] = ()
     columns: dict[str, Tensor] = field(default_factory=dict)
+    held: dict[str, type[nn.Module]] = field(default_factory=dict)
 
 
 # --- applying to a folder
@@ -256,11 +269,9 @@ def _held_live(model: nn.Module, stored: dict[str, Stored]) -> Quantization | No
     kinds = sorted({kind_of(module) for module in packed.values()})
     if len(kinds) > 1:
         raise UnsupportedError("attach", f"weights of {' and '.join(kinds)}", expected="one kind of quantization")
-    floats = [p.dtype for name, p in model.named_parameters() if p.is_floating_point() and name[:-7] not in packed]
-    default = floats[0] if floats else torch.float32
-    for name, module in packed.items():
-        shape = (module.out_features, module.in_features)
-        stored[f"{name}.weight"] = Stored(f"{name}.weight", dtype_name(live_dtype(module, default)), shape)
+    for name, dtype in live_dtypes(model).items():
+        shape = (packed[name].out_features, packed[name].in_features)
+        stored[f"{name}.weight"] = Stored(f"{name}.weight", dtype_name(dtype), shape)
     return Quantization(kinds[0], is_stored=False, layers={name: f"{name}.weight" for name in packed})
 
 
@@ -293,10 +304,14 @@ def attach_plan(model: nn.Module, plan: SurgeryPlan, delta: Delta | None) -> Non
         else {w.parameter: model.get_parameter(w.parameter).detach().cpu().clone() for w in plan.whole}
     )
     columns = {m: p.original for m, p in delta.patches.items()} if isinstance(delta, ColumnDelta) else {}
+    opened = {target.module for target in plan.targets}
+    frozen = {name: dtype for name, dtype in live_dtypes(model).items() if name not in opened}
     model.requires_grad_(requires_grad=False)
     method.attach(model, plan, delta)
     _open_whole(model, plan, delta)
-    setattr(model, STATE, AttachedState(plan, originals, before, columns))
+    setattr(model, STATE, AttachedState(plan, originals, before, columns, hold_live(model, frozen)))
+    if plan.quantization:
+        forbid_saving(model)
     require_contract(model, plan)
 
 
@@ -351,7 +366,11 @@ def detach(model: nn.Module, *, merge: bool) -> nn.Module:
     state = state_of(model)
     restore(model)
     lookup(METHODS, state.plan.method, "--method").detach(model, merge=merge)
-    if not merge:
+    let_live(model, state.held)
+    permit_saving(model)
+    if merge:
+        settle_quantizer(model)
+    else:
         with torch.no_grad():
             for name, original in state.originals.items():
                 model.get_parameter(name).copy_(original)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,8 @@ def require_kind(name: str, option: str = "--quantize") -> None:
 
 
 def pack(weight: Tensor, kind: str) -> nn.Parameter:
-    """A dense weight (o, i), on the CPU, as a frozen parameter of so many bits."""
+    """A dense weight (o, i), on the CPU, as a frozen parameter of so many bits. Raises: RequestError: no such kind."""
+    require_kind(kind)
     return KINDS[kind].pack(weight.detach().to(torch.float32).contiguous())
 
 
@@ -234,6 +235,14 @@ def live_dtype(module: Any, default: torch.dtype) -> torch.dtype:
         dtype: torch.dtype = module.weight.quant_state.dtype
         return dtype
     return module.weight.dtype if module.weight.is_floating_point() else default
+
+
+def live_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """`live_dtype` of each packed layer of a model, by name; the model's own is that of its first dense parameter."""
+    packed = {name: module for name, module in model.named_modules() if is_quantized(module)}
+    floats = (p.dtype for n, p in model.named_parameters() if p.is_floating_point() and n[:-7] not in packed)
+    default = next(floats, torch.float32)
+    return {name: live_dtype(module, default) for name, module in packed.items()}
 
 
 def stored_kind(settings: object) -> str:
@@ -288,6 +297,26 @@ class QuantizedLinear(nn.Linear):
         return nn.functional.linear(x, self.dense(x), self.bias)
 
 
+def forbid_saving(model: nn.Module) -> None:
+    """Let `save_pretrained` of a model with weights that are packed here be an error, until `permit_saving`.
+
+    transformers would write them without their scales. Adapters that PEFT put on it are saved by PEFT's own.
+    """
+    vars(model)["save_pretrained"] = _refuse_to_save
+
+
+def permit_saving(model: nn.Module) -> None:
+    """The inverse of `forbid_saving`, where no weight is packed here any more."""
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        vars(model).pop("save_pretrained", None)
+
+
+def _refuse_to_save(*_args: object, **_settings: object) -> NoReturn:
+    found = "packed weights, whose scales are in memory alone"
+    fix = "Save the adapter with surgery.save, and write a checkpoint of it with `surgery export --merge`"
+    raise UnsupportedError("save_pretrained", found, expected="dense ones", fix=fix)
+
+
 def require_eager() -> None:
     """Raises: UnsupportedError under torch.compile."""
     if torch.compiler.is_compiling():
@@ -312,6 +341,25 @@ def hold_layer(module: Any, storage: torch.dtype) -> None:
     scales rounded to bfloat16, and fails where the number of outputs does not suit the kernel.
     """
     _install(module, module.weight, storage, (module.out_features, module.in_features))
+
+
+def hold_live(model: nn.Module, layers: Mapping[str, torch.dtype]) -> dict[str, type[nn.Module]]:
+    """`hold_layer` for those that are not held so already. layers: each one's storage. Returns what each was."""
+    plain: dict[str, type[nn.Module]] = {}
+    for name, storage in layers.items():
+        module = model.get_submodule(name)
+        if not isinstance(module, QuantizedLinear):
+            plain[name] = type(module)
+            hold_layer(module, storage)
+    return plain
+
+
+def let_live(model: nn.Module, plain: Mapping[str, type[nn.Module]]) -> None:
+    """The inverse of `hold_live`: the weights have not been touched."""
+    for name, kind in plain.items():
+        module: Any = model.get_submodule(name)
+        del module.storage, module.shape
+        module.__class__ = kind
 
 
 def size_layer(module: Any, kind: str, storage: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import DamagedError
 from surgery.lookup import require_extra
 from surgery.plan import Quantization, Stored, SurgeryPlan, Target
-from surgery.quantized import KINDS, dequantize, round_trip
+from surgery.quantized import KINDS, dequantize, require_kind, round_trip
 from surgery.tensorfile import dtype_name
 from surgery.terminal import hush_libraries
 
@@ -28,7 +28,8 @@ _SIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _STATE)
 
 
 def require_package(kind: str, option: str = "--quantize") -> None:
-    """The package that a kind needs is there. Raises: UnsupportedError."""
+    """The package that a kind needs is there. Raises: UnsupportedError; RequestError: there is no such kind."""
+    require_kind(kind, option)
     hush_libraries()
     require_extra(f"{option} {kind}", KINDS[kind].package)
 

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from surgery.recipe import DataSection, TrainSection
 from surgery.survey import TaskSpec
 
 Row = Mapping[str, Any]
+NEEDS_TORCHAO = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao: make test-torchao has it")
 
 ANIMALS = ("fox", "dog", "hen", "cow", "cat", "owl")
 TEXTS = tuple(f"the {a} jumps over the {b} and {n} more" for n, a in enumerate(ANIMALS) for b in ANIMALS)

@@ -70,6 +70,20 @@ def test_numerical_differentiation_agrees() -> None:
     assert torch.autograd.gradcheck(compute, (torch.randn(6, 2, dtype=torch.float64, requires_grad=True),))
 
 
+def test_backward_keeps_token_numbers_alone() -> None:
+    """However wide the embedding is, and however many of its rows train."""
+    tokens, kept = torch.tensor([[3, 9, 1]]), []
+    for width, rows in ((6, (3,)), (48, (3,)), (6, (2, 3, 9))):
+        model = nn.Sequential(nn.Embedding(11, width))
+        attach(model, PacaSpec(targets=("0",), rows=rows))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
+            model(tokens)
+    assert len(kept) == 3
+    assert all(tensor.data_ptr() == tokens.data_ptr() for tensor in kept)
+
+
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
 @pytest.mark.parametrize("name", ("AdamW fused", "writes .data"))
 def test_after_a_step_the_model_is_the_merged_one(

@@ -38,6 +38,7 @@ from surgery.verify import verify
 from surgery.workflow import export
 from tests.conftest import TinyModel
 from tests.console import Command
+from tests.examples import NEEDS_TORCHAO
 from tests.masked import patches_of, require_draws_are_exact, require_merge_equals, run_masked, train_in_turns
 from tests.test_experts import build
 from tests.test_merge import weights
@@ -462,46 +463,46 @@ def with_tokenizer(family: str, donor: Path, folder: Path) -> Path:
 # --- beside a quantized base
 
 
-@pytest.fixture(scope="module")
-def beside_nf4(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A moved adapter whose base has its linear layers in nf4 and experts as they are, merged into both bases."""
-    folder = tmp_path_factory.mktemp("nf4")
-    spec = PacaSpec(rank=4, targets=ALL, experts=OWN, quantize="nf4", select="magnitude")
+@pytest.fixture(scope="module", params=("nf4", pytest.param("torchao-int4", marks=NEEDS_TORCHAO)))
+def beside_packed(request: Any, tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A moved adapter whose base has its linear layers packed and experts as they are, merged into both bases."""
+    folder = tmp_path_factory.mktemp("packed")
+    spec = PacaSpec(rank=4, targets=ALL, experts=OWN, quantize=request.param, select="magnitude")
     adapter = make_adapter(tiny_model("mixtral", dtype=torch.bfloat16), folder / "ad", spec)
     for base in ("original", "dequantized"):
         dense.export(adapter, folder / base, merge_base=base)
     return folder
 
 
-def test_experts_stay_dense_beside_quantized_layers(beside_nf4: Path) -> None:
+def test_experts_stay_dense_beside_quantized_layers(beside_packed: Path) -> None:
     """Attention alone is packed, the table says so; both merges hold the experts' trained columns and pass verify."""
-    adapter = open_adapter(beside_nf4 / "ad")
+    adapter = open_adapter(beside_packed / "ad")
     plan, held = adapter.plan, adapter.plan.quantization
     assert held is not None
     assert not any("experts" in name for name in held.layers)
     assert plan_lines(plan)[-1].endswith("8 layers, quantized when they are loaded, experts as its files have them")
     for base, names in (("original", ("merge difference",)), ("dequantized", ("dequantized weights",))):
-        checks = {check.name: check for check in verify(beside_nf4 / base).checks}
+        checks = {check.name: check for check in verify(beside_packed / base).checks}
         assert checks["logits"].detail.startswith("largest difference to base + adapter 0 on")
         assert set(names) <= set(checks)
         assert checks["planned columns"].result == "passed"
-        merged = Checkpoint.open(beside_nf4 / base)
+        merged = Checkpoint.open(beside_packed / base)
         for target in mine(plan):
             patch = require_columns(adapter.delta, "test").patches[target.module]
             assert torch.equal(merged.read_tensor(target.weight)[:, patch.columns], patch.stored())
 
 
 @pytest.mark.parametrize("where", ("trained", "frozen"))
-def test_a_wrong_expert_in_a_dequantized_merge_is_noticed(where: str, beside_nf4: Path, tmp_path: Path) -> None:
+def test_a_wrong_expert_in_a_dequantized_merge_is_noticed(where: str, beside_packed: Path, tmp_path: Path) -> None:
     """By its bytes: tokens of a few prompts may reach none of it."""
     folder = tmp_path / "merged"
-    shutil.copytree(beside_nf4 / "dequantized", folder)
+    shutil.copytree(beside_packed / "dequantized", folder)
     record = json.loads((folder / "surgery.json").read_text())
     for key, entry in (("base", "path"), ("adapter", "path")):
         place = record["manifest"][key]
-        place[entry] = str((beside_nf4 / "dequantized" / place[entry]).resolve())
+        place[entry] = str((beside_packed / "dequantized" / place[entry]).resolve())
     (folder / "surgery.json").write_text(json.dumps(record))
-    patches = require_columns(open_adapter(beside_nf4 / "ad").delta, "test").patches
+    patches = require_columns(open_adapter(beside_packed / "ad").delta, "test").patches
     patch = next(patch for patch in patches.values() if patch.target.holder)
     column = next(n for n in range(patch.target.in_features) if (n in patch.columns.tolist()) == (where == "trained"))
     path = folder / "model.safetensors"

@@ -1,6 +1,15 @@
-"""What holds of files for every kind of layer, and for every way to hold a base: DESIGN.md's properties 1, 3, 6, 8, 9.
+"""What holds of files for every kind of layer and every way to hold a base: DESIGN.md's properties 1, 2, 3, 6, 8, 9.
 
-What a kind computes, and what it keeps for backward, is in its own test file.
+What a kind computes (4: right after a step; 5: gradients) and keeps for backward (7) is in its own test file, by tests
+whose names begin so; 1 with `--merge-base dequantized` in test_quantized.
+
+| file | 4 | 5 | 7 |
+|---|---|---|---|
+| test_paca_conv | after_a_step | gradients_are_the_dense, one_image_without | what_backward_keeps |
+| test_embedding_rows | after_a_step | gradients_are_the_dense | backward_keeps |
+| test_paca_attention | after_a_step, an_encoder_layer | it_computes_what_torch_s, one_sequence | what_backward_keeps |
+| test_experts | after_a_step | every_way_gives | backward_keeps, other_ways_keep |
+| test_quantized | after_a_step, frozen_layers_of_a_live | gradients_are_those | backward_keeps, a_dense_weight_lives |
 """
 
 from __future__ import annotations
@@ -10,6 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +32,10 @@ from surgery import quantized
 from surgery.adapter import Adapter, open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.delta import require_columns
-from surgery.errors import BaseMismatchError
+from surgery.errors import BaseMismatchError, RequestError
 from surgery.lookup import require_extra
 from surgery.methods.paca_spec import PacaSpec
-from surgery.operate import apply
+from surgery.operate import apply, load
 from surgery.plan import SurgeryPlan
 from surgery.planning import plan_checkpoint
 from tests.conftest import TinyModel
@@ -53,7 +63,7 @@ def spec_of(kind: str) -> tuple[str, PacaSpec, PacaSpec]:
     if kind in LAYERS:
         return LAYERS[kind]
     package = quantized.KINDS[kind].package
-    pytest.importorskip(package, reason=f"needs the extra of {package}")
+    pytest.importorskip(package, reason=f"needs the extra of {package}; of torchao: make test-torchao has it")
     require_extra(kind, package)
     narrow = PacaSpec(rank=4, targets=("o_proj", "up_proj"), quantize=kind)
     return "llama", narrow, PacaSpec(rank=4)
@@ -84,16 +94,33 @@ def test_a_zero_step_merge_is_the_base(kind: str, dtype: torch.dtype, tiny_model
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_twice_is_merging_once_and_can_be_undone(kind: str, tiny_model: TinyModel, tmp_path: Path) -> None:
-    """The same bytes; columns in place of others, never added: a merge is refused as a base; undo gives the base."""
+    """The same bytes, the base's but for what trained; a merge is refused as a base; undo gives the base."""
     family, spec, _ = spec_of(kind)
     base = tiny_model(family, overrides=overrides_of(kind))
     adapter = make_adapter(base, tmp_path / "a", spec)
     once, twice = dense.export(adapter, tmp_path / "once"), dense.export(adapter, tmp_path / "twice")
     assert weights(once) == weights(twice) != weights(base)
+    _require_rest_untouched(adapter, Checkpoint.open(base), Checkpoint.open(once))
     assert (once / "surgery.undo").read_bytes() == (twice / "surgery.undo").read_bytes()
     with pytest.raises(BaseMismatchError):
         dense.export(adapter, tmp_path / "thrice", base=once)
     assert weights(undo(once, tmp_path / "again")) == weights(base)
+
+
+def _require_rest_untouched(adapter: Adapter, base: Checkpoint, merged: Checkpoint) -> None:
+    """Of each tensor of a merge only the planned columns differ from the base's, bit for bit."""
+    patches = require_columns(adapter.delta, "test").patches.values()
+    trained = {patch.target.weight: patch for patch in patches}
+    assert base.keys() == merged.keys()
+    assert len(trained) == len(patches)
+    for name in base.keys() - {whole.weight for whole in adapter.plan.whole}:
+        before, after = base.read_tensor(name), merged.read_tensor(name)
+        if name not in trained:
+            assert torch.equal(after, before), name
+            continue
+        columns, axis = trained[name].columns, trained[name].target.input_axis
+        differs = (before != after).movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
+        assert torch.equal(differs, columns), name
 
 
 @pytest.mark.parametrize("kind", HELD)
@@ -132,6 +159,19 @@ def test_a_plan_comes_back_from_its_file(kind: str, tiny_model: TinyModel, tmp_p
     assert (again, again.to_json()) == (plan, plan.to_json())
     written = apply(base, tmp_path / "a", spec)
     assert open_adapter(tmp_path / "a").plan == written.plan
+
+
+def test_a_base_held_in_a_way_that_is_not_known_is_refused_by_name(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """As a later version may have it: with the documented error, and nothing is written."""
+    spec_of("nf4")
+    apply(tiny_model("llama"), tmp_path / "a", PacaSpec(rank=4, quantize="nf4"))
+    record = json.loads((tmp_path / "a/surgery.json").read_text())
+    record["plan"]["quantization"]["kind"] = "nf3"
+    (tmp_path / "a/surgery.json").write_text(json.dumps(record))
+    for read in (load, partial(dense.export, out=tmp_path / "out", merge_base=dense.DEQUANTIZED)):
+        with pytest.raises(RequestError, match="unknown name 'nf3', expected one of nf4,"):
+            read(open_adapter(tmp_path / "a") if read is not load else tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("merge_base", ("", dense.DEQUANTIZED), ids=("original", "dequantized"))

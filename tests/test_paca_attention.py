@@ -21,7 +21,7 @@ from surgery.paca_layers import layers, read_columns
 from surgery.planning import plan_checkpoint
 from surgery.verify import verify
 from tests.conftest import TinyModel
-from tests.test_paca import bits, trainable
+from tests.test_paca import OPTIMIZERS, bits, trainable
 from tests.tiny import sample_inputs
 from tests.trained import make_adapter
 
@@ -119,6 +119,10 @@ def test_one_sequence_without_a_batch() -> None:
         mine, plain = run(ours, inputs, settings), run(theirs, inputs, settings)
         torch.testing.assert_close(mine[0], plain[0], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(mine[2][1], plain[2][1], rtol=1e-12, atol=1e-13)
+        for name, weight in (("attention", "in_proj_weight"), ("attention.out_proj", "weight")):
+            layer, dense_one = layers(ours)[name], theirs.get_parameter(f"{name}.{weight}")
+            expected = read_columns(dense_one.grad, layer.paca_columns, 1)
+            torch.testing.assert_close(layer.paca_delta.grad, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_what_backward_keeps_of_the_packed_projection_are_channels() -> None:
@@ -192,6 +196,26 @@ def test_attention_of_other_widths_is_refused_with_the_reason() -> None:
         attach(model, PacaSpec(rank=2, targets=("more",)))
     with pytest.raises(UnsupportedError, match="of different widths"):
         attach(model, PacaSpec(rank=2, targets=("mixed.out_proj",)))
+
+
+@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
+def test_after_a_step_the_model_is_the_merged_one(train: bool, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """SigLIP's pooled output right after steps is that of the merged checkpoint, bit for bit, and has moved."""
+    base = tiny_model("siglip")
+    model, inputs = load_merged(base), sample_inputs("siglip")
+    attach(model, RANK_3)
+    before = model(**inputs).pooler_output.detach()
+    optimizer = OPTIMIZERS["AdamW fused"](trainable(model))
+    for seed in range(2):
+        optimizer.zero_grad()
+        model.train()(**sample_inputs("siglip", seed=seed)).pooler_output.square().mean().backward()
+        optimizer.step()
+    seen = model.train(train)(**inputs).pooler_output.detach()
+    surgery.save(model, tmp_path / "adapter", base=base)
+    dense.export(surgery.adapter.open_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    merged = load_merged(tmp_path / "merged").requires_grad_(requires_grad=False)  # which decides the kernel
+    assert torch.equal(merged.train(train)(**inputs).pooler_output, seen)
+    assert not torch.allclose(seen, before)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from surgery.compat import set_checkpointing
 from surgery.delta import require_columns
 from surgery.errors import BaseMismatchError, UnsupportedError
 from surgery.forecast import Question, forecast
+from surgery.lean_pass import rewrite
 from surgery.methods.paca_spec import PacaSpec
 from surgery.paca_layers import PacaLayer, layers
 from surgery.plan import SurgeryPlan
@@ -32,18 +33,22 @@ from surgery.quantized_base import seen_weight
 from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.console import Command, Console
-from tests.examples import TEXTS
+from tests.examples import NEEDS_TORCHAO, TEXTS
 from tests.tiny import sample_inputs
 from tests.trained import make_adapter
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra bnb")
-HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 KINDS = [
-    pytest.param(name, marks=[] if kind.package == "bitsandbytes" or HAS_TORCHAO else pytest.mark.skip("no torchao"))
+    pytest.param(name, marks=[] if kind.package == "bitsandbytes" else NEEDS_TORCHAO)
     for name, kind in quantized.KINDS.items()
 ]
-BNB = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
+FOUR_BITS = ("nf4", "nf4-double", "fp4", "fp4-double")
+BNB = (*FOUR_BITS, "int8")
+TORCHAO = [kind for kind in KINDS if kind.values[0] not in BNB]
 DOUBLE = PacaSpec(rank=4, quantize="nf4-double")
+
+
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}  # in such a dtype
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,14 +57,21 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def layer_of(kind: str, *, bias: bool, dtype: torch.dtype = torch.float32) -> tuple[PacaLayer, Tensor]:
-    """An opened quantized layer (32 -> 48) whose columns have moved, and the dense weight that it stands for."""
-    model: Any = nn.Sequential(nn.Linear(32, 48, bias=bias, dtype=dtype))
+    """An opened quantized layer (32 -> 48) whose columns have moved, and the dense weight that it stands for.
+
+    In double precision it is one of float32, from which alone bases are quantized, that computes so.
+    """
+    held = torch.float32 if dtype == torch.float64 else dtype
+    model: Any = nn.Sequential(nn.Linear(32, 48, bias=bias, dtype=held))
     model[0].weight.data.copy_(drawn(48, 32))
     operate.attach(model, PacaSpec(rank=5, quantize=kind))
     opened: Any = model[0]
+    for name, parameter in opened.named_parameters():
+        if name != "weight" and held != dtype:
+            parameter.data = parameter.data.to(dtype)
     with torch.no_grad():
         opened.paca_delta.copy_(drawn(48, 5))
-    return opened, opened.dense()
+    return opened, opened.dense().to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +81,57 @@ def llama(tiny_model: TinyModel) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stored(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as bitsandbytes' 4-bit files, written by transformers."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def wide(tiny_model: TinyModel) -> Path:
+    """The same with widths that every kind takes: 32 divides them."""
+    return tiny_model("llama", dtype=torch.bfloat16, overrides={"intermediate_size": 64})
 
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings, dtype="auto")
-    folder = tmp_path_factory.mktemp("stored") / "model"
-    model.save_pretrained(folder)
-    for path in llama.glob("*token*"):
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+
+def bits_of(kind: str) -> Any:
+    """What transformers is told to quantize by bitsandbytes when it loads a model."""
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    name, _, double = kind.partition("-")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_use_double_quant=bool(double))
+
+
+def loaded(base: Path, kind: str = "") -> Any:
+    """A base as transformers loads it, quantized by bitsandbytes or, where it is loaded, by torchao."""
+    from transformers import AutoModelForCausalLM
+
+    settings = {"quantization_config": bits_of(kind)} if kind in BNB else {}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **settings).eval()
+    operate.align(model)  # where a weight begins in its file decides the last bit
+    if kind and not settings:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+
+        int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(quantized.GROUP))
+        quantize_(model.model, int4 if kind == "torchao-int4" else Int8WeightOnlyConfig())
+    return model
+
+
+@pytest.fixture(scope="module")
+def stored_as(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The same as bitsandbytes' files of a kind, written by transformers; each kind's are made once."""
+    root, made = tmp_path_factory.mktemp("stored"), dict[str, Path]()
+
+    def write(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = root / kind
+            loaded(llama, kind).save_pretrained(made[kind])
+            for path in llama.glob("*token*"):
+                (made[kind] / path.name).write_bytes(path.read_bytes())
+        return made[kind]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def stored(stored_as: Callable[[str], Path]) -> Path:
+    """Its files with double quantization."""
+    return stored_as("nf4-double")
 
 
 def logits(model: Any) -> Tensor:
@@ -144,26 +196,45 @@ def test_a_weight_of_another_type_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("shape", ((5, 32), (2, 3, 32), (2, 3, 2, 32)), ids=str)
 @pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
-def test_gradients_are_those_of_the_dequantized_weight(kind: str, shape: tuple[int, ...], *, bias: bool) -> None:
+def test_gradients_are_those_of_the_dequantized_weight(
+    kind: str, dtype: torch.dtype, shape: tuple[int, ...], *, bias: bool
+) -> None:
     """Forward, the input's gradient and the columns' see the dequantized weight with the trained columns in it."""
-    layer, weight = layer_of(kind, bias=bias)
-    theirs = nn.Linear(32, 48, bias=bias)
+    layer, weight = layer_of(kind, bias=bias, dtype=dtype)
+    near = {"rtol": NEAR[dtype], "atol": 10 * NEAR[dtype]}
+    theirs = nn.Linear(32, 48, bias=bias, dtype=dtype)
     theirs.weight.data.copy_(weight)
     if bias:
         theirs.bias.data.copy_(layer.bias)
-    x = drawn(*shape)
+    x = drawn(*shape, dtype=dtype)
     given = [x.clone().requires_grad_() for _ in range(2)]
     results = [module(value) for module, value in zip((layer, theirs), given, strict=True)]
     assert torch.equal(*results)
     for result in results:
-        (result * drawn(*result.shape)).sum().backward()
-    torch.testing.assert_close(given[0].grad, given[1].grad, rtol=1e-6, atol=1e-6)
-    expected = theirs.weight.grad[:, layer.paca_columns]
-    torch.testing.assert_close(layer.paca_delta.grad, expected, rtol=1e-5, atol=1e-5)
-    held = quantized.dequantize(layer, torch.float32)
-    torch.testing.assert_close(weight[:, layer.paca_columns], held[:, layer.paca_columns] + layer.paca_delta)
+        (result * drawn(*result.shape, dtype=dtype)).sum().backward()
+    torch.testing.assert_close(given[0].grad, given[1].grad, **near)
+    gradient = layer.paca_delta.grad
+    assert gradient.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(gradient.to(dtype), theirs.weight.grad[:, layer.paca_columns], **near)
+    held = quantized.dequantize(layer, layer.storage)[:, layer.paca_columns].to(layer.paca_delta)
+    moved = (held + layer.paca_delta).to(layer.storage).to(dtype)
+    torch.testing.assert_close(weight[:, layer.paca_columns], moved, **near)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_keeps_the_trained_inputs_and_no_weight(kind: str) -> None:
+    """As many channels as columns train, whatever the width; of a layer that is frozen nothing."""
+    kept: list[int] = []
+    for width, rank in ((32, 2), (64, 2), (32, 5), (64, 0)):
+        model: Any = nn.Sequential(nn.Linear(width, 32), nn.Linear(32, 32))
+        operate.attach(model, PacaSpec(rank=rank or 1, targets=("0" if rank else "1",), quantize=kind))
+        count = lambda tensor: (kept.append(tensor.untyped_storage().nbytes()), tensor)[1]
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model[0](drawn(7, width).requires_grad_())
+    assert kept == [7 * rank * 4 for rank in (2, 2, 5)]
 
 
 def kept_bytes(model: Any) -> int:
@@ -192,9 +263,12 @@ def test_backward_keeps_what_it_keeps_over_a_dense_base(llama: Path, tmp_path: P
     assert kept[0] == kept[1]
 
 
-def test_a_dense_weight_lives_for_one_product(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_weight_lives_for_one_product(
+    kind: str, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of all that are made none is left when the next one is, in forward and in backward, trained layers or not."""
-    operate.apply(llama, tmp_path / "a", PacaSpec(rank=4, targets=("q_proj", "up_proj"), quantize="nf4"))
+    operate.apply(wide, tmp_path / "a", PacaSpec(rank=4, targets=("q_proj", "up_proj"), quantize=kind))
     model = operate.load(tmp_path / "a", trainable=True)
     real, made, alive = quantized.dequantize, [], []
 
@@ -241,16 +315,32 @@ def test_checkpointing_gives_the_same_gradients(llama: Path, tmp_path: Path) -> 
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("kind", ("nf4", *TORCHAO))
+def test_lean_blocks_around_packed_layers_change_nothing(kind: str, wide: Path, tmp_path: Path) -> None:
+    """The same loss and gradients but for rounding, and fewer bytes kept."""
+    operate.apply(wide, tmp_path / "a", PacaSpec(rank=4, exclude=("up_proj",), quantize=kind))
+    inputs, found = sample_inputs("llama"), []
+    for is_lean in (False, True):
+        model = operate.load(tmp_path / "a", trainable=True).train()
+        if is_lean:
+            assert rewrite(model).norms == 5
+        kept = kept_bytes(model)
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        found.append((kept, loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert found[1][0] < found[0][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-2, atol=0)
+    for name, gradient in found[0][2].items():
+        torch.testing.assert_close(found[1][2][name], gradient, rtol=0.1, atol=0.05 * float(gradient.abs().max()))
+
+
 # --- in memory
 
 
 @pytest.fixture
 def live(llama: Path) -> Any:
     """The tiny Llama as transformers and bitsandbytes quantize it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    return AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings, dtype="auto").eval()
+    return loaded(llama, "nf4")
 
 
 def training_logits(model: Any) -> Tensor:
@@ -294,6 +384,72 @@ def test_a_detached_model_is_the_quantized_one_again(live: Any) -> None:
     operate.detach(live, merge=False)
     assert torch.equal(training_logits(live), before)
     assert [type(module) for module in live.modules()] == types
+
+
+@pytest.mark.parametrize("kind", ("nf4", "fp4", "int8", *TORCHAO))
+def test_frozen_layers_of_a_live_model_are_held_as_those_that_train(
+    kind: str, wide: Path, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """So it computes what its merge does, and its weights are not ordered anew; detached it is what it was."""
+    # torchao rounds its scales to the dtype that it quantizes from, and what is packed here is from float32
+    base = wide if kind in BNB else tiny_model("llama", overrides={"intermediate_size": 64})
+    live = loaded(base, kind)
+    before, made = training_logits(live), [(type(module), sorted(vars(module))) for module in live.modules()]
+    operate.attach(live, PacaSpec(rank=4, targets=("q_proj",)))
+    assert sum(isinstance(module, quantized.QuantizedLinear) for module in live.modules()) == 12
+    assert not any(type(module).__module__.startswith("bitsandbytes.") for module in live.modules())
+    with pytest.raises(UnsupportedError, match="whose scales are in memory alone"):
+        live.save_pretrained(tmp_path / "none")
+    one_step(live)
+    moved = logits(live)
+    dense.export(operate.save(live, tmp_path / "a", base=base), tmp_path / "m", merge_base="dequantized")
+    exact = 0 if kind in BNB else 1e-5  # in float32, base + difference - base has a rounding
+    torch.testing.assert_close(logits(loaded(tmp_path / "m")), moved, rtol=exact, atol=exact)
+    operate.detach(live, merge=False)
+    assert [(type(module), sorted(vars(module))) for module in live.modules()] == made
+    assert torch.equal(training_logits(live), before)
+
+
+@pytest.mark.parametrize("targets", ("all-linear", "q_proj"))
+def test_a_live_model_is_saved_by_transformers_once_it_is_detached(targets: str, live: Any, tmp_path: Path) -> None:
+    """With dense layers where columns went in: its files say which, and are not loaded as packed ones."""
+    operate.attach(live, PacaSpec(rank=4, targets=(targets,)))
+    one_step(live)
+    settings = live.config.quantization_config
+    operate.detach(live, merge=True)
+    expected = training_logits(live)
+    live.save_pretrained(tmp_path / "m")
+    again = loaded(tmp_path / "m")
+    assert torch.equal(training_logits(again), expected)
+    assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in again.modules()) == (12 if targets == "q_proj" else 0)
+    assert settings.llm_int8_skip_modules is None  # the caller's own
+
+
+def test_what_was_packed_here_is_not_saved_by_transformers(llama: Path, stored: Path, tmp_path: Path) -> None:
+    """Files without scales would be useless: an error says what to do. Where nothing is packed any more, it is."""
+    for number, base in enumerate((llama, stored)):
+        spec = PacaSpec(rank=4, targets=("q_proj",), quantize="nf4" if base == llama else "")
+        operate.apply(base, tmp_path / str(number), spec)
+        for merge in (None, False, True):
+            model = operate.load(tmp_path / str(number))
+            if merge is not None:
+                operate.detach(model, merge=merge)
+            with pytest.raises(UnsupportedError, match=r"packed weights, .* `surgery export --merge`") as found:
+                model.save_pretrained(tmp_path / "out")
+            assert found.value.exit_code == 5
+            assert not (tmp_path / "out").exists()
+    model = loaded(llama)
+    operate.attach(model, PacaSpec(rank=4, quantize="nf4"))
+    one_step(model)
+    expected = logits(operate.detach(model, merge=True))
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(logits(loaded(tmp_path / "whole")), expected)
+
+
+def one_step(model: Any) -> None:
+    """Of an optimizer, on the sample batch, in training mode."""
+    model.train()(**sample_inputs("llama")).logits.float().square().mean().backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True).step()
 
 
 def test_a_live_model_is_saved_over_its_own_base_only(live: Any, tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -386,10 +542,10 @@ def columns_by_layer(adapter: Adapter) -> dict[str, list[int]]:
 # --- merges
 
 
-@pytest.mark.parametrize("kind", BNB)
-def test_both_merges_hold_what_they_promise(kind: str, llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_merges_hold_what_they_promise(kind: str, wide: Path, tmp_path: Path) -> None:
     """Original: the base but for columns, and how far that is from training. Dequantized: training's very bits."""
-    adapter = make_adapter(llama, tmp_path / "a", PacaSpec(rank=4, exclude=("k_proj",), quantize=kind))
+    adapter = make_adapter(wide, tmp_path / "a", PacaSpec(rank=4, exclude=("k_proj",), quantize=kind))
     dense.export(adapter, tmp_path / "original")
     dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
     checks = {check.name: check for check in verify(tmp_path / "original").checks}
@@ -402,34 +558,39 @@ def test_both_merges_hold_what_they_promise(kind: str, llama: Path, tmp_path: Pa
     assert "merge difference" not in checks
 
 
-def test_zero_step_merges_are_the_base_and_the_dequantized_base(llama: Path, tmp_path: Path) -> None:
-    """Byte for byte: columns start where the quantized base has them, and stand in the adapter as the file has them."""
-    adapter = operate.apply(llama, tmp_path / "a", DOUBLE)
-    dense.export(adapter, tmp_path / "original")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_zero_step_merge_is_the_dequantized_base(kind: str, wide: Path, tmp_path: Path) -> None:
+    """Byte for byte: columns start where the quantized base has them; of the other merge see test_kinds."""
+    adapter = operate.apply(wide, tmp_path / "a", PacaSpec(rank=4, quantize=kind))
     dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
-    assert (tmp_path / "original/model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
-    base, seen, held = Checkpoint.open(llama), Checkpoint.open(tmp_path / "seen"), adapter.plan.quantization
+    base, seen, held = Checkpoint.open(wide), Checkpoint.open(tmp_path / "seen"), adapter.plan.quantization
     assert held is not None
     for weight in base:
         expected = seen_weight(base, held, weight) if weight in held.layers.values() else base.read_tensor(weight)
         assert torch.equal(seen.read_tensor(weight).view(torch.int16), expected.view(torch.int16)), weight
 
 
-def test_after_a_step_the_model_computes_what_its_merge_does(llama: Path, tmp_path: Path) -> None:
-    """Dequantized, right after an optimizer step, in train and in eval mode."""
-    operate.apply(llama, tmp_path / "a", DOUBLE)
-    model = operate.load(tmp_path / "a", trainable=True).train()
-    model(**sample_inputs("llama")).logits.float().square().mean().backward()
-    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True).step()
-    with torch.no_grad():
-        in_training = model(**sample_inputs("llama")).logits
-    adapter = operate.save(model, tmp_path / "b", base=llama)
-    dense.export(adapter, tmp_path / "seen", merge_base="dequantized")
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("kind", (*KINDS, *(f"stored {kind}" for kind in FOUR_BITS)))
+def test_after_a_step_the_model_computes_what_its_merge_does(
+    kind: str, wide: Path, stored_as: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Dequantized, right after an optimizer step, in train and in eval mode, layers that do not train among them.
 
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "seen", dtype="auto")
-    assert torch.equal(logits(merged), logits(model))
-    assert torch.equal(logits(merged), in_training)
+    Without the columns it computes again what it did: nothing was written into the packed weights.
+    """
+    is_stored = kind.startswith("stored ")
+    base = stored_as(kind.removeprefix("stored ")) if is_stored else wide
+    operate.apply(base, tmp_path / "a", PacaSpec(rank=4, exclude=("k_proj",), quantize="" if is_stored else kind))
+    model = operate.load(tmp_path / "a", trainable=True)
+    before = logits(model)
+    one_step(model)
+    found = {train: model.train(train)(**sample_inputs("llama")).logits.detach() for train in (True, False)}
+    dense.export(operate.save(model, tmp_path / "b", base=base), tmp_path / "seen", merge_base="dequantized")
+    merged = loaded(tmp_path / "seen")
+    for train, ours in found.items():
+        assert torch.equal(merged.train(train)(**sample_inputs("llama")).logits, ours)
+    assert not torch.equal(found[False], before)
+    assert torch.equal(logits(operate.detach(model, merge=False)), before)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the former name
@@ -486,14 +647,15 @@ def test_an_export_into_the_other_base_is_not_what_was_asked_for(llama: Path, co
 # --- 4 bits in the files
 
 
+@pytest.mark.parametrize("kind", FOUR_BITS)
 def test_a_base_stored_in_4_bits_is_trained_and_merged_dequantized(
-    stored: Path, tmp_path: Path, command: Command
+    kind: str, stored_as: Callable[[str], Path], tmp_path: Path, command: Command
 ) -> None:
     """The files are read as they are; the merge is dense, loads without bitsandbytes and equals training."""
-    adapter = make_adapter(stored, tmp_path / "a", PacaSpec(rank=4))
+    adapter = make_adapter(stored_as(kind), tmp_path / "a", PacaSpec(rank=4))
     held = adapter.plan.quantization
     assert held is not None
-    assert (held.kind, held.is_stored, len(held.layers)) == ("nf4-double", True, 14)
+    assert (held.kind, held.is_stored, len(held.layers)) == (kind, True, 14)
     code, said = command("export", tmp_path / "a", "--merge")
     assert (code, "it has no original, expected dequantized" in said) == (5, True)
     assert command("export", tmp_path / "a", "--merge", "--merge-base", "dequantized", "-o", tmp_path / "m")[0] == 0
@@ -517,16 +679,17 @@ def test_layers_of_a_stored_base_that_do_not_train_are_held_as_those_that_do(sto
     assert not any("packing_format_for_cpu" in vars(weight.quant_state) for weight in packed)
 
 
-@pytest.mark.parametrize("is_stored", (False, True), ids=("quantized at load", "stored"))
+@pytest.mark.parametrize("kind", ("nf4-double", "stored", *TORCHAO))
 def test_adapters_on_a_quantized_base_are_united(
-    is_stored: bool, llama: Path, stored: Path, tmp_path: Path, command: Command
+    kind: str, wide: Path, stored: Path, tmp_path: Path, command: Command
 ) -> None:
     """Every quantized layer of the merge is what training saw, those that none of them trains among them."""
-    base, kind = (stored, "") if is_stored else (llama, "nf4-double")
+    base, kind = (stored, "") if kind == "stored" else (wide, kind)
     for name in ("q_proj", "up_proj"):
         make_adapter(base, tmp_path / name, PacaSpec(rank=4, targets=(name,), quantize=kind))
     both = (tmp_path / "q_proj", tmp_path / "up_proj")
-    assert command("export", *both, "--merge", "--merge-base", "dequantized", "-o", tmp_path / "m") == (0, "")
+    code, said = command("export", *both, "--merge", "--merge-base", "dequantized", "-o", tmp_path / "m")
+    assert (code, "" if "torchao" in kind else said) == (0, "")  # what torchao says when it is imported
     checks = {check.name: check for check in verify(tmp_path / "m", numeric=False).checks}
     assert "14 layers are those of this base, dequantized" in checks["dequantized weights"].detail
     assert checks["trained columns"].result == "passed"
@@ -545,22 +708,41 @@ def test_inputs_of_a_stored_base_choose_columns(stored: Path, tmp_path: Path) ->
     }
 
 
-def test_another_base_in_4_bits_is_refused(stored: Path, tmp_path: Path, command: Command) -> None:
+@pytest.mark.parametrize(("kind", "beside"), (("nf4", "absmax"), ("fp4", "quant_map"), ("nf4-double", "nested_absmax")))
+def test_another_base_in_4_bits_is_refused(
+    kind: str, beside: str, stored_as: Callable[[str], Path], tmp_path: Path, command: Command
+) -> None:
     """A scale that was changed is another base: what lies beside a packed weight is in its digest."""
     import safetensors.torch
 
+    stored = stored_as(kind)
     make_adapter(stored, tmp_path / "a", PacaSpec(rank=4))
     other = tmp_path / "other"
     other.mkdir()
     for path in stored.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
     tensors = safetensors.torch.load_file(other / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight.nested_absmax"] *= 1.5
+    tensors[f"model.layers.1.mlp.up_proj.weight.{beside}"] *= 1.5
     safetensors.torch.save_file(tensors, other / "model.safetensors", {"format": "pt"})
     line = ("export", tmp_path / "a", "--merge", "--merge-base", "dequantized", "--base", other, "-o", tmp_path / "m")
     code, said = command(*line)
     assert (code, "of the base this adapter was made for" in said) == (4, True)
     assert not (tmp_path / "m").exists()
+
+
+def test_other_storages_of_bitsandbytes_are_refused(llama: Path, tmp_path: Path, command: Command) -> None:
+    """8 bits, and 4 bits put into wider numbers: files that are read as dense ones would be read wrongly."""
+    for name, settings in (("8", {"load_in_8bit": True}), ("wide", {"bnb_4bit_quant_storage": "bfloat16"})):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in llama.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        said = {"quant_method": "bitsandbytes", "load_in_4bit": name != "8", **settings}
+        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": said}
+        (folder / "config.json").write_text(json.dumps(config))
+        code, error = command("apply", folder, "-o", tmp_path / "a")
+        assert (code, "a checkpoint quantized by bitsandbytes" in error) == (5, True), error
+        assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

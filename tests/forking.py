@@ -1,4 +1,4 @@
-"""The command line in one process and in two, from one warm process that forks them. Run by test_distributed.
+"""The command line in one process and in two, from one warm process that forks them: see `carry_out`.
 
 `python -m tests.forking JOBS OUT`: JOBS is a JSON file with a list of jobs, OUT the file for their outcomes. Importing
 torch and transformers costs more than what these runs compute. A forked process finds the environment that torchrun
@@ -11,9 +11,11 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partialmethod
 from pathlib import Path
@@ -30,6 +32,7 @@ from surgery.cli import main as command_line
 from surgery.paca_layers import layers
 from surgery.train import train
 from surgery.trainer import StopWhenAsked
+from tests.conftest import PROJECT
 
 assert open_adapter, train  # imported for the forked processes, which use them by way of the command line
 
@@ -66,6 +69,28 @@ class Outcome:
     outputs: list[str]
     errors: list[str]
     seconds: float
+
+
+def carry_out(
+    jobs: Sequence[Job], folder: Path, *flags: str, at: Path = PROJECT, **environment: str
+) -> dict[str, Outcome]:
+    """Run jobs one after another and tell how each ended, by name.
+
+    folder: for lists and outputs; flags: the interpreter's own; at: where the commands run.
+    """
+    path, out = folder / "jobs.json", folder / "outcomes.json"
+    path.write_text(json.dumps([asdict(job) for job in jobs]))
+    done = run_python(*flags, "-m", "tests.forking", str(path), str(out), at=at, **environment)
+    assert done.returncode == 0, done.stderr
+    return {name: Outcome(**entry) for name, entry in json.loads(out.read_text()).items()}
+
+
+def run_python(*arguments: str, at: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter of these tests on this project."""
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    command, settings = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": path, **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(command, text=True, cwd=at, env=settings, check=False, timeout=900, **pipes)
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from surgery.zero import require_deepspeed
 from tests.conftest import PROJECT, TinyModel, digest_folder
 from tests.console import Console
 from tests.examples import LABELLED, QUESTIONS, mostly_long, write_rows
-from tests.forking import FAILURE, REMARK, Job, Outcome
+from tests.forking import FAILURE, REMARK, Job, Outcome, carry_out, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -119,25 +119,13 @@ class Bench:
 
     def run(self, **environment: str) -> None:
         """Carry all of them out, in one warm process."""
-        path, out = self.root / "jobs.json", self.root / "outcomes.json"
-        path.write_text(json.dumps([asdict(job) for job in self.jobs]))
-        done = run_python("-m", "tests.forking", str(path), str(out), **environment)
-        assert done.returncode == 0, done.stderr
-        self.outcomes = {name: Outcome(**entry) for name, entry in json.loads(out.read_text()).items()}
+        self.outcomes = carry_out(self.jobs, self.root, **environment)
 
     def folder(self, name: str) -> Path:
         return self.root / name
 
     def codes(self, name: str) -> list[int]:
         return self.outcomes[name.replace("/", "-")].codes
-
-
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the interpreter of these tests on this project, in its folder."""
-    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    command, settings = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": path, **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.run(command, text=True, cwd=PROJECT, env=settings, check=False, timeout=900, **pipes)
 
 
 def prepare(root: Path, tiny_model: TinyModel, variants: Sequence[Variant]) -> Bench:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from surgery.survey import TaskSpec
 from surgery.tiny import image_settings
 from tests.conftest import TinyModel
 from tests.examples import QUESTIONS, write_rows
-from tests.forking import Job, Outcome
-from tests.test_distributed import TOLERANCE, largest_difference, run_python
+from tests.forking import Job, carry_out
+from tests.test_distributed import TOLERANCE, largest_difference
 from tests.test_images import COLOURS, write_folder
 from tests.tiny import OTHERS
 
@@ -58,11 +57,7 @@ def test_two_processes_train_what_one_does(tiny_model: TinyModel, tmp_path: Path
         for kind, data in prepare(tmp_path, tiny_model).items()
         for strategy in ("", "fsdp2")
     ]
-    path, out = tmp_path / "jobs.json", tmp_path / "outcomes.json"
-    path.write_text(json.dumps([asdict(one) for one in jobs]))
-    done = run_python("-m", "tests.forking", str(path), str(out))
-    assert done.returncode == 0, done.stderr
-    outcomes = {name: Outcome(**entry) for name, entry in json.loads(out.read_text()).items()}
+    outcomes = carry_out(jobs, tmp_path)
     for one in jobs:
         assert set(outcomes[one.name].codes) == {0}, outcomes[one.name].errors
         alone = tmp_path / f"{one.name.partition('-')[0]}-one"

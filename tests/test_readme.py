@@ -15,6 +15,7 @@ import pytest
 from surgery.cli import cli
 from surgery.recipe import Recipe, apply_override, check
 from tests.conftest import TinyModel
+from tests.forking import Job, carry_out
 
 
 def blocks(root: Path, language: str) -> list[str]:
@@ -49,14 +50,16 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs_in_its_order(workshop: Path, project_root: Path) -> None:
+def test_every_command_of_the_readme_runs_in_its_order(workshop: Path, project_root: Path, tmp_path: Path) -> None:
     """A reader can paste the shell examples one after another, and the undone folder is the base."""
     lines = [line for block in blocks(project_root, "bash") for line in block.splitlines()]
     assert len(lines) >= 9
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        assert words[0] == "surgery"
-        run([sys.executable, "-W", "error", "-m", "surgery.cli", *words[1:]], workshop)
+    commands = [shlex.split(line, comments=True) for line in lines]
+    assert {command[0] for command in commands} == {"surgery"}
+    jobs = [Job(f"{number:02}", 0, command[1:], limit_seconds=300) for number, command in enumerate(commands)]
+    ended = carry_out(jobs, tmp_path, "-W", "error", at=workshop)
+    wrong = [(lines[n], ended[job.name].errors) for n, job in enumerate(jobs) if ended[job.name].codes != [0]]
+    assert not wrong
     for path in (workshop / "model").iterdir():
         assert (workshop / "model-again" / path.name).read_bytes() == path.read_bytes()
 

@@ -287,7 +287,7 @@ def settle_quantizer(model: Any) -> None:
 
     With no packed layer left it is as if there had never been one; else files say which layers are not.
     """
-    if "hf_quantizer" not in vars(model):
+    if vars(model).get("hf_quantizer") is None:
         return
     dense = [name for name, module in model.named_modules() if type(module) is nn.Linear and _is_dense(module.weight)]
     if not any(isinstance(m, nn.Linear) for n, m in model.named_modules() if n not in dense):

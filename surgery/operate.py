@@ -368,9 +368,9 @@ def detach(model: nn.Module, *, merge: bool) -> nn.Module:
     lookup(METHODS, state.plan.method, "--method").detach(model, merge=merge)
     let_live(model, state.held)
     permit_saving(model)
-    if merge:
+    if merge and state.plan.quantization:
         settle_quantizer(model)
-    else:
+    if not merge:
         with torch.no_grad():
             for name, original in state.originals.items():
                 model.get_parameter(name).copy_(original)

@@ -22,9 +22,8 @@ from surgery.adapter import find_base, open_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.delta import ADAPTER_FILE
 from surgery.recipe import DataSection
-from surgery.runs import CHECKPOINTS
+from surgery.runs import CHECKPOINTS, STATE_FILE
 from surgery.train import train
-from surgery.trainer import STATE_FILE
 from surgery.workflow import export
 from tests.conftest import digest_folder
 from tests.examples import fast

@@ -31,12 +31,11 @@ from surgery.operate import apply
 from surgery.recipe import DataSection, TrainSection
 from surgery.recipe_file import read_recipe
 from surgery.recipe_keys import qualified
-from surgery.runs import CHECKPOINTS, RUN_FILE
+from surgery.runs import CHECKPOINTS, RUN_FILE, STATE_FILE
 from surgery.strict_yaml import parse_yaml
 from surgery.survey import TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.train import train
-from surgery.trainer import STATE_FILE
 from surgery.training.checks import require_zero
 from surgery.verify import verify
 from surgery.zero import require_deepspeed

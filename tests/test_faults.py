@@ -21,9 +21,8 @@ from surgery.errors import OutputExistsError, ResourceError
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
 from surgery.recipe import DataSection
-from surgery.runs import CHECKPOINTS, LOG_FILE
+from surgery.runs import CHECKPOINTS, LOG_FILE, STATE_FILE
 from surgery.train import train
-from surgery.trainer import STATE_FILE
 from surgery.workflow import export
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import TEXTS, fast

@@ -27,11 +27,10 @@ from surgery.manifest import REMOTE_CODE
 from surgery.methods.read import draw_state
 from surgery.recipe import DataSection
 from surgery.recipe_file import read_recipe
-from surgery.runs import CHECKPOINTS
+from surgery.runs import CHECKPOINTS, STATE_FILE
 from surgery.side.settings import NAME
 from surgery.survey import TASKS, TaskSpec
 from surgery.train import TrainResult, train
-from surgery.trainer import STATE_FILE
 from surgery.workflow import run
 from tests.conftest import TinyModel, digest_folder
 from tests.console import Console

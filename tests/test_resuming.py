@@ -19,9 +19,9 @@ from surgery.errors import DamagedError, InterruptedRunError, RequestError
 from surgery.inspection import inspect
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply
-from surgery.runs import CHECKPOINTS, RUN_FILE
+from surgery.runs import CHECKPOINTS, RUN_FILE, STATE_FILE
 from surgery.train import KEPT_PLAIN, TrainResult, train
-from surgery.trainer import STATE_FILE, Progress
+from surgery.trainer import Progress
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import fast
 from tests.interrupting import STEPS, VARIANTS, Killed, Setting, log_keys, make_setting, same_adapter, stop_at

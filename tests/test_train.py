@@ -37,11 +37,11 @@ from surgery.exported import load_merged
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import apply, load
 from surgery.recipe import DataSection, TrainSection
-from surgery.runs import CHECKPOINTS, LOG_FILE, RUN_FILE
+from surgery.runs import CHECKPOINTS, LOG_FILE, RUN_FILE, STATE_FILE
 from surgery.survey import TASKS, TaskSpec
 from surgery.tensorfile import TensorFile
 from surgery.train import TrainResult, train
-from surgery.trainer import STATE_FILE, Interruption, Progress, StopWhenAsked
+from surgery.trainer import Interruption, Progress, StopWhenAsked
 from surgery.verify import verify
 from tests.conftest import TinyModel, digest_folder
 from tests.examples import ANIMALS, CASES, LABELLED, SCORED, Case, fast, write_rows

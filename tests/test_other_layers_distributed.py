@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,27 @@ from tests.test_images import COLOURS, write_folder
 from tests.tiny import OTHERS
 
 pytestmark = pytest.mark.slow
-SPECS = {
-    "images": PacaSpec(rank=4, targets=("all-conv", "all-linear")),
-    "rows": PacaSpec(rank=4, targets=("embed_tokens", "*.q_proj"), rows=tuple(range(30, 60))),
+IMAGES = PacaSpec(rank=4, targets=("all-conv", "all-linear"))
+ROWS = PacaSpec(rank=4, targets=("embed_tokens", "*.q_proj"), rows=tuple(range(30, 60)))
+KINDS = {  # a model, what trains, and how in two processes
+    "images": ("convnext", IMAGES, "fsdp2"),
+    "rows": ("llama", ROWS, "fsdp2"),
+    "drawn images": ("convnext", replace(IMAGES, resample="every:2"), "ddp"),
+    "drawn beside rows": ("llama", replace(ROWS, resample="every:2"), "ddp"),
 }
 
 
 def prepare(root: Path, tiny_model: TinyModel) -> dict[str, Path]:
-    """A fresh adapter and data of each kind; the data's place."""
+    """A fresh adapter of each kind; each model's data."""
     base = root / "convnext"
     shutil.copytree(tiny_model("convnext"), base)
     (base / PROCESSOR_FILE).write_text(json.dumps(image_settings(OTHERS["convnext"])))
-    task = TaskSpec(TASK, tuple(sorted(COLOURS)))
-    surgery.apply(base, root / "fresh-images", SPECS["images"], task=task)
-    surgery.apply(tiny_model("llama"), root / "fresh-rows", SPECS["rows"])
+    bases = {"convnext": (base, TaskSpec(TASK, tuple(sorted(COLOURS)))), "llama": (tiny_model("llama"), TaskSpec())}
+    for kind, (family, spec, _) in KINDS.items():
+        model, task = bases[family]
+        surgery.apply(model, root / f"fresh-{kind}", spec, task=task)
     pairs = [{"prompt": question, "completion": answer} for question, answer in QUESTIONS]
-    return {"images": write_folder(root / "photos"), "rows": write_rows(root / "prompts.jsonl", pairs)}
+    return {"convnext": write_folder(root / "photos"), "llama": write_rows(root / "prompts.jsonl", pairs)}
 
 
 def job(root: Path, kind: str, data: Path, strategy: str) -> Job:
@@ -51,11 +57,12 @@ def job(root: Path, kind: str, data: Path, strategy: str) -> Job:
 
 
 def test_two_processes_train_what_one_does(tiny_model: TinyModel, tmp_path: Path) -> None:
-    """In FSDP2, whose ranks hold some outputs of each kernel and some of each row's values."""
+    """In FSDP2, whose ranks hold some outputs of each kernel and some of each row's values; in DDP with draws."""
+    data = prepare(tmp_path, tiny_model)
     jobs = [
-        job(tmp_path, kind, data, strategy)
-        for kind, data in prepare(tmp_path, tiny_model).items()
-        for strategy in ("", "fsdp2")
+        job(tmp_path, kind, data[family], strategy)
+        for kind, (family, _, parallel) in KINDS.items()
+        for strategy in ("", parallel)
     ]
     outcomes = carry_out(jobs, tmp_path)
     for one in jobs:

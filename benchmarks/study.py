@@ -51,7 +51,8 @@ def spec_of(name: str, study: dict[str, Any], out: Path, changes: dict[str, Any]
     if "eval_rows" in own:
         data["eval"] = [str(draw(Path(data["eval"][0]), own.pop("eval_rows"), out))]
     own["methods"] = [*study["common"]["methods"], *own.pop("also", [])]
-    special = study[methods] if methods else {}
+    special = dict(study[methods]) if methods else {}
+    special |= special.pop("sets", {}).get(name, {})
     document = {**study["common"], **own, **special, **changes, "model": str(FOLDERS[own["model"]]), "data": data}
     data["max_length"] = document["sequence"]
     return make_spec(document, f"{STUDY.name}, {name}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from surgery.columns import (
     takes_data,
     top_columns,
 )
-from surgery.data import Prepared, prepare, prepare_images
+from surgery.data import Prepared, inspect_labels, prepare, prepare_images
 from surgery.data_spec import DataSpec
 from surgery.delta import ColumnDelta
 from surgery.errors import DataError, RequestError, UnsupportedError
@@ -241,11 +242,26 @@ def calibration_batches(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> list[B
         fix = "Name the task with --task"
         found = f"a {plan.architecture} has no task, and rows mean nothing to it"
         raise UnsupportedError(f"--select {spec.select}", found, expected="a model with one", fix=fix)
-    try:
+    with _in_words_of_apply():
         prepared = _prepare(root, plan, spec)
+    return draw_batches(prepared, rows=spec.calibration_rows, select=spec.select, seed=spec.seed)
+
+
+def classes_in_data(plan: SurgeryPlan) -> tuple[str, ...]:
+    """The classes of the data to look at, where the plan's head is a new one; empty elsewhere. Raises: DataError."""
+    select, is_new = plan.spec.get("select", RANDOM), any(not head.sha256 for head in plan.whole)
+    if not (is_new and takes_data(select) and plan.spec.get("calibration_data")):
+        return ()
+    with _in_words_of_apply():
+        return inspect_labels(_data(PacaSpec(**plan.spec)), plan.task)
+
+
+@contextmanager
+def _in_words_of_apply() -> Iterator[None]:
+    try:
+        yield
     except DataError as error:
         raise DataError(error.where, error.found, expected=error.expected, fix=_as_option(error.fix)) from error
-    return draw_batches(prepared, rows=spec.calibration_rows, select=spec.select, seed=spec.seed)
 
 
 def _as_option(fix: str) -> str:
@@ -257,11 +273,14 @@ def _as_option(fix: str) -> str:
     return f"{fix[: named.end()]} (of apply: --calibration-columns {option}){fix[named.end() :]}"
 
 
+def _data(spec: PacaSpec) -> DataSpec:
+    return DataSpec(train=spec.calibration_data, columns=spec.calibration_columns)
+
+
 def _prepare(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> Prepared:
-    data = DataSpec(train=spec.calibration_data, columns=spec.calibration_columns)
     if plan.task == IMAGES:
-        return prepare_images(data, processor=read_processor(root), labels=plan.labels)
-    data = replace(data, max_length=spec.calibration_length)
+        return prepare_images(_data(spec), processor=read_processor(root), labels=plan.labels)
+    data = replace(_data(spec), max_length=spec.calibration_length)
     return prepare(data, task=plan.task, tokenizer=read_tokenizer(root), labels=plan.labels)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surgery.adapter import Adapter, find_base, find_model, fresh_delta, open_adapter, write_adapter
 from surgery.checkpoint import Checkpoint
-from surgery.choosing import carried, choose, choose_live, looks, require_data
+from surgery.choosing import carried, choose, choose_live, classes_in_data, looks, require_data
 from surgery.columns import resample_steps
 from surgery.compat import TRANSFORMERS_5, base_prefix, forget_quantizer, memory_names, quiet_loading, settle_quantizer
 from surgery.delta import ColumnDelta, Delta, WholePatch, require_backbone
@@ -86,7 +86,7 @@ def apply(
     root, base = find_model(model)
     require_apart(Path(out), [root])
     checkpoint = Checkpoint.open(root)
-    plan = plan_checkpoint(checkpoint, spec or PacaSpec(), task)
+    plan = _planned(checkpoint, spec or PacaSpec(), task or TaskSpec())
     if plan.quantization:
         require_package(plan.quantization.kind)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
@@ -95,6 +95,13 @@ def apply(
         if base.path:
             base = Base(path=relative_path(root, Path(out)))
         return write_adapter(writer.path, Path(out), checkpoint, delta, Manifest(base))
+
+
+def _planned(checkpoint: Checkpoint, spec: Any, task: TaskSpec) -> SurgeryPlan:
+    """The plan, with the classes of the data that will be looked at where a new head is given none."""
+    plan = plan_checkpoint(checkpoint, spec, task)
+    labels = task.labels or classes_in_data(plan)
+    return plan if labels == task.labels else plan_checkpoint(checkpoint, spec, TaskSpec(plan.task, labels))
 
 
 def replanned(adapter: Adapter, checkpoint: Checkpoint, task: TaskSpec) -> Delta:
@@ -112,7 +119,7 @@ def plan_in_full(checkpoint: Checkpoint, spec: Any, task: TaskSpec) -> SurgeryPl
 
     Raises: as `apply`; nothing is written.
     """
-    plan = plan_checkpoint(checkpoint, spec, task)
+    plan = _planned(checkpoint, spec, task)
     if looks(plan):
         require_data(PacaSpec(**plan.spec))
     return choose(checkpoint, plan, load_base_model)[0] if plan.spec.get("budget") else plan

@@ -286,6 +286,18 @@ def test_a_task_that_comes_later_keeps_the_columns(tiny_model: TinyModel, data: 
     assert after.plan.config["id2label"]["0"] == "person"
 
 
+def test_a_new_head_that_is_given_no_classes_has_those_of_the_data(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Of three: to look at gradients takes a head for all of them. Training on the same data goes on with it."""
+    table = tmp_path / "rows.jsonl"
+    rows = [{"text": f"the cat sat {n}", "label": ("sea", "land", "air")[n % 3]} for n in range(9)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = PacaSpec(select="gradient", calibration_data=(str(table),))
+    before = apply(tiny_model("bert"), tmp_path / "ad", spec, task=TaskSpec("sequence-classification")).plan
+    assert before.labels == ("air", "land", "sea")
+    train(tmp_path / "ad", DataSection(train=[str(table)], max_length=12), TrainSection(max_steps=1))
+    assert open_adapter(tmp_path / "ad").plan == before
+
+
 def test_data_decide_and_are_recorded(tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
     """The same data give the same bytes; a recipe looks at its training data, and sees that they are others."""
     recipe = tmp_path / "recipe.yaml"

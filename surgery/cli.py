@@ -279,7 +279,7 @@ def _explain_usage(error: click.ClickException) -> None:
 
 
 def _unexpected(error: Exception) -> SurgeryError:
-    text = shorten(str(error), 400) or type(error).__name__
+    text = shorten(str(error), 400).rstrip(".") or type(error).__name__
     kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
     return SurgeryError("surgery", f"{kind}{text}", fix="surgery -v shows where")
 

@@ -11,11 +11,20 @@ import click
 from surgery.checkpoint import require_model
 from surgery.cli_options import JSON, OUT, OVERWRITE, TASK, options, parse_columns, parse_rank_pattern, split_list
 from surgery.columns import FILE, STRATEGIES
+from surgery.errors import RequestError
 from surgery.terminal import show
 
 
-def _list(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    return split_list(values)
+def _list(_context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    found = split_list(values)
+    if values and not found:
+        raise _names_nothing(option.opts[-1])
+    return found
+
+
+def _names_nothing(option: str) -> RequestError:
+    """A shell's variable that is not set would otherwise be as if the option had not been given."""
+    return RequestError(option, "an empty text", expected="a value", fix="Leave the option out")
 
 
 def _ranks(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
@@ -140,6 +149,9 @@ def apply_command(
     from surgery.planning import make_spec
     from surgery.survey import TaskSpec
 
+    empty = next((name for name, value in settings.items() if value == ""), "")
+    if empty:
+        raise _names_nothing(f"--{empty.replace('_', '-')}")
     given = {name: value for name, value in settings.items() if value is not None and value not in ((), {})}
     said = {f"{method}.{name}": combinations.Said(value, is_asked=True) for name, value in given.items()}
     combinations.require(said)

@@ -308,6 +308,10 @@ def read_columns_file(path: Path) -> dict[str, Tensor]:
     import torch
 
     path = path / "adapter.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise RequestError(
+            f"--select {FILE}{path}", "no such file", expected="JSON or an adapter", fix="Check the path"
+        )
     named: Any
     try:
         if path.suffix == ".safetensors":

@@ -92,6 +92,11 @@ class ColumnPatch:
         """Whether anything changed once the values are in the base's dtype."""
         return not torch.equal(self.stored().view(torch.uint8), self.original.contiguous().view(torch.uint8))
 
+    @property
+    def unmoved(self) -> tuple[int, ...]:
+        """The columns that are equal to the base's once the values are in its dtype."""
+        return tuple(self.columns[(self.stored() == self.original).all(dim=0)].tolist())
+
 
 def count_not_finite(values: Tensor) -> int:
     """How many values are NaN or infinite. By numpy: for tensors so small torch's threads cost more than they save."""

@@ -334,7 +334,8 @@ def _columns_of(item: Format, row: Row, columns: Mapping[str, str]) -> dict[str,
 
 def _unrecognised(row: Row, *, task: str, formats: Sequence[Format]) -> DataError:
     shapes = "; ".join(f"{item.name} ({', '.join(item.roles)})" for item in formats)
-    roles = next((item.roles for item in formats if any(role in row.values for role in item.roles)), formats[-1].roles)
+    near = next((item for item in formats if any(role in row.values for role in item.roles)), None)
+    roles = (near or (TEXT if TEXT in formats else formats[0])).roles
     example = ", ".join(f"{role}: ..." for role in roles)
     fix = f"Name the columns with data.columns = {{{example}}}, by number from 0 where a CSV or TSV has no header"
     return DataError(row.place, f"found {_listed(row.values)}", expected=f"columns for {task}: {shapes}", fix=fix)

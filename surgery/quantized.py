@@ -313,7 +313,9 @@ def permit_saving(model: nn.Module) -> None:
 
 def _refuse_to_save(*_args: object, **_settings: object) -> NoReturn:
     found = "packed weights, whose scales are in memory alone"
-    fix = "Save the adapter with surgery.save, and write a checkpoint of it with `surgery export --merge`"
+    fix = (
+        "Save the adapter with surgery.save while it is attached, and write a checkpoint with `surgery export --merge`"
+    )
     raise UnsupportedError("save_pretrained", found, expected="dense ones", fix=fix)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.adapter import Adapter
 from surgery.checkpoint import read_json
-from surgery.delta import ADAPTER_FILE
+from surgery.delta import ADAPTER_FILE, ColumnDelta, ColumnPatch
 
 CHECKPOINTS, RUN_FILE, BEFORE_FILE = "checkpoints", "run.json", "before.json"
 LOG_FILE, STATE_FILE = "training_log.jsonl", "state.safetensors"
@@ -28,6 +28,9 @@ def open_run(adapter: Adapter) -> dict[str, Any]:
 
 def notes_of(adapter: Adapter) -> tuple[str, ...]:
     """What an export must say of an adapter: where nothing moved it is right, and hardly what was wanted."""
+    if isinstance(adapter.delta, ColumnDelta) and adapter.delta.moved:
+        named = [adapter.delta.patches[target.module] for target in adapter.delta.plan.targets if target.rows]
+        return tuple(_still(patch) for patch in named if patch.unmoved)
     if adapter.delta.moved or adapter.delta.whole:
         return ()
     why = "it has not been trained"
@@ -36,6 +39,13 @@ def notes_of(adapter: Adapter) -> tuple[str, ...]:
     elif latest_checkpoint(adapter.folder / CHECKPOINTS):
         why = "its run was interrupted; `surgery train --resume auto` ends it"
     return (f"nothing that {adapter.folder} trains differs from the base: {why}",)
+
+
+def _still(patch: ColumnPatch) -> str:
+    """Rows are named one by one, and a token that no batch had leaves its row as it was."""
+    rows, module = patch.unmoved, patch.target.module
+    which = f"row {rows[0]}" if len(rows) == 1 else f"{len(rows)} of {len(patch.columns)} rows, first {rows[0]},"
+    return f"{which} of {module} did not move: not in what was trained on, or rounding to the base's dtype undid it"
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

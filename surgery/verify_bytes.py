@@ -6,7 +6,7 @@ It shares no code with the writer: base and merged are read side by side, and it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,16 +173,17 @@ def check_targets(sides: Sides) -> list[Check]:
     return [Check("planned columns", "passed", said), values]
 
 
-def _compare_targets(sides: Sides, targets: Iterable[Target]) -> tuple[int, int]:
-    """How many of them differ from the base in their columns, and how many do not. Raises: CheckError."""
-    moved = unmoved = 0
+def _compare_targets(sides: Sides, targets: Iterable[Target]) -> tuple[int, list[str]]:
+    """How many of them differ from the base in their columns, and which do not. Raises: CheckError."""
+    moved, unmoved = 0, []
     assert sides.undo is not None  # noqa: S101  a merged folder has one
     for target in targets:
         columns = sides.undo.read(f"{target.module}.columns")
         written, differs = _compare_target(sides, target, columns)
         if sides.adapter:
             _require_trained(sides, target, columns, written, differs=differs)
-        moved, unmoved = moved + differs, unmoved + (not differs)
+        moved += differs
+        unmoved += [] if differs else [target.module]
     return moved, unmoved
 
 
@@ -230,14 +231,16 @@ def _trained_patches(sides: Sides, target: Target) -> list[ColumnPatch]:
     return [delta.patches[target.module] for delta in deltas if target.module in delta.patches]
 
 
-def _what_moved(moved: int, unmoved: int) -> str:
+def _what_moved(moved: int, unmoved: Sequence[str]) -> str:
     """How many targets differ from the base. A merge in which none does is right, and hardly what was wanted."""
-    why = "were not trained, or rounding to the base's dtype undid it"
+    why = f"{'was' if len(unmoved) == 1 else 'were'} not trained, or rounding to the base's dtype undid it"
+    why = f"{'it' if len(unmoved) == 1 else 'they'} {why}"
     if unmoved and not moved:
-        return f"no column moved: 0 of {counted(unmoved, 'layer')} differ from the base; they {why}"
+        return f"no column moved: 0 of {counted(len(unmoved), 'layer')} differ from the base; {why}"
     said = f"{counted(moved, 'layer')} {'differs' if moved == 1 else 'differ'} from the base in planned columns only"
     if unmoved:
-        said += f"; {counted(unmoved, 'layer')} did not move: they {why}"
+        first = f"{'first ' if len(unmoved) > 1 else ''}{unmoved[0]}"
+        said += f"; {counted(len(unmoved), 'layer')} did not move ({first}): {why}"
     return said
 
 

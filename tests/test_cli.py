@@ -184,6 +184,9 @@ ERRORS: tuple[tuple[int, str, str], ...] = (
     (2, "apply model --method pacca", "Error: --method: unknown name 'pacca'"),
     (2, "apply model --task nonsense", "Error: --task: unknown task 'nonsense'"),
     (2, "apply model --rank-pattern q_proj", "Error: --rank-pattern: 'q_proj', expected PATTERN=RANK"),
+    (2, "apply model --targets ,", "Error: --targets: an empty text, expected a value"),
+    (2, "apply model --rows= -o new", "Error: --rows: an empty text, expected a value"),
+    (2, "apply model --budget= -o new", "Error: --budget: an empty text, expected a value"),
     (2, "apply model", "Error: model-paca: it exists"),
     (2, "apply model --alpha -1", "Error: --alpha: -1.0, expected a positive number."),
     (2, "plan model --fit much", "Error: --fit: 'much' is no size"),
@@ -280,7 +283,7 @@ def test_the_unexpected_is_exit_code_1_and_one_line(work: Path, run: Console, mo
     """Newlines in foreign messages do not break the line; -v shows where."""
 
     def fail(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("first\nsecond")
+        raise ZeroDivisionError("first\nsecond.")
 
     monkeypatch.setattr(operate, "apply", fail)
     ended = run("apply", "model", "-o", "new")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.columns import choose_columns, generator_seed
+from surgery.columns import choose_columns, generator_seed, read_columns_file
 from surgery.errors import RequestError
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
@@ -83,3 +85,10 @@ def test_an_unknown_strategy_is_named() -> None:
     """The error says which strategies there are and which is closest."""
     with pytest.raises(RequestError, match=r"unknown strategy 'randon'.*The closest is 'random'"):
         choose_columns("randon", 8, 2, seed=0, group="g")
+
+
+def test_a_file_of_columns_that_is_not_there_is_said_without_the_systems_number(tmp_path: Path) -> None:
+    """And so is a folder that is no adapter's."""
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(RequestError, match=r"no such file, expected JSON or an adapter\. Check the path"):
+            read_columns_file(path)

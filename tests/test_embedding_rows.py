@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 import surgery
 from exporters import dense, undo
 from surgery.checkpoint import Checkpoint
+from surgery.delta import ColumnDelta, require_columns
 from surgery.errors import RequestError, SelectorError, SurgeryError, UnsupportedError
 from surgery.exported import load_merged
 from surgery.methods.paca_spec import PacaSpec
 from surgery.operate import attach, detach, load
 from surgery.paca_layers import layers
 from surgery.planning import plan_checkpoint
+from surgery.runs import notes_of
 from surgery.verify import verify
 from tests.conftest import TinyModel
 from tests.test_paca import OPTIMIZERS, bits, built, logits_of, loss_of, merged_model, trainable
@@ -144,6 +147,20 @@ def test_the_way_through_files(dtype: torch.dtype, tiny_model: TinyModel, tmp_pa
     assert (tmp_path / "undone" / weights).read_bytes() == (base / weights).read_bytes()
     inputs = sample_inputs("llama")
     assert torch.equal(logits_of(load(tmp_path / "moved"), inputs), logits_of(load_merged(tmp_path / "merged"), inputs))
+
+
+def test_rows_that_did_not_move_are_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Tokens that no batch had: an export of the others would pass for one of all."""
+    adapter = make_adapter(tiny_model("llama"), tmp_path / "moved", ONLY)
+    assert notes_of(adapter) == ()
+    delta = require_columns(adapter.delta, "test")
+    (module, patch), saying = next(iter(delta.patches.items())), "not in what was trained on"
+    for still, said in (([1], "row 40 of"), ([0, 2], "2 of 3 rows, first 7, of")):
+        values = patch.values.clone()
+        values[:, still] = patch.original[:, still].float()
+        moved = ColumnDelta(delta.plan, {module: replace(patch, values=values)}, {})
+        (note,) = notes_of(replace(adapter, delta=moved))
+        assert note.startswith(f"{said} model.embed_tokens did not move: {saying}")
 
 
 def test_tokens_are_named_by_text_or_number(tiny_model: TinyModel, console: Any, tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_message_content_may_be_a_list_of_text_parts() -> None:
         ({"sentence": "t", "label": 1}, LABELS[0], {"txt": "sentence"}, "The closest is 'text'"),
         ({"question": "q", "answer": "a"}, "causal-lm", {}, "prompt-completion (prompt, completion)"),
         ({"text": "t", "category": "x"}, LABELS[0], {}, "data.columns = {text: ..., label: ...}"),
+        ({"foo": "t", "bar": "x"}, "causal-lm", {}, "data.columns = {text: ...}"),
+        ({"foo": "t", "bar": "x"}, LABELS[0], {}, "data.columns = {text: ..., label: ...}"),
         ({"text": "a", "sentence": "b", "label": 1}, LABELS[0], {}, "found both text and sentence for text"),
         ({"text": "t", "prompt": "p", "completion": "c"}, "causal-lm", {}, "several formats (prompt-completion, text)"),
         ({"0": "sentence", "1": "label"}, LABELS[0], {"text": "0", "label": "1"}, "which reads like a header"),

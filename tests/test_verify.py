@@ -137,12 +137,15 @@ def test_layers_that_did_not_move_are_counted(merged: Path) -> None:
     """Some moved and some did not: each number with its words."""
     adapter = open_adapter(merged.parent / "adapter")
     patches = dict(adapter.delta.patches)
-    for patch in list(patches)[:3]:
+    still = list(patches)[:3]
+    for patch in still:
         patches[patch] = replace(patches[patch], values=patches[patch].original.clone())
     update_adapter(adapter, replace(adapter.delta, patches=patches), adapter.record.manifest)
     export(open_adapter(adapter.folder), merged.parent / "again")
     detail = next(c.detail for c in verify(merged.parent / "again").checks if c.name == "planned columns")
-    assert detail.startswith("1 layer differs from the base in planned columns only; 3 layers did not move: they ")
+    first = next(target.module for target in adapter.plan.targets if target.module in still)
+    assert detail.startswith("1 layer differs from the base in planned columns only; 3 layers did not move (first ")
+    assert f"(first {first}): they were not trained" in detail
 
 
 # --- tampering

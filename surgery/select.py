@@ -163,6 +163,9 @@ def _nothing_left(sites: Sequence[LinearSite], selectors: Sequence[str]) -> Sele
     if fits and ALL_CONV not in selectors:
         fix = f"Name its {len(fits)} convolutions with --targets {ALL_CONV}"
         return SelectorError("--targets", found, expected=expected, fix=fix)
+    if ALL_CONV in selectors and not fits:
+        found += f": {ALL_CONV} is named, and no convolution here can be opened"
+        return SelectorError("--targets", found, expected="layers that can", fix=f"Name others, such as {ALL_LINEAR}")
     narrow = [site.in_features for site in fits if site.is_narrow]
     if narrow:
         found += (

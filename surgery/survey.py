@@ -169,7 +169,8 @@ def class_for(config: PretrainedConfig, task: str) -> Any:
 
 
 def _task_config(root: Path, config: PretrainedConfig, spec: TaskSpec, task: str) -> dict[str, Any]:
-    """The entries of config.json that a task's head needs."""
+    """The entries of config.json that a task's head needs. Raises: RequestError for labels that cannot be its."""
+    _require_labels(spec.labels, task)
     if not TASKS[task].has_head:
         return {}
     changes: dict[str, Any] = {}
@@ -183,6 +184,16 @@ def _task_config(root: Path, config: PretrainedConfig, spec: TaskSpec, task: str
         if config.pad_token_id is None and not config.is_encoder_decoder:
             changes["pad_token_id"] = _pad_token_id(root)
     return {name: value for name, value in changes.items() if value is not None}
+
+
+def _require_labels(labels: Sequence[str], task: str) -> None:
+    """Raises: RequestError where no head has classes, or one of them is named twice."""
+    if labels and not TASKS[task].has_head:
+        fix = "Leave --labels out, or name a classifier's task with --task"
+        raise RequestError("--labels", f"given for {task}", expected="a task with classes", fix=fix)
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise RequestError("--labels", f"{twice!r} named twice", expected="each class once")
 
 
 def _pad_token_id(root: Path) -> int | None:

@@ -80,8 +80,9 @@ class PacaSpec:
         resample_steps(self.resample)
         require({**of_record("paca", self), **facts({"held": self.quantize})})
         if self.calibration_rows < 1 or self.calibration_length < 2:
+            option = "--calibration-rows" if self.calibration_rows < 1 else "--calibration-length"
             found = f"{self.calibration_rows} rows of {self.calibration_length} tokens"
-            raise RequestError("--calibration-rows", found, expected="1 row of 2 tokens, or more")
+            raise RequestError(option, found, expected="1 row of 2 tokens, or more")
 
     def scale(self, rank: int) -> float:
         """What the stored difference is multiplied by while training."""

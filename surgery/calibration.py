@@ -60,7 +60,8 @@ def calibrate(
             _run(model, batch, strategy)
             seen += 1
     if not seen:
-        raise RequestError("--calibration-data", "no batch", expected="at least one row")
+        fix = "Give rows (--calibration-data), or batches (calibration=)"
+        raise RequestError(f"--select {strategy}", "no batch to look at", expected="at least one", fix=fix)
     wrong = [name for name, score in scores.items() if not bool(score.isfinite().all())]
     if wrong:
         fix = "Look at the data and the model: a forward or its gradient overflows"

@@ -6,6 +6,7 @@ What is chosen is stored (the adapter file holds the columns), so that nothing i
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -223,14 +224,23 @@ def require_data(spec: PacaSpec) -> None:
 
 
 def _digests(spec: PacaSpec) -> dict[str, str]:
-    return {name: file_sha256(Path(name)) for name in spec.calibration_data if Path(name).is_file()}
+    return {name: _digest(Path(name)) for name in spec.calibration_data if Path(name).exists()}
 
 
-def has_same_data(plan: SurgeryPlan) -> bool:
-    """Whether the files that a plan's columns were chosen by are those that are there now; those gone count as such."""
+def _digest(data: Path) -> str:
+    """Of a file its bytes'; of a folder, which may be large, that of its files' names and sizes."""
+    if data.is_file():
+        return file_sha256(data)
+    files = sorted((str(path.relative_to(data)), path.stat().st_size) for path in data.rglob("*") if path.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def changed_data(plan: SurgeryPlan) -> tuple[str, ...]:
+    """Which of the data that a plan's columns were chosen by are others now; what is gone has not changed."""
     if not plan.calibration:
-        return True
-    return all(digest == plan.calibration[name] for name, digest in _digests(PacaSpec(**plan.spec)).items())
+        return ()
+    found = _digests(PacaSpec(**plan.spec))
+    return tuple(name for name, digest in found.items() if digest != plan.calibration.get(name, digest))
 
 
 def calibration_batches(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> list[Batch]:
@@ -248,9 +258,8 @@ def calibration_batches(root: Path, plan: SurgeryPlan, spec: PacaSpec) -> list[B
 
 
 def classes_in_data(plan: SurgeryPlan) -> tuple[str, ...]:
-    """The classes of the data to look at, where the plan's head is a new one; empty elsewhere. Raises: DataError."""
-    select, is_new = plan.spec.get("select", RANDOM), any(not head.sha256 for head in plan.whole)
-    if not (is_new and takes_data(select) and plan.spec.get("calibration_data")):
+    """The classes of the data to look at, as training has them; empty where no head trains. Raises: DataError."""
+    if not (plan.whole and takes_data(plan.spec.get("select", RANDOM)) and plan.spec.get("calibration_data")):
         return ()
     with _in_words_of_apply():
         return inspect_labels(_data(PacaSpec(**plan.spec)), plan.task)
@@ -266,6 +275,7 @@ def _in_words_of_apply() -> Iterator[None]:
 
 def _as_option(fix: str) -> str:
     """What to do about columns, in the words of `apply` too: `train` and recipes say `data.columns`."""
+    fix = fix.replace("data.max_length", "data.max_length (of apply: --calibration-length)")
     named = re.search(r"data\.columns = \{(.*?)\}", fix)
     if not named:
         return fix

@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery.adapter import Adapter, find_model, open_adapter
 from surgery.checkpoint import RECORD_FILE, Checkpoint
-from surgery.choosing import has_same_data
+from surgery.choosing import changed_data
 from surgery.combinations import facts
 from surgery.combinations import require as require_together
 from surgery.delta import ColumnDelta, Delta, SideDelta
@@ -377,13 +377,12 @@ def _require_same_plan(recipe: Recipe, spec: Any, folder: Path) -> None:
         task = TaskSpec(task.name, tuple(adapter.plan.config.get("id2label", {}).values()))
     planned = plan_checkpoint(Checkpoint.open(find_model(recipe.model)[0]), spec, task)
     is_same = planned.as_asked() == replace(adapter.plan, calibration={}).as_asked()
-    if not (is_same and has_same_data(adapter.plan)) and not _is_fresh(adapter, planned):
-        raise OutputExistsError(
-            str(folder),
-            "an adapter that another plan made",
-            expected="this recipe's",
-            fix="Choose another folder, or give --overwrite",
-        )
+    found = "" if is_same or _is_fresh(adapter, planned) else "an adapter that another plan made"
+    changed = changed_data(adapter.plan)
+    found = f"an adapter whose columns were chosen by {changed[0]}, which has changed since" if changed else found
+    if found:
+        fix = "Choose another folder, or give --overwrite"
+        raise OutputExistsError(str(folder), found, expected="this recipe's", fix=fix)
 
 
 def _is_fresh(adapter: Adapter, planned: SurgeryPlan) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import surgery
 from surgery.adapter import Adapter, open_adapter
 from surgery.calibration import calibrate
 from surgery.checkpoint import Checkpoint
-from surgery.choosing import _sites
+from surgery.choosing import _sites, changed_data
 from surgery.columns import STRATEGIES
 from surgery.delta import require_columns
 from surgery.errors import RequestError, UnsupportedError
@@ -378,3 +379,17 @@ def test_a_model_without_a_loss_is_looked_at_by_its_inputs_alone() -> None:
     attach(model, replace(spec, select="activation"), calibration=[batch])
     best = int(batch["input"].square().sum((0, 2, 3)).argmax())
     assert layers(model)["0"].paca_columns.tolist() == [best]
+
+
+def test_photos_decide_the_classes_and_are_recorded(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Of a checkpoint with classes of its own the head is for the folder's; a photo that changes is noticed."""
+    base = with_processor(tiny_model("convnext"), tmp_path / "base", "convnext")
+    photos = write_folder(tmp_path / "photos", each=2)
+    shutil.copytree(photos / "red", photos / "scarlet")
+    spec = PacaSpec(rank=4, targets=("all-conv",), select="gradient", calibration_data=(str(photos),))
+    plan = surgery.apply(base, tmp_path / "ad", spec, task=TaskSpec(TASK)).plan
+    assert plan.labels == ("blue", "green", "red", "scarlet")
+    assert changed_data(plan) == ()
+    with (photos / "red" / "0.png").open("ab") as file:
+        file.write(b" ")
+    assert changed_data(plan) == (str(photos),)

@@ -374,7 +374,7 @@ def _require_same_plan(recipe: Recipe, spec: Any, folder: Path) -> None:
     adapter = open_adapter(folder)
     task = recipe.task_spec()
     if adapter.plan.whole and not task.labels:
-        task = TaskSpec(task.name, tuple(adapter.plan.config.get("id2label", {}).values()))
+        task = TaskSpec(task.name, adapter.plan.labels)
     planned = plan_checkpoint(Checkpoint.open(find_model(recipe.model)[0]), spec, task)
     is_same = planned.as_asked() == replace(adapter.plan, calibration={}).as_asked()
     found = "" if is_same or _is_fresh(adapter, planned) else "an adapter that another plan made"
